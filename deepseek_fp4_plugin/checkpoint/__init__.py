@@ -1,0 +1,1 @@
+"""Bytes on disk: names, shapes, dtypes, shards. No arithmetic happens here."""

@@ -1,0 +1,73 @@
+"""Turn what a user calls a model (a folder, `r1_nano`, a Hugging Face id) into a local folder."""
+
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+
+EMBEDDED = "r1_nano"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def embedded_folder() -> Path:
+    """The folder of the embedded model inside the installed package."""
+    return Path(str(files("deepseek_fp4_plugin"))) / "assets" / EMBEDDED
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The local folder of `model`; a Hugging Face id is downloaded first (resumed if interrupted).
+
+    A folder wins over the embedded model and over a hub id of the same name. Raises CheckpointError when there is no
+    such folder and the name is not a hub id, when the hub cannot be reached, or when the disk is too small.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if str(model) == EMBEDDED:
+        return embedded_folder()
+    if not _HUB_ID.fullmatch(str(model)) or str(model).startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{model} is neither a folder nor a Hugging Face id (owner/name); the embedded model is called {EMBEDDED}"
+        )
+    return _download(str(model), revision)
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        cached = snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True)
+    except LocalEntryNotFoundError:
+        cached = None
+    try:
+        info = HfApi().model_info(model_id, revision=revision, files_metadata=True)
+    except OfflineModeIsEnabled:
+        if cached:
+            return Path(cached)
+        raise CheckpointError(f"{model_id} is not on this machine and HF_HUB_OFFLINE is set") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise CheckpointError(
+            f"Hugging Face refused {model_id} (HTTP {status}); check the name, and HF_TOKEN if it is private or gated"
+        ) from None
+    except OSError:
+        raise CheckpointError(
+            f"{model_id} is not a folder here and huggingface.co cannot be reached; "
+            "check the connection, or download the checkpoint elsewhere and give its folder"
+        ) from None
+    wanted = [f for f in info.siblings or [] if Path(f.rfilename).suffix in {Path(p).suffix for p in _PATTERNS}]
+    size = sum(f.size or 0 for f in wanted)
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    have = sum(p.stat().st_size for p in (cache / f"models--{model_id.replace('/', '--')}").rglob("blobs/*"))
+    if size - have > free:
+        raise CheckpointError(
+            f"{model_id} needs {(size - have) / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free; "
+            "set HF_HOME to a larger disk"
+        )
+    return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS))

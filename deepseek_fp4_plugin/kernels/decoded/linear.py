@@ -1,0 +1,67 @@
+"""y = x W^T on decoded weights."""
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.reference.linear import dequantized
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.numerics import nvfp4
+
+
+class Decoded(NamedTuple):
+    """values: [(E,) out, in] in the compute dtype.  row_scale: FP32 [(E,) out], or None where values are final."""
+
+    values: Tensor
+    row_scale: Tensor | None
+
+
+def prepare(
+    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: Tensor | None
+) -> PreparedWeight:
+    if parts[0].format is WeightFormat.NVFP4:
+        values = torch.cat([nvfp4.block_values(part.weight, part.scale, dtype) for part in parts], -2)
+        scales = [part.scale_2.unsqueeze(-1).expand(*part.weight.shape[:-1]) for part in parts]
+        row_scale = torch.cat(scales, -1)
+        if activations == "fp4":
+            row_scale = row_scale * input_scale
+    else:
+        values = torch.cat([dequantized(part).to(dtype) for part in parts], -2)
+        row_scale = None
+    return PreparedWeight(
+        backend=sys.modules["deepseek_fp4_plugin.kernels.decoded"],
+        format=parts[0].format,
+        out_features=values.shape[-2],
+        in_features=values.shape[-1],
+        dtype=dtype,
+        activations=activations,
+        input_scale=input_scale,
+        data=Decoded(values, row_scale),
+    )
+
+
+def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
+    """x: [rows, in].  Returns [rows, out] in x's dtype; `expert` picks one of a stack."""
+    values, row_scale = weight.data
+    if expert is not None:
+        values = values[expert]
+        row_scale = None if row_scale is None else row_scale[expert]
+    if weight.activations == "fp4":
+        packed, scale = nvfp4.quantize_activation(x, weight.input_scale)
+        x = nvfp4.block_values(packed, scale, x.dtype)
+    y = torch.nn.functional.linear(x, values)
+    return y if row_scale is None else (y * row_scale).to(x.dtype)
+
+
+def dense(weight: PreparedWeight) -> Tensor:
+    """The weight's values, [(E,) out, in] in its compute dtype."""
+    values, row_scale = weight.data
+    if row_scale is None:
+        return values
+    if weight.activations == "fp4":
+        row_scale = row_scale / weight.input_scale
+    return (values * row_scale.unsqueeze(-1)).to(weight.dtype)

@@ -1,0 +1,96 @@
+"""The kernel contract: what layers may ask for. Each function's plain-torch twin is in `kernels/reference`.
+
+Weights are prepared once (`prepare`) and multiplied by the backend that prepared them; the row count only picks a
+variant inside that backend. Everything is typed, shapes are in the docstrings, and an unsupported input raises.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import select
+from deepseek_fp4_plugin.kernels.reference.attention import absorbed_attention, expanded_attention
+from deepseek_fp4_plugin.kernels.reference.moe import Observe
+from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
+from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.reference.routing import route
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+
+__all__ = [
+    "absorbed_attention",
+    "dense",
+    "expanded_attention",
+    "experts_mlp",
+    "linear",
+    "prepare",
+    "rms_norm",
+    "rotary",
+    "route",
+]
+
+
+def prepare(
+    parts: Sequence[WeightTensors],
+    device: torch.device,
+    dtype: torch.dtype,
+    activations: Activations = "bf16",
+    backend: str | None = None,
+) -> PreparedWeight:
+    """Give a weight the layout of the backend that will multiply by it.
+
+    parts: projections of one format with the same input, fused along their rows in this order (gate and up); each may
+    be stacked over experts.  dtype: of the activations.  activations: "fp4" rounds inputs of NVFP4 weights at run time
+    with the largest `input_scale` of the parts; other formats ignore it.
+    Raises ValueError when formats or widths differ, or "fp4" is asked for and a part has no positive input_scale.
+    """
+    if len({(part.format, part.in_features, part.weight.shape[:-2]) for part in parts}) != 1:
+        raise ValueError("fused projections must share format, input width and number of experts")
+    nvfp4 = parts[0].format is WeightFormat.NVFP4
+    input_scale = None
+    if nvfp4 and activations == "fp4":
+        scales = [part.input_scale for part in parts]
+        if any(scale is None or not bool(scale > 0) for scale in scales):
+            raise ValueError("FP4 activations need a positive input_scale for every quantized linear")
+        input_scale = torch.stack([scale.float() for scale in scales]).amax().to(device)
+    moved = [_to(part, device) for part in parts]
+    chosen = select.backend(backend or select.default_backend(device))
+    return chosen.prepare(moved, dtype, activations if nvfp4 else "bf16", input_scale)
+
+
+def linear(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """x: [rows, in] in the weight's dtype, any number of rows.  Returns [rows, out]."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"input of width {x.shape[-1]} for a weight of width {weight.in_features}")
+    return weight.backend.linear(x, weight)
+
+
+def dense(weight: PreparedWeight) -> Tensor:
+    """The weight's values in its compute dtype, [(E,) out, in]; for the absorbed attention matrices."""
+    return weight.backend.dense(weight)
+
+
+def experts_mlp(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: PreparedWeight,
+    down: PreparedWeight,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Sum over each token's experts of weight * down(silu(gate x) * up x).
+
+    x: [T, hidden].  expert_ids: int [T, k], -1 for an expert of another rank.  expert_weights: FP32 [T, k].
+    observe: see kernels/reference/moe.py; for calibration.  Returns [T, hidden].
+    """
+    return gate_up.backend.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+
+
+def _to(part: WeightTensors, device: torch.device) -> WeightTensors:
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    return WeightTensors(
+        part.format, part.weight.to(device), move(part.scale), move(part.scale_2), part.input_scale, part.fp8_block
+    )

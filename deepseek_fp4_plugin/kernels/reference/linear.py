@@ -1,0 +1,69 @@
+"""y = x W^T for every weight format. FP32 throughout; one rounding, of the result, to the activations' dtype."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
+
+
+def prepare(
+    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: Tensor | None
+) -> PreparedWeight:
+    """Keep the parts as they are; the product concatenates their outputs."""
+    return PreparedWeight(
+        backend=sys.modules["deepseek_fp4_plugin.kernels.reference"],
+        format=parts[0].format,
+        out_features=sum(part.out_features for part in parts),
+        in_features=parts[0].in_features,
+        dtype=dtype,
+        activations=activations,
+        input_scale=input_scale,
+        data=tuple(parts),
+    )
+
+
+def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
+    """x: [rows, in].  Returns [rows, out] in x's dtype; `expert` picks one of a stack."""
+    x32 = rounded_input(x, weight).float()
+    outputs = []
+    for part in weight.data:
+        values, scale = _decode(part, expert)
+        outputs.append((x32 @ values.T) * scale)
+    return torch.cat(outputs, -1).to(x.dtype)
+
+
+def dense(weight: PreparedWeight) -> Tensor:
+    """The weight's values, [(E,) out, in] in its compute dtype."""
+    return torch.cat([dequantized(part) for part in weight.data], -2).to(weight.dtype)
+
+
+def dequantized(part: WeightTensors) -> Tensor:
+    """FP32 values of one projection, [(E,) out, in]."""
+    if part.format is WeightFormat.PLAIN:
+        return part.weight.float()
+    if part.format is WeightFormat.FP8_BLOCK:
+        return fp8_block.dequantize(part.weight, part.scale, torch.float32, part.fp8_block)
+    return nvfp4.dequantize(nvfp4.NVFP4Tensor(part.weight, part.scale, part.scale_2))
+
+
+def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """`x`, or with FP4 activations its NVFP4 rounding (exact in BF16 up to the global scale, hence FP32)."""
+    if weight.activations != "fp4":
+        return x
+    packed, scale = nvfp4.quantize_activation(x, weight.input_scale)
+    return nvfp4.block_values(packed, scale) * weight.input_scale
+
+
+def _decode(part: WeightTensors, expert: int | None) -> tuple[Tensor, Tensor | float]:
+    """FP32 [out, in] values and the factor left for the product's result."""
+    pick = (lambda t: t) if expert is None else (lambda t: t[expert])
+    if part.format is WeightFormat.NVFP4:
+        return nvfp4.block_values(pick(part.weight), pick(part.scale)), pick(part.scale_2)
+    if part.format is WeightFormat.FP8_BLOCK:
+        return fp8_block.dequantize(pick(part.weight), pick(part.scale), torch.float32, part.fp8_block), 1.0
+    return pick(part.weight).float(), 1.0

@@ -1,0 +1,10 @@
+"""RMSNorm: statistics in FP32, the normalised value rounded to x's dtype, then the weight, as transformers does."""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., n].  weight: [n].  Returns x's shape and dtype."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,113 @@
+"""Multi-head latent attention: keys and values live in the cache as one compressed latent per token.
+
+    latent c = kv_a_layernorm(kv_a x)[:L], shared rotary key r = rope(kv_a x)[L:]      cached: [c, r], L + R values
+    head h:  k_h = [W_UK_h c, r],  v_h = W_UV_h c                  kv_b_proj rows of head h are W_UK_h then W_UV_h
+
+Expanded form, for prompt chunks: compute k_h and v_h of the whole context and attend as usual.
+Absorbed form, for a few new tokens: since q_h . (W_UK_h c) = (W_UK_h^T q_h) . c, move W_UK to the query and W_UV
+behind the softmax; each head then reads only the latents: (L + R) values a token, whatever the number of heads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.layers.linear import Linear, column_parallel, row_parallel
+from deepseek_fp4_plugin.layers.norm import RMSNorm
+from deepseek_fp4_plugin.layers.weight_source import OUT, Cut, WeightSource
+from deepseek_fp4_plugin.parallel.mesh import Mesh
+
+
+class MLA(nn.Module):
+    """Attention of one layer; heads are cut over the tensor-parallel ranks, output is partial over them."""
+
+    w_uk: Tensor  # [heads, nope, latent]
+    w_uv: Tensor  # [heads, v, latent]
+
+    def __init__(self, name: str, config, mesh: Mesh):
+        super().__init__()
+        c = self.config = config
+        self.name, self.mesh = name, mesh
+        start, stop = mesh.tp.bounds(c.num_attention_heads, f"{name} heads")
+        self.heads = stop - start
+        q_out = c.num_attention_heads * c.qk_head_dim
+        self.q_a_proj = self.q_a_layernorm = self.q_b_proj = self.q_proj = None
+        if c.q_lora_rank is None:
+            self.q_proj = column_parallel(f"{name}.q_proj", c.hidden_size, q_out, mesh.tp)
+        else:
+            self.q_a_proj = Linear([f"{name}.q_a_proj"], c.hidden_size, [c.q_lora_rank])
+            self.q_a_layernorm = RMSNorm(f"{name}.q_a_layernorm", c.q_lora_rank, c.rms_norm_eps)
+            self.q_b_proj = column_parallel(f"{name}.q_b_proj", c.q_lora_rank, q_out, mesh.tp)
+        self.kv_a_proj_with_mqa = Linear([f"{name}.kv_a_proj_with_mqa"], c.hidden_size, [c.latent_dim])
+        self.kv_a_layernorm = RMSNorm(f"{name}.kv_a_layernorm", c.kv_lora_rank, c.rms_norm_eps)
+        self.o_proj = row_parallel(f"{name}.o_proj", c.num_attention_heads * c.v_head_dim, c.hidden_size, mesh.tp)
+
+    def load(self, source: WeightSource) -> None:
+        for part in self.children():
+            part.load(source)
+        c = self.config
+        rows = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        kv_b = source.linear([f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.mesh.tp))
+        by_head = ops.dense(kv_b).unflatten(0, (self.heads, -1))
+        self.w_uk, self.w_uv = (w.contiguous() for w in by_head.split([c.qk_nope_head_dim, c.v_head_dim], 1))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
+        """x: [T, hidden].  cos, sin: FP32 [T, rope / 2].  cache: this layer's [blocks, block_size, latent + rope].
+
+        Writes the tokens' latents at batch.slot_mapping, then attends. Returns [T, hidden].
+        """
+        q_nope, q_rope = self._queries(x, cos, sin)
+        entries = self._latents(x, cos, sin)
+        if cache is not None:
+            cache.flatten(0, 1)[batch.slot_mapping] = entries.to(cache.dtype)
+        starts = batch.query_start.tolist()
+        split = starts[batch.num_decode_requests]
+        outputs = []
+        if split:
+            outputs.append(self._absorbed(q_nope[:split], q_rope[:split], batch, cache))
+        for request in range(batch.num_decode_requests, len(starts) - 1):
+            rows = slice(starts[request], starts[request + 1])
+            context = entries[rows] if cache is None else self._gather(cache, batch, request, x.dtype)
+            outputs.append(self._expanded(q_nope[rows], q_rope[rows], context))
+        attended = torch.cat(outputs) if outputs else q_nope.new_empty(0, self.heads, self.config.v_head_dim)
+        return self.mesh.reduce_attention(self.o_proj(attended.flatten(1)))
+
+    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, heads, nope] and rotated [T, heads, rope]."""
+        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        c = self.config
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        return q_nope, ops.rotary(q_rope, cos, sin)
+
+    def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the cache holds for each token: [T, latent + rope]."""
+        latent, rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        return torch.cat((self.kv_a_layernorm(latent), ops.rotary(rope.unsqueeze(1), cos, sin).squeeze(1)), -1)
+
+    def _gather(self, cache: Tensor, batch: ForwardBatch, request: int, dtype: torch.dtype) -> Tensor:
+        """One request's whole context from the cache: [S, latent + rope]."""
+        length = int(batch.context_lens[request])
+        blocks = batch.block_tables[request, : -(-length // cache.shape[1])]
+        return cache[blocks].flatten(0, 1)[:length].to(dtype)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
+        latent, rope = context.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        k_nope = torch.einsum("sl,hnl->shn", latent, self.w_uk)
+        k = torch.cat((k_nope, rope.unsqueeze(1).expand(-1, self.heads, -1)), -1)
+        v = torch.einsum("sl,hvl->shv", latent, self.w_uv)
+        return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, self.config.softmax_scale)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
+        q_latent = torch.einsum("thn,hnl->thl", q_nope, self.w_uk)
+        requests = batch.num_decode_requests
+        attended = ops.absorbed_attention(
+            q_latent,
+            q_rope,
+            cache,
+            batch.block_tables[:requests],
+            batch.query_start[: requests + 1],
+            batch.context_lens[:requests],
+            self.config.softmax_scale,
+        )
+        return torch.einsum("thl,hvl->thv", attended, self.w_uv)

@@ -1,0 +1,90 @@
+"""Mixture of experts: FP32 router, routed experts, shared expert."""
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.reference.moe import Observe
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.layers.mlp import GatedMLP
+from deepseek_fp4_plugin.layers.weight_source import IN, OUT, Cut, WeightSource
+from deepseek_fp4_plugin.parallel.mesh import Mesh
+
+
+class Router(nn.Module):
+    """Scores experts in FP32 and picks each token's top k (see `ops.route`)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, name: str, config):
+        super().__init__()
+        self.name, self.config = name, config
+
+    def load(self, source: WeightSource) -> None:
+        experts, hidden = self.config.n_routed_experts, self.config.hidden_size
+        self.weight = source.tensor(f"{self.name}.weight", (experts, hidden), torch.float32)
+        self.bias = source.tensor(f"{self.name}.e_score_correction_bias", (experts,), torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, hidden] to expert ids int64 [T, k] and weights FP32 [T, k]."""
+        c = self.config
+        logits = torch.nn.functional.linear(x.float(), self.weight)
+        return ops.route(
+            logits, self.bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor
+        )
+
+
+class RoutedExperts(nn.Module):
+    """This rank's experts, stacked. Output is partial over all ranks that share the layer's experts."""
+
+    gate_up: PreparedWeight
+    down: PreparedWeight
+
+    def __init__(self, name: str, config, mesh: Mesh):
+        super().__init__()
+        self.name, self.config, self.mesh = name, config, mesh
+        start, stop = mesh.ep.bounds(config.n_routed_experts, name)
+        self.local = range(start, stop)
+        self.observer: Observe | None = None
+
+    def load(self, source: WeightSource) -> None:
+        hidden, inner, total = self.config.hidden_size, self.config.moe_intermediate_size, self.config.n_routed_experts
+        shard = self.mesh.moe_tp
+        self.gate_up = source.experts(
+            self.name, ("gate_proj", "up_proj"), self.local, total, (inner, hidden), Cut(OUT, shard)
+        )
+        self.down = source.experts(self.name, ("down_proj",), self.local, total, (hidden, inner), Cut(IN, shard))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if len(self.local) < self.config.n_routed_experts:
+            here = (ids >= self.local.start) & (ids < self.local.stop)
+            ids = torch.where(here, ids - self.local.start, -1)
+        return ops.experts_mlp(x, ids, weights, self.gate_up, self.down, self.observer)
+
+
+class MoE(nn.Module):
+    """Routed plus shared experts. Partial sums over ranks; the shared expert is cut over the tensor-parallel ranks."""
+
+    def __init__(self, name: str, config, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+        self.gate = Router(f"{name}.gate", config)
+        self.experts = RoutedExperts(f"{name}.experts", config, mesh)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            inner = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = GatedMLP(f"{name}.shared_experts", config.hidden_size, inner, mesh)
+
+    def load(self, source: WeightSource) -> None:
+        self.gate.load(source)
+        self.experts.load(source)
+        if self.shared_experts:
+            self.shared_experts.load(source)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        routed = self.mesh.reduce_experts(self.experts(x, *self.gate(x)))
+        if not self.shared_experts:
+            return routed
+        return routed + self.mesh.reduce_attention(self.shared_experts(x))

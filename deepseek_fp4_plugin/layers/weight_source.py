@@ -1,0 +1,157 @@
+"""WeightSource: hands each layer its weights from a checkpoint, this rank's slice only, in the device's layout.
+
+A layer names its tensors (Hugging Face names) and says along which axis it is cut; everything about files, formats,
+slices and devices is here.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.parallel.mesh import WHOLE, Mesh, Shard
+
+OUT, IN = 0, 1
+_FP8_BLOCK = 128
+_NVFP4_BLOCK = 16
+
+
+class Cut(NamedTuple):
+    """A slice of a weight: `shard` of the parts along axis OUT or IN."""
+
+    axis: int
+    shard: Shard
+
+
+UNCUT = Cut(OUT, WHOLE)
+
+
+class WeightSource:
+    """Reads one rank's weights. `activations` applies to NVFP4 weights; `backend` None lets `kernels.select` choose."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        mesh: Mesh | None = None,
+        activations: Activations = "bf16",
+        backend: str | None = None,
+    ):
+        self.reader = reader
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.mesh = mesh or Mesh()
+        self.activations: Activations = activations
+        self.backend = backend
+        self.used: set[str] = set()
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None, cut: Cut = UNCUT) -> Tensor:
+        """An unquantized tensor, checked against the whole `shape`, cut, on the device, in `dtype` or the model's."""
+        return self._read(name, tuple(shape), cut).to(self.device, dtype or self.dtype, copy=True)
+
+    def linear(self, modules: Sequence[str], out_features: Sequence[int], in_features: int, cut: Cut) -> PreparedWeight:
+        """A linear, or several of the same input fused along their outputs; sizes are those of the whole weights."""
+        parts = [self._parts(module, out, in_features, cut) for module, out in zip(modules, out_features, strict=True)]
+        return self._prepare(parts)
+
+    def experts(
+        self, prefix: str, projections: Sequence[str], experts: range, total: int, sizes: tuple[int, int], cut: Cut
+    ) -> PreparedWeight:
+        """Stacked experts: `<prefix>.<expert>.<projection>` for each of `experts`, fused over `projections`.
+
+        sizes: whole (out, in) of each projection.  total: all experts of the layer; the activation scale is the
+        largest over all of them, also those of other ranks, as run-time kernels use one per layer.
+        """
+        stacks = []
+        for projection in projections:
+            slots = [self._parts(f"{prefix}.{expert}.{projection}", *sizes, cut) for expert in experts]
+            if len({slot.format for slot in slots}) > 1:
+                raise CheckpointError(f"{prefix}.*.{projection}: experts of one layer differ in weight format")
+            scale = self._largest_input_scale(prefix, projection, total, slots[0].format)
+            stacks.append(_stack(slots, scale))
+        return self._prepare(stacks)
+
+    def _prepare(self, parts: Sequence[WeightTensors]) -> PreparedWeight:
+        return ops.prepare(parts, self.device, self.dtype, self.activations, self.backend)
+
+    def _parts(self, module: str, out_features: int, in_features: int, cut: Cut) -> WeightTensors:
+        weight_format = detect_format(self.reader, module)
+        if weight_format is WeightFormat.PLAIN:
+            weight = self._read(f"{module}.weight", (out_features, in_features), cut)
+            return WeightTensors(weight_format, weight.to(self.dtype))
+        if weight_format is WeightFormat.NVFP4:
+            if (in_features // (cut.shard.count if cut.axis == IN else 1)) % _NVFP4_BLOCK:
+                raise ValueError(
+                    f"{module}: {in_features} inputs cut {cut.shard.count} ways do not leave whole NVFP4 blocks of 16"
+                )
+            return WeightTensors(
+                weight_format,
+                self._read(f"{module}.weight", (out_features, in_features // 2), cut),
+                self._read(f"{module}.weight_scale", (out_features, in_features // _NVFP4_BLOCK), cut),
+                self._read(f"{module}.weight_scale_2", (), UNCUT),
+                self._input_scale(module),
+            )
+        return self._fp8_parts(module, (out_features, in_features), cut)
+
+    def _fp8_parts(self, module: str, shape: tuple[int, int], cut: Cut) -> WeightTensors:
+        weight = self._read(f"{module}.weight", shape, cut)
+        scale_shape = tuple(-(-size // _FP8_BLOCK) for size in shape)
+        scale = self._read(f"{module}.weight_scale_inv", scale_shape, UNCUT)
+        if cut.shard.count == 1:
+            return WeightTensors(WeightFormat.FP8_BLOCK, weight, scale)
+        start, stop = cut.shard.bounds(shape[cut.axis], module)
+        # A slice may begin or end inside a block: describe it with the largest block size that divides its bounds.
+        fine = next(size for size in (128, 64, 32, 16, 8, 4, 2, 1) if start % size == 0 and (stop - start) % size == 0)
+        scale = scale.repeat_interleave(_FP8_BLOCK // fine, cut.axis).narrow(
+            cut.axis, start // fine, (stop - start) // fine
+        )
+        block = (fine, _FP8_BLOCK) if cut.axis == OUT else (_FP8_BLOCK, fine)
+        return WeightTensors(WeightFormat.FP8_BLOCK, weight, scale.contiguous(), fp8_block=block)
+
+    def _input_scale(self, module: str) -> Tensor | None:
+        name = f"{module}.input_scale"
+        return self._read(name, (), UNCUT) if name in self.reader else None
+
+    def _largest_input_scale(
+        self, prefix: str, projection: str, total: int, weight_format: WeightFormat
+    ) -> Tensor | None:
+        if weight_format is not WeightFormat.NVFP4:
+            return None
+        scales = [self._input_scale(f"{prefix}.{expert}.{projection}") for expert in range(total)]
+        present = [scale for scale in scales if scale is not None]
+        return torch.stack(present).amax() if len(present) == total else None
+
+    def _read(self, name: str, shape: tuple[int, ...], cut: Cut) -> Tensor:
+        info = self.reader.info(name)
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{name} in {self.reader.folder} has shape {list(info.shape)}; config.json implies {list(shape)}"
+            )
+        self.used.add(name)
+        if cut.shard.count == 1:
+            return self.reader.get(name)
+        start, stop = cut.shard.bounds(shape[cut.axis], name)
+        return self.reader.get_slice(name, cut.axis, start, stop)
+
+
+def _stack(slots: Sequence[WeightTensors], input_scale: Tensor | None) -> WeightTensors:
+    """Put expert e's tensors into slot e of stacked ones."""
+
+    def stacked(tensors: list[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else torch.stack(tensors)
+
+    return WeightTensors(
+        slots[0].format,
+        torch.stack([slot.weight for slot in slots]),
+        stacked([slot.scale for slot in slots]),
+        stacked([slot.scale_2 for slot in slots]),
+        input_scale,
+        slots[0].fp8_block,
+    )

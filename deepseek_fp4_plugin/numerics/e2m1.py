@@ -1,0 +1,49 @@
+"""E2M1, the 4-bit float: one sign bit, two exponent bits, one mantissa bit.
+
+Codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign, so code 8 is minus zero. There is no infinity and
+no NaN. Rounding is to the nearest value, ties to the even code; larger magnitudes saturate at 6. See docs/format.md.
+"""
+
+import torch
+from torch import Tensor
+
+MAX = 6.0
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# Midpoints between neighbours. A tie at an odd-numbered midpoint rounds up, because the code above it is even.
+_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_TIES_UP = (0.75, 1.75, 3.5)
+
+
+def encode(x: Tensor) -> Tensor:
+    """Round every element of `x` to its nearest E2M1 code.
+
+    x: any shape, any floating dtype.  Returns uint8 codes 0..15, same shape.
+    The sign bit is `x < 0`: minus zero becomes code 0, a negative that rounds to zero becomes code 8. Infinities
+    saturate; NaN becomes code 7, as in ModelOpt (callers that must refuse NaN check before).
+    """
+    magnitude = x.abs().float()
+    midpoints = torch.tensor(_MIDPOINTS, device=x.device)
+    codes = torch.bucketize(magnitude, midpoints).to(torch.uint8)  # midpoints strictly below the magnitude
+    for tie in _TIES_UP:
+        codes += magnitude == tie
+    return codes + ((x < 0).to(torch.uint8) << 3)
+
+
+def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of E2M1 `codes` (uint8, 0..15, any shape), exact in every dtype from BF16 up."""
+    return torch.tensor(VALUES, dtype=dtype, device=codes.device)[codes.long()]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte along the last axis, the even element in the low nibble.
+
+    codes: uint8 [..., n], n even.  Returns uint8 [..., n / 2].  Raises ValueError when n is odd.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"cannot pack an odd number of 4-bit values: last axis is {codes.shape[-1]}")
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`: uint8 [..., n / 2] to uint8 codes [..., n]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,1 @@
+"""Ranks: who holds which slice, and how partial results meet."""
