@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import select
-from deepseek_fp4_plugin.kernels.reference.attention import absorbed_attention, expanded_attention
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
@@ -85,6 +84,38 @@ def experts_mlp(
     observe: see kernels/reference/moe.py; for calibration.  Returns [T, hidden].
     """
     return gate_up.backend.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+
+
+def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of one request's newest T tokens over its context of S >= T.
+
+    q: [T, heads, d].  k: [S, heads, d].  v: [S, heads, dv].  Returns [T, heads, dv].
+    """
+    return select.attention(q.device).expanded_attention(q, k, v, scale)
+
+
+def absorbed_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+) -> Tensor:
+    """Attention of each request's few newest tokens over the paged latent cache.
+
+    q_latent: [T, heads, latent], q_rope: [T, heads, rope].  cache: [blocks, block_size, latent + rope] BF16, FP32 or
+    E4M3, the newest tokens' entries already in it; anything may lie in slots past a request's context.
+    block_tables: int64 [R, B].  query_start: int64 [R + 1].  context_lens: int64 [R], newest tokens included.
+    max_query, max_context: host bounds of both.  Returns [T, heads, latent].
+    """
+    backend = select.attention(q_latent.device)
+    return backend.absorbed_attention(
+        q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
+    )
 
 
 def _to(part: WeightTensors, device: torch.device) -> WeightTensors:

@@ -27,6 +27,11 @@ def backend(name: str) -> ModuleType:
         raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(BACKENDS)}") from None
 
 
+def attention(device: torch.device) -> ModuleType:
+    """The backend whose attention runs on `device`."""
+    return decoded
+
+
 def has_fp4_tensor_cores(device: torch.device) -> bool:
     """True on NVIDIA GPUs of compute capability 10.0 and above."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10

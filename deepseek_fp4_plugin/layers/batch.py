@@ -2,37 +2,55 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Chunk(NamedTuple):
+    """A prompt chunk: rows [start, stop) of the batch belong to request `request`, whose context is `context` long."""
+
+    request: int
+    start: int
+    stop: int
+    context: int
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
-    """T tokens of R requests, request after request; short queries (decode, drafts) before long ones (prompt chunks).
+    """T tokens of R requests, request after request: short queries (decode, drafts) first, then prompt chunks.
 
-    input_ids: int64 [T].  positions: int64 [T].  query_start: int32 [R + 1], where each request's tokens begin.
+    input_ids: int64 [T].  positions: int64 [T].
     With a cache: slot_mapping int64 [T] (block * block_size + offset, where a token's latent goes), block_tables
-    int32 [R, B], context_lens int32 [R] (tokens in the cache after this forward). Without one all three are None and
-    every request's tokens are its whole context.
-    num_decode_requests: how many leading requests have a query short enough for absorbed attention.
+    int64 [R, B], context_lens int64 [R] (tokens in the cache after this forward). Without one all three are None and
+    every chunk's tokens are its whole context.
+    query_start: int64 [num_decode_requests + 1], where each short query begins; they attend in absorbed form.
+    max_query, max_context: host bounds of the short queries, so that no kernel must ask the device.
+    chunks: the others; they attend one after the other in expanded form.
     """
 
     input_ids: Tensor
     positions: Tensor
-    query_start: Tensor
     slot_mapping: Tensor | None = None
     block_tables: Tensor | None = None
     context_lens: Tensor | None = None
+    query_start: Tensor | None = None
     num_decode_requests: int = 0
+    num_decode_tokens: int = 0
+    max_query: int = 0
+    max_context: int = 0
+    chunks: tuple[Chunk, ...] = ()
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "ForwardBatch":
         """Whole sequences, no cache: for calibration, tests and plain scoring."""
-        lengths = [len(sequence) for sequence in sequences]
-        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        chunks, start = [], 0
+        for request, sequence in enumerate(sequences):
+            chunks.append(Chunk(request, start, start + len(sequence), len(sequence)))
+            start += len(sequence)
         return cls(
             input_ids=torch.tensor([token for sequence in sequences for token in sequence], device=device),
-            positions=torch.cat([torch.arange(length, device=device) for length in lengths]),
-            query_start=starts.to(device),
+            positions=torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences]),
+            chunks=tuple(chunks),
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear, column_parallel, row_parallel
 from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.layers.weight_source import OUT, Cut, WeightSource
@@ -60,15 +60,15 @@ class MLA(nn.Module):
         q_nope, q_rope = self._queries(x, cos, sin)
         entries = self._latents(x, cos, sin)
         if cache is not None:
-            cache.flatten(0, 1)[batch.slot_mapping] = entries.to(cache.dtype)
-        starts = batch.query_start.tolist()
-        split = starts[batch.num_decode_requests]
+            _store(cache, batch.slot_mapping, entries)
+        split = batch.num_decode_tokens
         outputs = []
         if split:
+            assert cache is not None
             outputs.append(self._absorbed(q_nope[:split], q_rope[:split], batch, cache))
-        for request in range(batch.num_decode_requests, len(starts) - 1):
-            rows = slice(starts[request], starts[request + 1])
-            context = entries[rows] if cache is None else self._gather(cache, batch, request, x.dtype)
+        for chunk in batch.chunks:
+            rows = slice(chunk.start, chunk.stop)
+            context = entries[rows] if cache is None else _gather(cache, batch, chunk, x.dtype)
             outputs.append(self._expanded(q_nope[rows], q_rope[rows], context))
         attended = torch.cat(outputs) if outputs else q_nope.new_empty(0, self.heads, self.config.v_head_dim)
         return self.mesh.reduce_attention(self.o_proj(attended.flatten(1)))
@@ -85,12 +85,6 @@ class MLA(nn.Module):
         latent, rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         return torch.cat((self.kv_a_layernorm(latent), ops.rotary(rope.unsqueeze(1), cos, sin).squeeze(1)), -1)
 
-    def _gather(self, cache: Tensor, batch: ForwardBatch, request: int, dtype: torch.dtype) -> Tensor:
-        """One request's whole context from the cache: [S, latent + rope]."""
-        length = int(batch.context_lens[request])
-        blocks = batch.block_tables[request, : -(-length // cache.shape[1])]
-        return cache[blocks].flatten(0, 1)[:length].to(dtype)
-
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
         latent, rope = context.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         k_nope = torch.einsum("sl,hnl->shn", latent, self.w_uk)
@@ -100,14 +94,35 @@ class MLA(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
         q_latent = torch.einsum("thn,hnl->thl", q_nope, self.w_uk)
+        assert batch.block_tables is not None and batch.query_start is not None and batch.context_lens is not None
         requests = batch.num_decode_requests
         attended = ops.absorbed_attention(
             q_latent,
             q_rope,
             cache,
             batch.block_tables[:requests],
-            batch.query_start[: requests + 1],
+            batch.query_start,
             batch.context_lens[:requests],
+            batch.max_query,
+            batch.max_context,
             self.config.softmax_scale,
         )
         return torch.einsum("thl,hvl->thv", attended, self.w_uv)
+
+
+def _gather(cache: Tensor, batch: ForwardBatch, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    """A chunk's whole context from the cache: [S, latent + rope]."""
+    assert batch.block_tables is not None
+    blocks = batch.block_tables[chunk.request, : -(-chunk.context // cache.shape[1])]
+    raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache  # FP8 tensors cannot be indexed
+    return raw[blocks].flatten(0, 1)[: chunk.context].view(cache.dtype).to(dtype)
+
+
+def _store(cache: Tensor, slots: Tensor | None, entries: Tensor) -> None:
+    """Write entries [T, latent + rope] at their slots; an FP8 cache saturates instead of overflowing to NaN."""
+    assert slots is not None
+    if cache.dtype == torch.float8_e4m3fn:
+        entries = entries.float().clamp(-448.0, 448.0).to(cache.dtype)
+        cache.view(torch.uint8).flatten(0, 1)[slots] = entries.view(torch.uint8)
+    else:
+        cache.flatten(0, 1)[slots] = entries.to(cache.dtype)

@@ -45,18 +45,21 @@ def test_absorbed_equals_expanded(tiny_fp8):
     with torch.inference_mode():
         expected = model(ForwardBatch.from_sequences([sequence]))
         cache = torch.full((4, 6, 8, model.config.latent_dim), float("nan"))  # unread memory is poisoned
-        table = torch.tensor([[5, 0, 3]], dtype=torch.int32)
+        table = torch.tensor([[5, 0, 3]])
         got = []
         for start in range(0, 21, 3):
             positions = torch.arange(start, start + 3)
             batch = ForwardBatch(
                 input_ids=torch.tensor(sequence[start : start + 3]),
                 positions=positions,
-                query_start=torch.tensor([0, 3], dtype=torch.int32),
-                slot_mapping=table[0, positions // 8].long() * 8 + positions % 8,
+                slot_mapping=table[0, positions // 8] * 8 + positions % 8,
                 block_tables=table,
-                context_lens=torch.tensor([start + 3], dtype=torch.int32),
+                context_lens=torch.tensor([start + 3]),
+                query_start=torch.tensor([0, 3]),
                 num_decode_requests=1,
+                num_decode_tokens=3,
+                max_query=3,
+                max_context=start + 3,
             )
             got.append(model(batch, cache))
     assert (torch.cat(got) - expected).abs().max() < 1e-4

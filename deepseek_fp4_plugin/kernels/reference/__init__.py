@@ -1,6 +1,7 @@
 """Plain torch for every operation, written to be read: keeps the checkpoint's bytes, decodes in FP32 on every call."""
 
+from deepseek_fp4_plugin.kernels.reference.attention import absorbed_attention, expanded_attention
 from deepseek_fp4_plugin.kernels.reference.linear import dense, linear, prepare
 from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp
 
-__all__ = ["dense", "experts_mlp", "linear", "prepare"]
+__all__ = ["absorbed_attention", "dense", "expanded_attention", "experts_mlp", "linear", "prepare"]

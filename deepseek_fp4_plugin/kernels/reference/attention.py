@@ -10,11 +10,8 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q: [T, heads, d].  k: [S, heads, d] and v: [S, heads, dv], S >= T; query t sees keys 0 .. S - T + t.
     Scores and softmax FP32.  Returns [T, heads, dv] in q's dtype.
     """
-    length, context = q.shape[0], k.shape[0]
     scores = torch.einsum("thd,shd->hts", q.float(), k.float()) * scale
-    if length > 1:
-        future = torch.ones(length, context, dtype=torch.bool, device=q.device).triu(context - length + 1)
-        scores = scores.masked_fill(future, float("-inf"))
+    scores = scores.masked_fill(_future(q.shape[0], k.shape[0], q.device), float("-inf"))
     return torch.einsum("hts,shv->thv", scores.softmax(-1), v.float()).to(q.dtype)
 
 
@@ -25,26 +22,31 @@ def absorbed_attention(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
+    max_query: int,
+    max_context: int,
     scale: float,
 ) -> Tensor:
-    """Attention of a few newest tokens of each request, in latent space.
+    """Attention of the few newest tokens of each request, in latent space, one request after the other.
 
     q_latent: [T, heads, latent], q_rope: [T, heads, rope].  cache: [blocks, block_size, latent + rope], the newest
-    tokens' entries already in it.  block_tables: [R, B].  query_start: int [R + 1].  context_lens: int [R], the newest
-    tokens included.  Returns [T, heads, latent] in q's dtype.
+    tokens' entries already in it.  block_tables: int [R, B].  query_start: int [R + 1].  context_lens: int [R], the
+    newest tokens included.  max_query and max_context bound both; unused here.
+    Returns [T, heads, latent] in q's dtype.
     """
     output = torch.empty_like(q_latent)
-    latent = q_latent.shape[-1]
+    latent, block_size = q_latent.shape[-1], cache.shape[1]
     starts, contexts = query_start.tolist(), context_lens.tolist()
-    block_size = cache.shape[1]
-    for request, context in enumerate(contexts):
-        rows = slice(starts[request], starts[request + 1])
+    for request in range(len(starts) - 1):
+        rows, context = slice(starts[request], starts[request + 1]), contexts[request]
         blocks = block_tables[request, : -(-context // block_size)]
-        entries = cache[blocks].flatten(0, 1)[:context].float()
+        entries = torch.stack([cache[int(block)].float() for block in blocks]).flatten(0, 1)[:context]
         q = torch.cat((q_latent[rows], q_rope[rows]), -1).float()
         scores = torch.einsum("thd,sd->hts", q, entries) * scale
-        length = q.shape[0]
-        future = torch.ones(length, context, dtype=torch.bool, device=q.device).triu(context - length + 1)
-        scores = scores.masked_fill(future, float("-inf"))
+        scores = scores.masked_fill(_future(q.shape[0], context, q.device), float("-inf"))
         output[rows] = torch.einsum("hts,sd->thd", scores.softmax(-1), entries[:, :latent]).to(output.dtype)
     return output
+
+
+def _future(length: int, context: int, device: torch.device) -> Tensor:
+    """True where a key lies after the query: [length, context]."""
+    return torch.ones(length, context, dtype=torch.bool, device=device).triu(context - length + 1)

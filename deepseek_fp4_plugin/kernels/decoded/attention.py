@@ -1,0 +1,58 @@
+"""Attention through the platform's batched matrix products."""
+
+import torch
+from torch import Tensor
+
+
+def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """See kernels/reference/attention.py; heads in front, fused softmax."""
+    length, context = q.shape[0], k.shape[0]
+    mask = None
+    if 1 < length < context:
+        mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
+    heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
+    )
+    return output.squeeze(0).transpose(0, 1)
+
+
+def absorbed_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+) -> Tensor:
+    """See kernels/reference/attention.py; all requests at once, padded to the longest query and context."""
+    requests, latent = context_lens.shape[0], q_latent.shape[-1]
+    blocks = block_tables[:, : -(-max_context // cache.shape[1])]
+    # A row of the block table past a request's blocks may hold anything: masked scores must not meet NaN values.
+    key = torch.arange(blocks.shape[1] * cache.shape[1], device=cache.device)
+    present = key < context_lens.unsqueeze(1)
+    in_use = present[:, :: cache.shape[1]]
+    raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+    entries = raw[torch.where(in_use, blocks, 0)].flatten(1, 2).view(cache.dtype).to(q_latent.dtype)
+    entries = entries.masked_fill(~present.unsqueeze(-1), 0)
+    lengths = query_start.diff()
+    q = torch.cat((q_latent, q_rope), -1)
+    padded = q.shape[0] != requests * max_query
+    if padded:
+        row = torch.arange(max_query, device=q.device).expand(requests, -1)
+        source = (query_start[:-1, None] + row).clamp(max=q.shape[0] - 1)
+        q = q[source]
+    else:
+        row = torch.arange(max_query, device=q.device).expand(requests, -1)
+        q = q.unflatten(0, (requests, max_query))
+    heads = q.shape[2]
+    scores = (q.flatten(1, 2) @ entries.transpose(1, 2)).float() * scale  # [R, Q * heads, S]
+    position = context_lens.unsqueeze(1) - lengths.unsqueeze(1) + row  # of each query
+    visible = key <= position.unsqueeze(-1)  # [R, Q, S]
+    scores = scores.unflatten(1, (max_query, heads)).masked_fill(~visible.unsqueeze(2), float("-inf"))
+    weights = scores.softmax(-1).to(q.dtype).flatten(1, 2)
+    output = (weights @ entries[..., :latent]).unflatten(1, (max_query, heads))
+    return output[row < lengths.unsqueeze(1)] if padded else output.flatten(0, 1)

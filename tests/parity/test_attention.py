@@ -1,0 +1,68 @@
+"""Attention kernels against the reference: mixed query lengths, long contexts, poisoned memory."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.kernels import ops, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    queries: tuple[int, ...]
+    contexts: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype = torch.float32
+
+
+CASES = [
+    Case("one row", (1,), (1,)),
+    Case("equal queries", (1, 1, 1), (5, 32, 33)),
+    Case("drafts", (4, 4), (4, 70)),
+    Case("mixed queries", (1, 4, 2), (9, 64, 2)),
+    Case("bf16", (2, 1), (40, 17), torch.bfloat16, torch.bfloat16),
+    Case("fp8 cache", (2, 1), (40, 17), torch.bfloat16, torch.float8_e4m3fn),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_absorbed_attention(case):
+    heads, latent, rope, block = 4, 32, 16, 16
+    blocks_each = [-(-context // block) for context in case.contexts]
+    total = sum(blocks_each) + 2
+    cache = torch.randn(total, block, latent + rope).to(case.cache_dtype)
+    order = torch.randperm(total).tolist()
+    width = max(blocks_each) + 1
+    tables = torch.full((len(case.contexts), width), order[-1])  # past a request's blocks: any block id
+    for row, (count, context) in enumerate(zip(blocks_each, case.contexts, strict=True)):
+        mine = [order.pop(0) for _ in range(count)]
+        tables[row, :count] = torch.tensor(mine)
+        if context % block and case.cache_dtype != torch.float8_e4m3fn:
+            cache[mine[-1], context % block :] = float("nan")  # unread memory is poisoned
+    if case.cache_dtype != torch.float8_e4m3fn:
+        cache[order[-1]] = float("nan")
+    q_latent = torch.randn(sum(case.queries), heads, latent, dtype=case.dtype)
+    q_rope = torch.randn(sum(case.queries), heads, rope, dtype=case.dtype)
+    arguments = (
+        q_latent,
+        q_rope,
+        cache,
+        tables,
+        torch.tensor([0, *case.queries]).cumsum(0),
+        torch.tensor(case.contexts),
+        max(case.queries),
+        max(case.contexts),
+        0.2,
+    )
+    expected = reference.absorbed_attention(*arguments).float()
+    error = (ops.absorbed_attention(*arguments).float() - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if case.dtype == torch.float32 else 2e-2)  # BF16 probabilities carry 8 bits
+
+
+@pytest.mark.parametrize(("length", "context"), [(1, 1), (1, 9), (7, 7), (3, 20)])
+def test_expanded_attention(length, context):
+    q, k, v = torch.randn(length, 4, 24), torch.randn(context, 4, 24), torch.randn(context, 4, 16)
+    expected = reference.expanded_attention(q, k, v, 0.3)
+    assert (ops.expanded_attention(q, k, v, 0.3) - expected).abs().max() < 1e-5
