@@ -1,0 +1,46 @@
+"""The paged latent cache: one tensor for every layer, [layers, blocks, block_size, latent + rope]."""
+
+import psutil
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
+
+# Without an explicit size a CPU cache takes at most this share of the machine's memory, and at most this many bytes:
+# it shares the machine with everything else. Its pages cost nothing until they are written.
+_CPU_SHARE, _CPU_LIMIT = 1 / 8, 4 << 30
+
+
+def bytes_per_token(config: DeepseekV3Config, layers: int, dtype: torch.dtype) -> int:
+    """One token's latents over all layers."""
+    return layers * config.latent_dim * dtype.itemsize
+
+
+def num_blocks(
+    token_bytes: int,
+    block_size: int,
+    wanted_tokens: int,
+    device: torch.device,
+    free_memory_fraction: float = 0.9,
+    max_tokens: int | None = None,
+) -> int:
+    """How many blocks to allocate.
+
+    wanted_tokens: what the requests allowed at once could ever fill.  max_tokens: the caller's own limit.
+    free_memory_fraction: share of the GPU memory left after loading; means nothing on a CPU.
+    """
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * free_memory_fraction)
+    else:
+        budget = int(min(_CPU_LIMIT, psutil.virtual_memory().total * _CPU_SHARE))
+    tokens = min(wanted_tokens, budget // token_bytes)
+    if max_tokens is not None:
+        tokens = min(max_tokens, tokens) if device.type == "cuda" else min(max_tokens, wanted_tokens)
+    return max(1, tokens // block_size)
+
+
+def allocate(
+    config: DeepseekV3Config, layers: int, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The cache. Uninitialised: no kernel reads a slot that was not written."""
+    return torch.empty(layers, blocks, block_size, config.latent_dim, dtype=dtype, device=device)

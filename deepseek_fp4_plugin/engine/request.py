@@ -1,0 +1,155 @@
+"""Request: one sequence being generated, and everything the scheduler knows about it."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from deepseek_fp4_plugin.engine.step_plan import Sampling, TokenLogprobs
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked; the others go on."""
+
+
+class StopText(Protocol):
+    """What stop strings ask of a text; see engine/output.py."""
+
+    def add(self, tokens: Sequence[int], last: bool) -> str:
+        """The text that `tokens` let out."""
+        ...
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was met."""
+        ...
+
+
+class GrammarState(Protocol):
+    """What structured output asks of a grammar; see engine/grammar.py."""
+
+    def masks(self, drafts: Sequence[int]) -> np.ndarray:
+        """int32 [len(drafts) + 1, ceil(vocab / 32)]: the tokens allowed now and after each draft."""
+        ...
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take emitted tokens."""
+        ...
+
+
+@dataclass(slots=True)
+class SpeculationCounts:
+    """Drafts verified and accepted, by position in the draft (first draft first), for one phase."""
+
+    steps: int = 0
+    emitted: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def record(self, drafted: int, accepted: int, emitted: int) -> None:
+        self.steps += 1
+        self.emitted += emitted
+        if drafted > len(self.drafted):
+            more = [0] * (drafted - len(self.drafted))
+            self.drafted += more
+            self.accepted += more
+        for i in range(drafted):
+            self.drafted[i] += 1
+        for i in range(accepted):
+            self.accepted[i] += 1
+
+    def add(self, other: "SpeculationCounts") -> None:
+        self.steps += other.steps
+        self.emitted += other.emitted
+        for mine, theirs in ((self.drafted, other.drafted), (self.accepted, other.accepted)):
+            mine += [0] * (len(theirs) - len(mine))
+            for i, count in enumerate(theirs):
+                mine[i] += count
+
+
+@dataclass(slots=True)
+class Stopping:
+    """When a request ends, beside its grammar and its stop strings."""
+
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()  # end-of-text and the request's own
+    eos_ids: frozenset[int] = frozenset()  # those that are no `stop_reason`
+    min_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """`token_ids` are the prompt and what was emitted; of these, `num_computed` have their latents in the cache."""
+
+    request_id: int
+    token_ids: list[int]
+    sampling: Sampling
+    stopping: Stopping
+    priority: int = 0  # higher runs first
+    deadline: float | None = None  # time.monotonic() seconds
+    salt: str | None = None
+    relaxed_topk: int = 1
+    relaxed_delta: float = 0.0  # inside the thinking phase
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_text: StopText | None = None
+    grammar: GrammarState | None = None
+
+    num_prompt_tokens: int = field(init=False)
+    arrival: int = 0  # order of arrival, set by the scheduler
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    blocks: "array[int]" = field(default_factory=lambda: array("q"))
+    hashes: list[bytes] = field(default_factory=list)  # of the full blocks registered so far
+    drafts: list[int] = field(default_factory=list)
+    thinking: bool = False  # the prompt, or what was emitted, is inside <think>
+    num_preemptions: int = 0
+    num_prompt_logprobs: int = 0  # delivered
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    thinking_counts: SpeculationCounts = field(default_factory=SpeculationCounts)
+    answer_counts: SpeculationCounts = field(default_factory=SpeculationCounts)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def simple(self) -> bool:
+        """Nothing about this request's sampling must be worked out anew at each step."""
+        return not (self.grammar or self.bad_words or self.stopping.min_tokens or self.sampling.penalized)
+
+    def banned(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids that may not come, after the known tokens and after each draft: len(drafts) + 1 tuples."""
+        first, minimum = self.num_output_tokens, self.stopping.min_tokens
+        if first >= minimum and not self.bad_words:
+            return ()
+        text = self.token_ids + self.drafts if self.bad_words else self.token_ids
+        rows = []
+        for i in range(len(self.drafts) + 1):
+            row = list(self.stopping.stop_ids) if first + i < minimum else []
+            end = len(self.token_ids) + i
+            for word in self.bad_words:
+                prefix = list(word[:-1])
+                if end - len(prefix) >= 0 and text[end - len(prefix) : end] == prefix:
+                    row.append(word[-1])
+            rows.append(tuple(row))
+        return tuple(rows)
+
+
+@dataclass(slots=True)
+class Emission:
+    """What one step gave one request: the engine's side of a stream. The last one has a `finish_reason`."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)  # which of `tokens` had been drafted
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    text: str | None = None  # set where stop strings made the engine decode; else the reader decodes
+    finish_reason: str | None = None  # "stop", "length", "timeout", "cancelled"
+    stop_reason: int | str | None = None

@@ -1,0 +1,83 @@
+"""What crosses between the scheduler and the ranks that compute: plain, picklable data; no Request, no tensor."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Sampling(NamedTuple):
+    """How one request's tokens are chosen; fixed for its life, so a plan's rows share it by reference."""
+
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: int | None = None  # this many best tokens beside the chosen one
+    prompt_logprobs: int | None = None
+
+    @property
+    def penalized(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class PlanRow(NamedTuple):
+    """One request's share of a step: compute `tokens` at positions `start`, `start + 1`, ...
+
+    The last `num_drafts` tokens are drafts to verify. Where `sample` is set, the rows of the last known token and of
+    every draft are sampled; elsewhere (a prompt chunk that does not reach the end) `next_token` is the known token
+    behind the chunk, which the MTP module needs.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: "array[int]"
+    num_drafts: int
+    sample: bool
+    next_token: int
+    sampling: Sampling
+    relaxed_topk: int = 1  # 1: strict verification
+    relaxed_delta: float = 0.0
+    history: Sequence[int] = ()  # prompt and output, for penalties only
+    num_prompt_tokens: int = 0
+    banned: tuple[tuple[int, ...], ...] = ()  # token ids that each sampled row must not give
+    masks: np.ndarray | None = None  # int32 [num_drafts + 1, ceil(vocab / 32)], a set bit allows its token
+    prompt_skip: int = 0
+    prompt_targets: Sequence[int] = ()  # known tokens behind tokens[prompt_skip:], whose log-probabilities are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    rows: list[PlanRow]
+    num_tokens: int
+
+
+class Logprob(NamedTuple):
+    """Natural logarithm of a token's probability under the model, and its rank (1 is the most probable)."""
+
+    logprob: float
+    rank: int
+
+
+TokenLogprobs = dict[int, Logprob]  # the chosen token first, then the best ones
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Row by row of the plan."""
+
+    tokens: list[list[int]]  # emitted: accepted drafts and one more; empty where nothing was sampled
+    drafts: list[list[int]]  # proposed for the next step
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> one a emitted token
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> one a prompt target
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    draft_seconds: float = 0.0
