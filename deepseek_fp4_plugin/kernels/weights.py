@@ -10,6 +10,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 
 Activations = Literal["bf16", "fp4"]
+OptionalTensor = Any  # a Tensor; None where the weight's format has none, which `format` says
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class WeightTensors:
 
     format: WeightFormat
     weight: Tensor
-    scale: Tensor | None = None
-    scale_2: Tensor | None = None
-    input_scale: Tensor | None = None
+    scale: OptionalTensor = None
+    scale_2: OptionalTensor = None
+    input_scale: OptionalTensor = None
     fp8_block: tuple[int, int] = (128, 128)
 
     @property
@@ -51,5 +52,5 @@ class PreparedWeight:
     in_features: int
     dtype: torch.dtype
     activations: Activations
-    input_scale: Tensor | None
+    input_scale: OptionalTensor
     data: Any

@@ -45,7 +45,7 @@ class MLA(nn.Module):
 
     def load(self, source: WeightSource) -> None:
         for part in self.children():
-            part.load(source)
+            part.load(source)  # type: ignore[operator]
         c = self.config
         rows = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
         kv_b = source.linear([f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.mesh.tp))
@@ -75,7 +75,7 @@ class MLA(nn.Module):
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[T, heads, nope] and rotated [T, heads, rope]."""
-        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # type: ignore[misc]
         c = self.config
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         return q_nope, ops.rotary(q_rope, cos, sin)

@@ -14,7 +14,7 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.parallel.mesh import WHOLE, Mesh, Shard
 
 OUT, IN = 0, 1
@@ -144,7 +144,7 @@ class WeightSource:
 def _stack(slots: Sequence[WeightTensors], input_scale: Tensor | None) -> WeightTensors:
     """Put expert e's tensors into slot e of stacked ones."""
 
-    def stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    def stacked(tensors: list[OptionalTensor]) -> OptionalTensor:
         return None if tensors[0] is None else torch.stack(tensors)
 
     return WeightTensors(

@@ -41,7 +41,7 @@ class DeepseekV3DecoderLayer(nn.Module):
 
     def load(self, source: WeightSource) -> None:
         for part in self.children():
-            part.load(source)
+            part.load(source)  # type: ignore[operator]
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, batch, cache)

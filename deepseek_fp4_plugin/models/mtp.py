@@ -33,7 +33,7 @@ class DeepseekV3MTP(nn.Module):
 
     def load(self, source: WeightSource) -> None:
         for part in self.children():
-            part.load(source)
+            part.load(source)  # type: ignore[operator]
 
     def forward(
         self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None

@@ -8,12 +8,12 @@ Two layouts, as TensorRT-LLM's `tp_size`/`ep_size` define them:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """Part `index` of `count` equal parts along an axis."""
 
     index: int

@@ -10,9 +10,9 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     mask = None
     if 1 < length < context:
         mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
-    heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     output = torch.nn.functional.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
+        q, k, v, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
     )
     return output.squeeze(0).transpose(0, 1)
 

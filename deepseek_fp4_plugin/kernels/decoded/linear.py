@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
-from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import nvfp4
 
 
@@ -21,7 +21,7 @@ class Decoded(NamedTuple):
 
 
 def prepare(
-    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: Tensor | None
+    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
 ) -> PreparedWeight:
     if parts[0].format is WeightFormat.NVFP4:
         values = torch.cat([nvfp4.block_values(part.weight, part.scale, dtype) for part in parts], -2)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 
 
 def prepare(
-    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: Tensor | None
+    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
 ) -> PreparedWeight:
     """Keep the parts as they are; the product concatenates their outputs."""
     return PreparedWeight(
