@@ -26,6 +26,11 @@ class StopText(Protocol):
         """The stop string that was met."""
         ...
 
+    @property
+    def num_kept_tokens(self) -> int:
+        """How many of the tokens belong to the output once `stop` was met."""
+        ...
+
 
 class GrammarState(Protocol):
     """What structured output asks of a grammar; see engine/grammar.py."""
