@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
-from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestMetrics, RequestOutput
+from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.engine.request import Emission, Request
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 

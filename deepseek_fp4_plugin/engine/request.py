@@ -44,34 +44,40 @@ class GrammarState(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class SpeculationCounts:
-    """Drafts verified and accepted, by position in the draft (first draft first), for one phase."""
+    """What verification gave in one phase: how many sampled steps had how many drafts, and accepted how many."""
 
-    steps: int = 0
-    emitted: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    __slots__ = ("outcomes",)
 
-    def record(self, drafted: int, accepted: int, emitted: int) -> None:
-        self.steps += 1
-        self.emitted += emitted
-        if drafted > len(self.drafted):
-            more = [0] * (drafted - len(self.drafted))
-            self.drafted += more
-            self.accepted += more
-        for i in range(drafted):
-            self.drafted[i] += 1
-        for i in range(accepted):
-            self.accepted[i] += 1
+    def __init__(self, outcomes: dict[tuple[int, int], int] | None = None):
+        self.outcomes = dict(outcomes or {})  # (drafted, accepted) -> steps
 
     def add(self, other: "SpeculationCounts") -> None:
-        self.steps += other.steps
-        self.emitted += other.emitted
-        for mine, theirs in ((self.drafted, other.drafted), (self.accepted, other.accepted)):
-            mine += [0] * (len(theirs) - len(mine))
-            for i, count in enumerate(theirs):
-                mine[i] += count
+        for outcome, steps in other.outcomes.items():
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + steps
+
+    @property
+    def steps(self) -> int:
+        return sum(self.outcomes.values())
+
+    @property
+    def emitted(self) -> int:
+        """Tokens: the accepted drafts and one more in each step."""
+        return sum((accepted + 1) * steps for (_, accepted), steps in self.outcomes.items())
+
+    @property
+    def drafted(self) -> list[int]:
+        """Steps that verified a first, second, ... draft."""
+        return self._by_position(0)
+
+    @property
+    def accepted(self) -> list[int]:
+        """Steps that accepted a first, second, ... draft."""
+        return self._by_position(1)
+
+    def _by_position(self, which: int) -> list[int]:
+        longest = max((drafted for drafted, _ in self.outcomes), default=0)
+        return [sum(n for outcome, n in self.outcomes.items() if outcome[which] > i) for i in range(longest)]
 
 
 @dataclass(slots=True)
@@ -103,6 +109,7 @@ class Request:
 
     num_prompt_tokens: int = field(init=False)
     arrival: int = 0  # order of arrival, set by the scheduler
+    watched: frozenset[int] = frozenset()  # tokens that change more than the text, set by the scheduler
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the prefix cache when first scheduled
     blocks: "array[int]" = field(default_factory=lambda: array("q"))

@@ -48,6 +48,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         request.arrival = self._arrivals
         self._arrivals += 1
+        request.watched = request.stopping.stop_ids.union(self.think_ids or ())
         if self.think_ids:
             request.thinking = self.think_ids[0] in request.token_ids
         self._wait(request)
@@ -127,8 +128,9 @@ class Scheduler:
                     emissions.append(Emission(request, prompt_logprobs=prompt_logprobs))
                 continue
             num_accepted = len(emitted) - 1
-            counts = request.thinking_counts if request.thinking else request.answer_counts
-            counts.record(len(request.drafts), num_accepted, len(emitted))
+            outcomes = (request.thinking_counts if request.thinking else request.answer_counts).outcomes
+            outcome = (len(request.drafts), num_accepted)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
             request.num_computed = len(request.token_ids) + num_accepted
             tokens, reason = self._append(request, emitted)
             emission = Emission(request, tokens, [True] * num_accepted + [False], prompt_logprobs=prompt_logprobs)
@@ -266,6 +268,9 @@ class Scheduler:
         """Append emitted tokens up to a stop; those appended, and why the request ends, if it does."""
         stopping, ids = request.stopping, request.token_ids
         limit = min(request.num_prompt_tokens + stopping.max_tokens, self.max_seq_len)
+        if len(ids) + len(tokens) < limit and request.watched.isdisjoint(tokens):
+            ids += tokens
+            return tokens, None
         think = self.think_ids
         for index, token in enumerate(tokens):
             ids.append(token)
