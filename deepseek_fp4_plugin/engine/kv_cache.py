@@ -5,10 +5,19 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 # Without an explicit size a CPU cache takes at most this share of the machine's memory, and at most this many bytes:
 # it shares the machine with everything else. Its pages cost nothing until they are written.
 _CPU_SHARE, _CPU_LIMIT = 1 / 8, 4 << 30
+
+
+def resolve_dtype(choice: str, model: DeepseekV3ForCausalLM) -> torch.dtype:
+    """auto: FP8 where the checkpoint says so and the model computes in BF16, else the model's own dtype."""
+    own = model.model.embed_tokens.weight.dtype
+    if choice == "auto":
+        choice = "fp8" if model.quantization.kv_cache_quant_algo == "FP8" and own is torch.bfloat16 else "own"
+    return {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "own": own}[choice]
 
 
 def bytes_per_token(config: DeepseekV3Config, layers: int, dtype: torch.dtype) -> int:

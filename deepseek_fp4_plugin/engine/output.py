@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deepseek_fp4_plugin.engine.request import Emission
-from deepseek_fp4_plugin.engine.step_plan import Logprob, TokenLogprobs
+from deepseek_fp4_plugin.engine.step_plan import TokenLogprobs
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
-
-__all__ = ["CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "StopStrings", "TokenLogprobs"]
 
 
 class StopStrings:
@@ -152,6 +150,11 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.outputs[0].text
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs] | None:

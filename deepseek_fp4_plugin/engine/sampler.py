@@ -129,8 +129,9 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
 
 def _look_up(cdf: Tensor, u: Tensor) -> Tensor:
     """First index at which an unnormalized cdf, FP64 [N, M], exceeds u of its total."""
-    threshold = (u * cdf[:, -1]).unsqueeze(1)
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+    total = cdf[:, -1]
+    below = total.nextafter(torch.zeros_like(total))  # u just under 1 may round up to all of it
+    return torch.searchsorted(cdf, (u * total).minimum(below).unsqueeze(1), right=True).squeeze(1)
 
 
 def token_logprobs(logits: Tensor, chosen: Sequence[int], count: int) -> list[TokenLogprobs]:

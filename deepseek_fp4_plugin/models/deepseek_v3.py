@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.kernels.weights import Activations
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.embedding import LanguageModelHead, VocabEmbedding
@@ -95,6 +96,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.config = config
         self.mesh = mesh or Mesh()
         self.path: Path | None = None  # where the weights came from; LLM finds the tokenizer there
+        self.quantization = QuantConfig()  # what that checkpoint says of itself
         self.model = DeepseekV3Model(config, self.mesh)
         self.lm_head = LanguageModelHead("lm_head", config.vocab_size, config.hidden_size, self.mesh)
         self.mtp = DeepseekV3MTP(config, self.mesh) if config.num_nextn_predict_layers else None

@@ -8,7 +8,8 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.hub import resolve
-from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.kernels import select
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
@@ -49,6 +50,7 @@ def load_model(
     model = DeepseekV3ForCausalLM(config, mesh)
     load_weights(model, source, progress)
     model.path = folder
+    model.quantization = QuantConfig.from_folder(folder, read_json(folder / "config.json"))
     reader.close()
     return model.eval()
 

@@ -1,0 +1,238 @@
+"""LLM: load a checkpoint and generate text. The signature follows TensorRT-LLM's LLM API.
+
+    from deepseek_fp4_plugin import LLM, SamplingParams
+
+    with LLM(model="r1_nano") as llm:
+        for output in llm.generate(["What is 7 + 8?"], SamplingParams(max_tokens=64)):
+            print(output.outputs[0].text)
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from deepseek_fp4_plugin.config import EngineConfig, SamplingParams
+from deepseek_fp4_plugin.engine import kv_cache
+from deepseek_fp4_plugin.engine.admission import Admission
+from deepseek_fp4_plugin.engine.async_engine import AsyncEngine, RequestHandle
+from deepseek_fp4_plugin.engine.block_manager import BlockManager
+from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
+from deepseek_fp4_plugin.engine.model_runner import ModelRunner
+from deepseek_fp4_plugin.engine.output import RequestOutput
+from deepseek_fp4_plugin.engine.request import RequestError
+from deepseek_fp4_plugin.engine.scheduler import Scheduler
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.tokenizer import Tokenizer
+
+__all__ = ["LLM", "RequestError", "RequestHandle", "RequestOutput"]
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model behind an engine of its own.
+
+    model: a folder, a Hugging Face id, `r1_nano`, or a DeepseekV3ForCausalLM.  tokenizer: another folder's, if any.
+    config: everything else at once; or give EngineConfig's fields as keyword arguments (TensorRT-LLM's names).
+    progress: called with (parts loaded, parts in all).
+    Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments that cannot.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | DeepseekV3ForCausalLM = "r1_nano",
+        tokenizer: str | Path | Tokenizer | None = None,
+        *,
+        config: EngineConfig | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **kwargs: Any,
+    ):
+        loaded = model if isinstance(model, DeepseekV3ForCausalLM) else None
+        name = str(model) if loaded is None else str(loaded.path or "model")
+        if config is None:
+            config = EngineConfig.from_kwargs(model=name, **kwargs)
+        elif kwargs:
+            raise ValueError(f"give either config or {', '.join(kwargs)}, not both")
+        self.config = config
+        device = torch.device(config.resolved_device() if loaded is None else _device_of(loaded))
+        for line in config.ignored_settings(device.type):
+            logger.warning(line)
+        if loaded is None:
+            loaded = load_model(name, config.dtype, device, config.nvfp4_activations, progress=progress)
+        self.model = loaded
+        self.tokenizer = _tokenizer(tokenizer or config.tokenizer, loaded.path)
+        engine = _engine(config, loaded, device, self.tokenizer)
+        self._admission = Admission(
+            self.tokenizer,
+            loaded.config.vocab_size,
+            engine.max_request_tokens,
+            config.max_new_tokens,
+            config.speculative_config,
+            config.seed,
+        )
+        self._engine = AsyncEngine(engine)
+
+    def generate(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = False,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generate for one prompt (text or token ids) or a list of them; one RequestOutput each, in order.
+
+        sampling_params: one for all, or one each.  use_tqdm: show a progress bar.  timeout: seconds for each request.
+        Raises ValueError for a request that cannot be served; none is then started.
+        """
+        single = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
+        prompts = cast("list[Prompt]", [inputs] if single else list(inputs))
+        many = isinstance(sampling_params, Sequence)
+        if many and len(cast("Sequence", sampling_params)) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(sampling_params)} sampling_params")  # type: ignore[arg-type]
+        each = list(cast("Sequence", sampling_params)) if many else [sampling_params] * len(prompts)
+        handles = [
+            self._admission.handle(p, _params(s), False, priority, timeout, cache_salt)
+            for p, s in zip(prompts, each, strict=True)
+        ]
+        for handle in handles:
+            for request in handle.requests:
+                self._engine.engine.check(request)
+        try:
+            for handle in handles:
+                self._engine.submit(handle)
+            outputs = [handle.result() for handle in _with_bar(handles, use_tqdm)]
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
+        return outputs[0] if single else outputs
+
+    def generate_async(
+        self,
+        inputs: Prompt,
+        sampling_params: SamplingParams | None = None,
+        streaming: bool = False,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+    ) -> RequestHandle:
+        """Start one request and return at once. Iterate the handle (`for` or `async for`), or take its `.result()`.
+
+        priority: higher is served first.  timeout: seconds until it ends with finish reason "timeout".
+        cache_salt: requests share cached prefixes only with those of the same salt.
+        """
+        handle = self._admission.handle(inputs, _params(sampling_params), streaming, priority, timeout, cache_salt)
+        self._engine.submit(handle)
+        return handle
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        streaming: bool = False,
+        **template_arguments: Any,
+    ) -> RequestOutput | RequestHandle:
+        """Generate the assistant's next turn; a RequestOutput, or when streaming its handle."""
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer")
+        ids = self.tokenizer.encode_chat(messages, **template_arguments)
+        handle = self.generate_async(ids, sampling_params, streaming)
+        return handle if streaming else handle.result()
+
+    def abort(self, handle: RequestHandle) -> None:
+        """Stop a request; its output so far is still delivered, with finish reason "cancelled"."""
+        handle.abort()
+
+    def get_stats(self) -> EngineStats:
+        """Counters and times since the engine started."""
+        return self._engine.stats()
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError when the engine has stopped."""
+        self._engine.check_health()
+
+    def shutdown(self) -> None:
+        """Cancel what is running and stop the engine's thread. The LLM is of no use afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+
+def _engine(config: EngineConfig, model: DeepseekV3ForCausalLM, device: torch.device, tokenizer) -> LLMEngine:
+    """Cache, runner and scheduler of the sizes that the configuration, or this machine, allows."""
+    num_drafts = _num_drafts(config, model)
+    shape, cache_config = model.config, config.kv_cache_config
+    layers = shape.num_hidden_layers + (1 if num_drafts else 0)
+    dtype = kv_cache.resolve_dtype(cache_config.dtype, model)
+    block_size = cache_config.tokens_per_block
+    max_seq_len = min(config.max_seq_len or shape.max_position_embeddings, shape.max_position_embeddings)
+    blocks = kv_cache.num_blocks(
+        kv_cache.bytes_per_token(shape, layers, dtype),
+        block_size,
+        config.max_batch_size * (max_seq_len + num_drafts + block_size),
+        device,
+        cache_config.free_gpu_memory_fraction,
+        cache_config.max_tokens,
+    )
+    cache = kv_cache.allocate(shape, layers, blocks, block_size, dtype, device)
+    think_ids = None
+    if tokenizer is not None and tokenizer.think_start_id is not None and tokenizer.think_end_id is not None:
+        think_ids = (tokenizer.think_start_id, tokenizer.think_end_id)
+    scheduler = Scheduler(
+        BlockManager(blocks, block_size, cache_config.enable_block_reuse, lookahead=1 if num_drafts else 0),
+        config.max_batch_size,
+        config.max_num_tokens,
+        max_seq_len,
+        num_drafts,
+        think_ids,
+    )
+    return LLMEngine(scheduler, ModelRunner(model, cache, num_drafts), shape.vocab_size)
+
+
+def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:
+    if config.speculative_config is None:
+        return 0
+    if model.mtp is None:
+        raise ValueError("speculative_config asks for MTP, but this checkpoint has no MTP layer; leave it out")
+    return config.speculative_config.num_nextn_predict_layers
+
+
+def _tokenizer(given: str | Path | Tokenizer | None, path: Path | None) -> Tokenizer | None:
+    if isinstance(given, Tokenizer):
+        return given
+    folder = Path(given) if given is not None else path
+    if folder is None or (given is None and not (folder / "tokenizer.json").is_file()):
+        return None
+    return Tokenizer.from_folder(folder)
+
+
+def _params(given: Any) -> SamplingParams:
+    return SamplingParams() if given is None else SamplingParams.from_any(given)
+
+
+def _device_of(model: DeepseekV3ForCausalLM) -> torch.device:
+    return model.model.norm.weight.device
+
+
+def _with_bar(handles: list[RequestHandle], show: bool):
+    if not show:
+        return handles
+    from rich.progress import track
+
+    return track(handles, description="generating")

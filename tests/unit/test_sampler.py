@@ -1,0 +1,138 @@
+"""Sampling: distributions by chi-square, cuts against a plain reference, seeds against company."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_fp4_plugin.engine import sampler
+from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    n = len(u)
+
+    def full(value, dtype):
+        return torch.full((n,), value, dtype=dtype)
+
+    return sampler.draw(
+        logits.expand(n, -1).contiguous(),
+        full(temperature, torch.float32),
+        full(top_k, torch.int64),
+        full(top_p, torch.float64),
+        full(min_p, torch.float64),
+        u,
+    )
+
+
+def reference_support(logits, temperature, top_k, top_p, min_p) -> set[int]:
+    """Tokens left by min-p, top-k and top-p over the top-k's renormalized mass, in plain Python."""
+    p = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    order = order[: top_k or len(order)]
+    mass = sum(p[i] for i in order)
+    kept, total = [], 0.0
+    for i in order:
+        if kept and (total >= top_p * mass or p[i] < min_p * p[order[0]]):
+            break
+        kept.append(i)
+        total += p[i]
+    return set(kept)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([300, 1000]),
+    st.sampled_from([0.3, 1.0, 3.0]),
+    st.sampled_from([0, 1, 5, 280]),
+    st.sampled_from([0.1, 0.6, 0.95, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_cuts(seed, vocab, temperature, top_k, top_p, min_p):
+    torch.manual_seed(seed)
+    logits = torch.randn(1, vocab) * 2
+    drawn = set(draw(logits, torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1], temperature, top_k, top_p, min_p).tolist())
+    support = reference_support(logits[0], temperature, top_k, top_p, min_p)
+    assert drawn <= support
+    p = (logits[0].double() / temperature).softmax(-1)
+    likely = {i for i in support if p[i] / sum(p[j] for j in support) > 1e-3}
+    assert likely <= drawn
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Statistic over its mean, in standard deviations; tokens expected less than 5 times are pooled."""
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic, freedom = float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draws_follow_the_distribution(top_p):
+    torch.manual_seed(1)
+    logits = torch.randn(1, 64)
+    n = 40_000
+    u = torch.from_numpy(sampler.uniform(np.arange(n, dtype=np.uint64), np.full(n, 7, dtype=np.uint64)))
+    tokens = draw(logits, u, top_p=top_p)
+    support = reference_support(logits[0], 1.0, 0, top_p, 0.0)
+    p = np.array([x if i in support else 0.0 for i, x in enumerate(logits[0].double().softmax(-1).tolist())])
+    counts = np.bincount(tokens.numpy(), minlength=64)
+    assert abs(chi_square(counts, p / p.sum() * n)) < 4
+    assert chi_square(counts, np.full(64, n / 64)) > 50  # the test can fail
+
+
+def test_uniform_numbers_are_uniform_over_seeds_and_over_positions():
+    n = 100_000
+    many = np.arange(n, dtype=np.uint64)
+    for seeds, positions in ((many, np.full(n, 3, np.uint64)), (np.full(n, 3, np.uint64), many)):
+        u = sampler.uniform(seeds, positions)
+        counts = np.histogram(u, bins=100, range=(0, 1))[0]
+        assert abs(chi_square(counts, np.full(100, n / 100))) < 4
+        assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02
+
+
+def row(**sampling) -> PlanRow:
+    return PlanRow([1], 10, [], 0, True, -1, Sampling(**sampling))
+
+
+def test_a_seeded_row_does_not_depend_on_its_company():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 500)
+    seeded = row(greedy=False, seed=5, top_p=0.9)
+    others = [row(), row(greedy=False, seed=6, top_k=3)]
+    alone = sampler.sample(logits[:1].clone(), [seeded], [0])
+    crowd = sampler.sample(logits[[1, 0, 2]].clone(), [others[0], seeded, others[1]], [0, 1, 2])
+    assert alone[0] == crowd[1]
+    assert crowd[0] == logits[1].argmax()
+
+
+def test_penalties_count_the_drafts_before_a_row():
+    s = Sampling(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=2.0)
+    plan = PlanRow([3, 4], 10, [], 1, True, -1, s, history=[2, 3], num_prompt_tokens=1)
+    logits = torch.ones(2, 6)
+    sampler.process(logits, plan)
+    assert logits[0].tolist() == [1, 1, 0.5, 0.5 - 1.5, 1, 1]
+    assert logits[1].tolist() == [1, 1, 0.5, 0.5 - 1.5, 0.5 - 1.5, 1]
+
+
+def test_bias_bans_and_masks():
+    mask = np.zeros((1, 2), dtype=np.int32)
+    mask[0, 0], mask[0, 1] = 0b1110, 0b1
+    plan = row(logit_bias=((1, 2.0),))._replace(banned=((2,),), masks=mask)
+    logits = torch.zeros(1, 40)
+    sampler.process(logits, plan)
+    allowed = (logits[0] > -torch.inf).nonzero().flatten().tolist()
+    assert allowed == [1, 3, 32]
+    assert logits[0, 1] == 2.0
+
+
+def test_logprobs_have_the_chosen_token_first():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    (entry,) = sampler.token_logprobs(logits, [1], 2)
+    assert list(entry) == [1, 3, 2]
+    assert entry[1].rank == 3
+    assert entry[3].logprob == pytest.approx(logits.log_softmax(-1)[0, 3].item())
