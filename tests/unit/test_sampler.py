@@ -68,7 +68,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     expected = np.append(expected[~rare], expected[rare].sum())
     counts, expected = counts[expected > 0], expected[expected > 0]
     statistic, freedom = float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
-    return (statistic - freedom) / (2 * freedom) ** 0.5
+    return (statistic - freedom) / (2 * freedom) ** 0.5 if freedom else 0.0
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
