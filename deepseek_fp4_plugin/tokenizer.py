@@ -1,0 +1,270 @@
+"""Text to token ids and back: tokenizer.json through the `tokenizers` library, the chat template through Jinja.
+
+Only byte-level tokenizers, as all of DeepSeek's are: a token is a byte string, a text is its tokens' bytes as UTF-8.
+So a stream is decoded token by token without looking back, and nothing is shown before its last byte is there.
+"""
+
+import codecs
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+THINK_START, THINK_END = "<think>", "</think>"
+_TURN_STARTS = ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>")  # the assistant's own words follow
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Give `from_folder` its folder.
+
+    bos_id, pad_id: None where the folder names none.  eos_ids: every id that ends a text.
+    think_start_id, think_end_id: of <think> and </think>, None where they are not single tokens.
+    turn_start_ids: the last id of a prompt behind which the assistant begins to speak.
+    generation_defaults: what generation_config.json says of do_sample, temperature, top_p and top_k.
+    chat_template: Jinja source, None without one.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ):
+        """settings: tokenizer_config.json.  generation: generation_config.json.  Raises ValueError, see from_folder."""
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            raise ValueError(
+                "its tokenizer is not a byte-level one (its decoder is not ByteLevel), and only those are read"
+            )
+        settings, generation = settings or {}, generation or {}
+        self.backend = backend
+        self.chat_template = chat_template
+        self._special_texts = {
+            name: text
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (text := _text(settings, name))
+        }
+        self.bos_id = self._special_id("bos_token", generation.get("bos_token_id"))
+        ends = generation.get("eos_token_id")
+        ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+        eos = self._special_id("eos_token", ends[0] if ends else None)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(([] if eos is None else [eos]) + ends))
+        self.pad_id = self._special_id("pad_token", eos)
+        self.generation_defaults = {
+            name: generation[name]
+            for name in ("do_sample", "temperature", "top_p", "top_k")
+            if generation.get(name) is not None
+        }
+        self._add_bos = bool(settings.get("add_bos_token")) and self.bos_id is not None
+        self.think_start_id, self.think_end_id = self.token_id(THINK_START), self.token_id(THINK_END)
+        self.turn_start_ids = frozenset(i for text in _TURN_STARTS if (i := self.token_id(text)) is not None)
+        self._added = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
+        self._special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint folder: tokenizer.json, and beside it tokenizer_config.json,
+        chat_template.jinja and generation_config.json where there are any.
+
+        Raises ValueError naming the file that is missing or cannot be used.
+        """
+        folder = Path(folder)
+        path = folder / TOKENIZER_NAME
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, so {folder} has no tokenizer; copy it from the original checkpoint")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{path} is not a usable tokenizer: {_one_line(error)}") from None
+        settings = _json(folder / CONFIG_NAME)
+        try:
+            return cls(backend, settings, _json(folder / "generation_config.json"), _template(folder, settings))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included. A model may have rows above, which no token has."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_id(self) -> int:
+        """The id that a text is closed with. Raises ValueError where the folder names none."""
+        if not self.eos_ids:
+            raise ValueError(f"neither {CONFIG_NAME} nor generation_config.json names an end-of-text token")
+        return self.eos_ids[0]
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token written `text`, None without one."""
+        return self.backend.token_to_id(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The token's bytes, perhaps no whole character; none for an id without a token."""
+        found = self._bytes.get(token)
+        if found is None:
+            if token in self._added:
+                found = self._added[token].encode()
+            else:
+                symbols = self.backend.id_to_token(token) or ""
+                table = _byte_of_symbol()
+                if all(symbol in table for symbol in symbols):
+                    found = bytes(table[symbol] for symbol in symbols)
+                else:
+                    found = symbols.encode()
+            self._bytes[token] = found
+        return found
+
+    def is_special(self, token: int) -> bool:
+        """True for tokens that skip_special_tokens leaves out. DeepSeek's <think> and tool markers are not."""
+        return token in self._special
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. add_special_tokens: with BOS in front, if tokenizer_config.json or tokenizer.json says so."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode at character {error.start} (a lone surrogate)") from None
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._add_bos and ids[:1] != [self.bos_id]:
+            assert self.bos_id is not None
+            ids = [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text. Bytes that are no UTF-8 become U+FFFD; an id without a token has no text."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **arguments: Any,
+    ) -> str:
+        """The prompt that a chat becomes, special tokens written out (so encode it without adding any).
+
+        chat_template: Jinja source in place of the checkpoint's.  arguments: further variables of the template.
+        Raises ValueError without a template and for messages that it refuses.
+        """
+        source = chat_template if chat_template is not None else self.chat_template
+        if source is None:
+            raise ValueError("this tokenizer has no chat template; give plain prompts, or a chat_template")
+        try:
+            return _compiled(source).render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_texts,
+                **arguments,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is wrong at line {error.lineno}: {error.message}") from None
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses these messages: {_one_line(error)}") from None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """Token ids of apply_chat_template, which takes the same arguments. BOS is the template's affair."""
+        return self.encode(self.apply_chat_template(messages, **arguments), add_special_tokens=False)
+
+    def _special_id(self, name: str, otherwise: int | None) -> int | None:
+        """The id of a special token's text; `otherwise` where the settings name none."""
+        text = self._special_texts.get(name)
+        if text is None:
+            return otherwise
+        found = self.token_id(text)
+        if found is None:
+            raise ValueError(f"{CONFIG_NAME} says {name} is {text!r}, which {TOKENIZER_NAME} does not have")
+        return found
+
+
+class IncrementalDetokenizer:
+    """Text of a growing list of ids, as it comes. What is given out, joined, is the text of all the ids.
+
+    A character whose bytes are not all there yet is held back; `flush` gives what is left at the end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that `ids` let out."""
+        tokenizer = self._tokenizer
+        pieces = (tokenizer.token_bytes(i) for i in ids if not (self._skip and tokenizer.is_special(i)))
+        return self._decoder.decode(b"".join(pieces))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD: no more will come."""
+        return self._decoder.decode(b"", final=True)
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """The byte that each printable symbol of a byte-level vocabulary stands for (GPT-2's table)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    """The template as Hugging Face compiles it, in a sandbox: it comes with the checkpoint, from anyone."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], autoescape=False
+    )
+    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the config's template, of several the one named default."""
+    path = folder / TEMPLATE_NAME
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        return next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+    return found
+
+
+def _text(settings: Mapping[str, Any], name: str) -> str | None:
+    value = settings.get(name)
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
