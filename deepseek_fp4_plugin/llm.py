@@ -1,10 +1,10 @@
 """LLM: load a checkpoint and generate text. The signature follows TensorRT-LLM's LLM API.
 
-    from deepseek_fp4_plugin import LLM, SamplingParams
+from deepseek_fp4_plugin import LLM, SamplingParams
 
-    with LLM(model="r1_nano") as llm:
-        for output in llm.generate(["What is 7 + 8?"], SamplingParams(max_tokens=64)):
-            print(output.outputs[0].text)
+with LLM(model="r1_nano") as llm:
+    for output in llm.generate(["What is 7 + 8?"], SamplingParams(max_tokens=64)):
+        print(output.outputs[0].text)
 """
 
 import logging
@@ -21,14 +21,16 @@ from deepseek_fp4_plugin.engine.async_engine import AsyncEngine, RequestHandle
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
-from deepseek_fp4_plugin.engine.output import RequestOutput
+from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.engine.request import RequestError
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
+from deepseek_fp4_plugin.engine.step_plan import Logprob
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.loading import load_model
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
-__all__ = ["LLM", "RequestError", "RequestHandle", "RequestOutput"]
+__all__ = ["LLM", "CompletionOutput", "EngineStats", "Logprob", "RequestError", "RequestHandle", "RequestOutput"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,26 @@ class LLM:
         """Counters and times since the engine started."""
         return self._engine.stats()
 
+    def get_iteration_stats(self) -> list[dict[str, Any]]:
+        """What each engine step since the last call did, the newest thousand at most. Times in seconds."""
+        return self._engine.engine.take_iterations()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's logits; a tokenizer may have fewer tokens."""
+        return self.model.config.vocab_size
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt and answer together that one request may have."""
+        return self._engine.engine.max_request_tokens
+
+    def memory_use(self) -> dict[str, int]:
+        """Bytes of the weights and of the latent cache."""
+        runner = self._engine.engine.runner
+        assert isinstance(runner, ModelRunner)
+        return {"weights": sum(_storages(self.model).values()), "cache": runner.cache.untyped_storage().nbytes()}
+
     def check_health(self) -> None:
         """Raises EngineDeadError when the engine has stopped."""
         self._engine.check_health()
@@ -172,6 +194,22 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+
+def _storages(holder: Any, found: dict[int, int] | None = None) -> dict[int, int]:
+    """Bytes of each tensor storage that a module or a prepared weight holds, by address."""
+    found = {} if found is None else found
+    if isinstance(holder, torch.Tensor):
+        storage = holder.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(holder, torch.nn.Module | PreparedWeight):
+        _storages(vars(holder), found)
+    elif isinstance(holder, dict):
+        _storages(list(holder.values()), found)
+    elif isinstance(holder, list | tuple):
+        for part in holder:
+            _storages(part, found)
+    return found
 
 
 def _engine(config: EngineConfig, model: DeepseekV3ForCausalLM, device: torch.device, tokenizer) -> LLMEngine:

@@ -1,9 +1,9 @@
 """LLMEngine: requests in, emissions out, one step at a time. Token ids only; text is its callers' affair."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from deepseek_fp4_plugin.engine.request import Emission, Request, RequestError, SpeculationCounts
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
@@ -52,6 +52,7 @@ class LLMEngine:
     def __init__(self, scheduler: Scheduler, runner: Runner, vocab_size: int):
         self.scheduler, self.runner, self.vocab_size = scheduler, runner, vocab_size
         self._stats = EngineStats()
+        self._iterations: deque[dict[str, Any]] = deque(maxlen=1000)
         self._finished: Counter[str] = Counter()
 
     @property
@@ -99,18 +100,38 @@ class LLMEngine:
         ran = time.perf_counter()
         emitted = self.scheduler.update(result)
         stats = self._stats
+        generated = 0
         for emission in emitted:
-            stats.generated_tokens += len(emission.tokens)
+            generated += len(emission.tokens)
             if emission.finish_reason is not None:
                 self._count(emission.request)
+        stats.generated_tokens += generated
         stats.steps += 1
         stats.computed_tokens += plan.num_tokens
         stats.schedule_seconds += planned - began
         stats.forward_seconds += result.forward_seconds
         stats.sample_seconds += result.sample_seconds
         stats.draft_seconds += result.draft_seconds
-        stats.update_seconds += time.perf_counter() - ran
+        ended = time.perf_counter()
+        stats.update_seconds += ended - ran
+        scheduler = self.scheduler
+        self._iterations.append(
+            {
+                "iteration": stats.steps,
+                "seconds": ended - began,
+                "requests": len(plan.rows),
+                "running": len(scheduler.running),
+                "waiting": scheduler.num_waiting,
+                "computed_tokens": plan.num_tokens,
+                "generated_tokens": generated,
+                "cache_blocks_used": scheduler.blocks.num_blocks - scheduler.blocks.num_free,
+            }
+        )
         return emissions + emitted if emissions else emitted
+
+    def take_iterations(self) -> list[dict[str, Any]]:
+        """One entry for each step since the last call, the newest thousand at most. Any thread may call it."""
+        return [self._iterations.popleft() for _ in range(len(self._iterations))]
 
     def stats(self) -> EngineStats:
         """The live counters, with the present state filled in."""

@@ -1,0 +1,186 @@
+"""The routes. Each turns a validated body into calls of `LLM`, and what comes back into OpenAI's form."""
+
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from deepseek_fp4_plugin import __version__
+from deepseek_fp4_plugin.llm import LLM
+from deepseek_fp4_plugin.serving import protocol
+from deepseek_fp4_plugin.serving.middleware import AccessLog, ApiKeys, BodyLimits
+from deepseek_fp4_plugin.serving.options import ServerOptions
+from deepseek_fp4_plugin.serving.pages import page
+from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.service import Service
+from deepseek_fp4_plugin.serving.streaming import to_json
+
+JSON = "application/json"
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": protocol.ErrorResponse, "description": "A field that is wrong, unknown or cannot be honoured"},
+    404: {"model": protocol.ErrorResponse, "description": "No such model"},
+    408: {"model": protocol.ErrorResponse, "description": "The body did not arrive in time"},
+    413: {"model": protocol.ErrorResponse, "description": "The body is too large"},
+    429: {"model": protocol.ErrorResponse, "description": "The queue is full; Retry-After says when to come back"},
+    503: {"model": protocol.ErrorResponse, "description": "The engine has failed, or the server is shutting down"},
+    504: {"model": protocol.ErrorResponse, "description": "The answer took longer than the server allows"},
+}
+_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events, with stream"}}}
+_DESCRIPTION = (
+    "OpenAI-compatible. Every field is honoured or refused with 400, none is ignored; unknown fields are refused. "
+    "Where the server has API keys, every path but /health wants `Authorization: Bearer KEY`."
+)
+
+
+class Json(JSONResponse):
+    """Compact UTF-8 that survives half surrogate pairs in an echoed value."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def error_response(error: ApiError) -> Response:
+    return Json(error.body(), error.status, headers=error.headers)
+
+
+def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
+    """The ASGI application of one loaded model. `model` is what the command line called it."""
+    service = Service(llm, options, model)
+    middleware = [Middleware(AccessLog, metrics=service.metrics)]
+    if options.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
+            )
+        )  # fmt: skip
+    if options.api_keys:
+        middleware.append(Middleware(ApiKeys, keys=options.api_keys))
+    middleware.append(Middleware(BodyLimits, max_bytes=options.max_body_bytes, timeout=options.body_timeout))
+    app = FastAPI(
+        title="deepseek-fp4 serve", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None,
+        middleware=middleware,
+    )  # fmt: skip
+    app.state.service = service
+    _add_error_handlers(app)
+    _add_generation_routes(app, service)
+    _add_information_routes(app, service)
+    _add_pages(app)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        message, param = protocol.describe_validation(error)
+        return error_response(ApiError(400, message, param=param))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            message = f"no such path: {request.url.path}"
+        elif error.status_code == 405:
+            message = f"{request.method} is not a method of {request.url.path}"
+        else:
+            message = str(error.detail)
+        kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
+        return error_response(ApiError(error.status_code, message, kind, headers=dict(error.headers or {}) or None))
+
+
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/chat/completions",
+        responses={200: {"model": protocol.ChatCompletion, "content": _STREAM}, **_ERRORS},
+        summary="Answer a chat",
+    )
+    async def chat_completions(request: Request, body: Annotated[ChatCompletionRequest, Body()]) -> Response:
+        return await service.chat(body, request.state.log)
+
+    @app.post(
+        "/v1/completions",
+        responses={200: {"model": protocol.Completion, "content": _STREAM}, **_ERRORS},
+        summary="Continue texts",
+    )
+    async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
+        return await service.complete(body, request.state.log)
+
+    @app.post("/tokenize", responses={200: {"model": protocol.TokenizeResponse}, **_some(400, 404, 408, 413)})
+    async def tokenize(body: Annotated[protocol.TokenizeRequest, Body()]) -> Response:
+        return Json(await run_in_threadpool(service.tokenize, body))
+
+    @app.post("/detokenize", responses={200: {"model": protocol.DetokenizeResponse}, **_some(400, 404, 408, 413)})
+    async def detokenize(body: Annotated[protocol.DetokenizeRequest, Body()]) -> Response:
+        return Json(await run_in_threadpool(service.detokenize, body))
+
+
+def _add_information_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_class=Response, responses=_some(503), summary="200 while requests can be answered")
+    async def health() -> Response:
+        service.check_health()
+        return Response(status_code=200)
+
+    @app.get("/health_generate", response_class=Response, responses=_some(429, 503), summary="Generates one token")
+    async def health_generate() -> Response:
+        await service.generate_one()
+        return Response(status_code=200)
+
+    @app.get("/version", responses={200: {"model": protocol.VersionResponse}})
+    async def version() -> Response:
+        return Json({"version": __version__})
+
+    @app.get("/v1/models", responses={200: {"model": protocol.ModelList}})
+    async def models() -> Response:
+        return Json({"object": "list", "data": service.model_cards()})
+
+    @app.get("/v1/models/{name:path}", responses={200: {"model": protocol.ModelCard}, **_some(404)})
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return Json(next(card for card in service.model_cards() if card["id"] == name))
+
+    @app.get("/server_info", responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}})
+    async def server_info() -> Response:
+        return Json(service.info())
+
+    for path in ("/metrics", "/prometheus/metrics"):
+        app.add_api_route(
+            path, _metrics_route(service), summary="Prometheus metrics", response_class=Response,
+            operation_id=path.strip("/").replace("/", "_"),
+            responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        )  # fmt: skip
+
+    @app.get("/iteration_stats", responses={200: {"content": {JSON: {"schema": {"type": "array"}}}}},
+             summary="Statistics of the engine's steps since this was last read")  # fmt: skip
+    async def iteration_stats() -> Response:
+        return Json(service.iteration_stats())
+
+
+def _metrics_route(service: Service) -> Any:
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return metrics
+
+
+def _add_pages(app: FastAPI) -> None:
+    playground, reference = page("index"), page("docs")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return playground
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return reference
+
+
+def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}

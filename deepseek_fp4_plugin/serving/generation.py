@@ -1,0 +1,348 @@
+"""One generation request from admission to its last byte: whole or streamed, chat or plain."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from deepseek_fp4_plugin.llm import CompletionOutput, RequestHandle, RequestOutput
+from deepseek_fp4_plugin.serving.logprobs import DraftedTokens, TokenTexts
+from deepseek_fp4_plugin.serving.metrics import Metrics
+from deepseek_fp4_plugin.serving.middleware import send_error
+from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.streaming import DONE, ChoiceParser, Delta, event, merge, to_json, until_disconnect
+
+logger = logging.getLogger(__name__)
+
+_JSON_HEADERS = [(b"content-type", b"application/json")]
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@dataclass(eq=False)
+class Job:
+    """What is running for one HTTP request, and what its log line will say."""
+
+    request: ChatCompletionRequest | CompletionRequest
+    handles: list[RequestHandle]
+    release: Callable[["Job"], None]
+    facts: dict[str, Any]
+    began: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    closed: bool = False
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)  # newest, by prompt
+
+    def abort(self) -> None:
+        """Stop generating; what waits for an output gets one that says `cancelled`."""
+        for handle in self.handles:
+            handle.abort()
+
+    def seen(self, prompt: int, output: RequestOutput) -> None:
+        self.outputs[prompt] = output
+        if self.first_token is None and any(choice.token_ids for choice in output.outputs):
+            self.first_token = time.perf_counter()
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far, over all prompts and choices."""
+        outputs = self.outputs.values()
+        prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        completion = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(output.metrics.cached_tokens for output in outputs)},
+        }
+
+    def close(self, metrics: Metrics) -> None:
+        """Free what is still running and settle the accounts. Called once, however the request ended."""
+        if self.closed:
+            return
+        self.closed = True
+        self.abort()
+        self.release(self)
+        now = time.perf_counter()
+        usage = self.usage()
+        self.facts |= {
+            "stream": self.request.stream,
+            "prompt_tokens": usage["prompt_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        }
+        if self.request.user is not None:
+            self.facts["user"] = self.request.user
+        if self.first_token is not None:
+            self.facts["first_token_seconds"] = round(self.first_token - self.began, 4)
+            metrics.first_token.observe(self.first_token - self.began)
+        reasons = [choice.finish_reason for output in self.outputs.values() for choice in output.outputs]
+        self.facts["finish_reasons"] = sorted({reason or "unfinished" for reason in reasons})
+        metrics.whole.observe(now - self.began)
+        for output in self.outputs.values():
+            metrics.prompt_length.observe(len(output.prompt_token_ids))
+            for choice in output.outputs:
+                metrics.finished.labels(choice.finish_reason or "unfinished").inc()
+                metrics.output_length.observe(len(choice.token_ids))
+                if self.first_token is not None and len(choice.token_ids) > 1:
+                    metrics.per_token.observe((now - self.first_token) / (len(choice.token_ids) - 1))
+
+
+class Answer(Response):
+    """Runs a job while the client is there; `parser` makes the parsers of each chat choice, None for plain ones."""
+
+    media_type = None
+
+    def __init__(
+        self,
+        job: Job,
+        model: str,
+        texts: TokenTexts,
+        metrics: Metrics,
+        parser: Callable[[], ChoiceParser] | None = None,
+        prompt_texts: list[str] | None = None,
+        think_end_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.job, self.model, self.texts, self.metrics, self.parser = job, model, texts, metrics, parser
+        self.prompt_texts = prompt_texts  # for echo
+        self.think_end_id = think_end_id  # to count reasoning tokens
+        self.chat = parser is not None
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+        self.created = int(time.time())
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        run = self._stream(send) if self.job.request.stream else self._whole(send)
+        try:
+            if not await until_disconnect(run, receive):
+                self.metrics.disconnected.inc()
+                self.job.facts["disconnected"] = True
+        finally:
+            self.job.close(self.metrics)
+
+    # ------------------------------------------------------------------ whole answers
+
+    async def _whole(self, send: Any) -> None:
+        try:
+            outputs = await asyncio.gather(*(handle.aresult() for handle in self.job.handles))
+            for prompt, output in enumerate(outputs):
+                self.job.seen(prompt, output)
+                _check(output)
+            body = to_json(self._body(list(outputs)))
+        except Exception as error:
+            await send_error(send, _as_api_error(error))
+            return
+        headers = [*_JSON_HEADERS, (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        choices = []
+        for prompt, output in enumerate(outputs):
+            for choice in output.outputs:
+                parser = self.parser() if self.parser else None
+                entry: dict[str, Any] = {"index": prompt * self.job.request.n + choice.index}
+                if parser is not None:
+                    entry["message"] = parser.message(choice.text)
+                    entry["logprobs"] = self._chat_logprobs(choice.token_ids, choice.logprobs)
+                else:
+                    entry |= self._plain_choice(prompt, output, choice)
+                entry["finish_reason"] = _finish_reason(choice, parser)
+                entry["stop_reason"] = choice.stop_reason
+                request = self.job.request
+                if request.prompt_logprobs is not None:
+                    entry["prompt_logprobs"] = self.texts.prompt_logprobs(
+                        output.prompt_token_ids, output.prompt_logprobs, request.prompt_logprobs
+                    )
+                if request.return_token_ids:
+                    entry |= {"token_ids": choice.token_ids, "prompt_token_ids": output.prompt_token_ids}
+                if request.return_accepted_drafts:
+                    entry["tokens"] = self.texts.drafted(
+                        choice.token_ids, choice.accepted_draft, request.skip_special_tokens
+                    )
+                choices.append(entry)
+        usage = self.job.usage()
+        if self.think_end_id is not None:
+            usage["completion_tokens_details"] = {
+                "reasoning_tokens": sum(
+                    _reasoning_tokens(choice.token_ids, self.think_end_id)
+                    for output in outputs
+                    for choice in output.outputs
+                )
+            }
+        return {**self._frame(chunk=False), "choices": choices, "usage": usage}
+
+    def _plain_choice(self, prompt: int, output: RequestOutput, choice: CompletionOutput) -> dict[str, Any]:
+        request = self.job.request
+        assert isinstance(request, CompletionRequest)
+        nothing = request.max_tokens == 0  # echo alone
+        text, ids, logprobs = ("", [], []) if nothing else (choice.text, choice.token_ids, choice.logprobs)
+        entry: dict[str, Any] = {"text": self._echoed(prompt) + text, "logprobs": None}
+        if request.logprobs is not None:
+            table = self.texts.completion_logprobs(ids, logprobs or [], request.logprobs)
+            if request.echo:
+                head = self.texts.completion_logprobs(
+                    output.prompt_token_ids, output.prompt_logprobs or [], request.logprobs
+                )
+                shift = len(self._echoed(prompt))
+                table["text_offset"] = [offset + shift for offset in table["text_offset"]]
+                table = {name: head[name] + table[name] for name in table}
+            entry["logprobs"] = table
+        return entry
+
+    def _echoed(self, prompt: int) -> str:
+        return self.prompt_texts[prompt] if self.prompt_texts is not None else ""
+
+    def _chat_logprobs(self, ids: list[int], logprobs: Any) -> dict[str, Any] | None:
+        request = self.job.request
+        assert isinstance(request, ChatCompletionRequest)
+        if not request.logprobs:
+            return None
+        return {"content": self.texts.chat_logprobs(ids, logprobs or [], request.top_logprobs or 0)}
+
+    def _frame(self, chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    # ------------------------------------------------------------------ streams
+
+    async def _stream(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        try:
+            async for data in self._events():
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:
+            # The status is out: a last event says what happened, and no [DONE] follows.
+            failure = _as_api_error(error).body()
+            await send({"type": "http.response.body", "body": event(failure), "more_body": False})
+            return
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        request, job = self.job.request, self.job
+        options = request.stream_options
+        choices: dict[int, _StreamedChoice] = {}
+        frame = self._frame(chunk=True)
+        running_usage = options is not None and options.continuous_usage_stats
+        async for prompt, output in merge([aiter(handle) for handle in job.handles]):
+            job.seen(prompt, output)
+            _check(output)
+            parts = []
+            for choice in output.outputs:
+                index = prompt * request.n + choice.index
+                streamed = choices.get(index)
+                if streamed is None:
+                    streamed = choices[index] = _StreamedChoice(self, prompt, index)
+                for entry in streamed.entries(output, choice):
+                    chunk = {**frame, "choices": [entry]}
+                    if running_usage:
+                        chunk["usage"] = job.usage()
+                    parts.append(event(chunk))
+            if parts:
+                yield b"".join(parts)
+        if options is not None and options.include_usage:
+            usage = job.usage()
+            if self.think_end_id is not None:
+                counts = [_reasoning_tokens(c.token_ids, self.think_end_id) for o in job.outputs.values()
+                          for c in o.outputs]  # fmt: skip
+                usage["completion_tokens_details"] = {"reasoning_tokens": sum(counts)}
+            yield event({**frame, "choices": [], "usage": usage})
+
+
+class _StreamedChoice:
+    """One choice of a stream: its parsers and how far it has come."""
+
+    def __init__(self, answer: Answer, prompt: int, index: int) -> None:
+        self.answer, self.prompt, self.index = answer, prompt, index
+        self.parser = answer.parser() if answer.parser else None
+        self.started = self.finished = False
+        self.offset = len(answer._echoed(prompt))
+        self.drafted = DraftedTokens(answer.texts.tokenizer, answer.job.request.skip_special_tokens)
+
+    def entries(self, output: RequestOutput, choice: CompletionOutput) -> list[dict[str, Any]]:
+        """The `choices` entries that a new output of the engine makes: none, one, or one for each tool call."""
+        if self.finished:
+            return []
+        request = self.answer.job.request
+        ids, first = choice.token_ids_diff, not self.started
+        self.finished = choice.finish_reason is not None
+        if self.parser is not None:
+            deltas = self.parser.feed(choice.text_diff, self.finished).split_calls()
+        else:
+            deltas = [Delta(content=choice.text_diff)]
+        wanted = getattr(request, "logprobs", None) not in (None, False) or request.return_accepted_drafts
+        if not (any(deltas) or self.finished or (wanted and ids) or (first and ids)):
+            return []
+        self.started = True
+        entries = []
+        for number, delta in enumerate(deltas):
+            last = number == len(deltas) - 1
+            entry: dict[str, Any] = {"index": self.index}
+            if self.parser is not None:
+                entry["delta"] = ({"role": "assistant", "content": ""} if first and not number else {}) | (
+                    delta.as_message()
+                )
+                logprobs = self.answer._chat_logprobs(ids, choice.logprobs_diff) if last else None
+            else:
+                entry["text"], logprobs = self._plain(output, choice, first)
+            entry["logprobs"] = logprobs
+            entry["finish_reason"] = _finish_reason(choice, self.parser) if self.finished and last else None
+            if self.finished and last:
+                entry["stop_reason"] = choice.stop_reason
+            if last and request.return_token_ids:
+                entry["token_ids"] = ids
+                if first:
+                    entry["prompt_token_ids"] = output.prompt_token_ids
+            if last and request.return_accepted_drafts:
+                entry["tokens"] = self.drafted.feed(ids, choice.accepted_draft_diff, self.finished)
+            entries.append(entry)
+        return entries
+
+    def _plain(self, output: RequestOutput, choice: CompletionOutput, first: bool) -> tuple[str, dict[str, Any] | None]:
+        request, texts = self.answer.job.request, self.answer.texts
+        assert isinstance(request, CompletionRequest)
+        nothing = request.max_tokens == 0
+        text, table = ("" if nothing else choice.text_diff), None
+        if request.logprobs is not None:
+            ids, logprobs = ([], []) if nothing else (choice.token_ids_diff, choice.logprobs_diff or [])
+            table = texts.completion_logprobs(ids, logprobs, request.logprobs, self.offset)
+            if first and request.echo:
+                head = texts.completion_logprobs(
+                    output.prompt_token_ids, output.prompt_logprobs or [], request.logprobs
+                )
+                table = {name: head[name] + table[name] for name in table}
+        self.offset += len(text)
+        return (self.answer._echoed(self.prompt) + text if first else text), table
+
+
+def _finish_reason(choice: CompletionOutput, parser: ChoiceParser | None) -> str | None:
+    if parser is not None and parser.has_calls and choice.finish_reason == "stop":
+        return "tool_calls"
+    return choice.finish_reason
+
+
+def _reasoning_tokens(ids: list[int], think_end_id: int) -> int:
+    return ids.index(think_end_id) + 1 if think_end_id in ids else 0
+
+
+def _check(output: RequestOutput) -> None:
+    """Raises ApiError for a request that the engine ended without an answer."""
+    for choice in output.outputs:
+        if choice.finish_reason == "timeout":
+            raise ApiError(504, "the answer took longer than this server allows (--request_timeout)", "TimeoutError")
+        if choice.finish_reason not in (None, "stop", "length"):
+            raise ApiError(503, "the request was cancelled because the server is shutting down",
+                           "ServiceUnavailableError")  # fmt: skip
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    logger.error("generation failed: %s: %s", type(error).__name__, error)
+    return ApiError(503, "the engine failed; see /health and the server's log", "ServiceUnavailableError")

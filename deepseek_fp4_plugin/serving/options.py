@@ -1,0 +1,36 @@
+"""What the operator of a server chooses, beside the engine's configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Every field has a flag of `deepseek-fp4 serve`; docs/serving.md says which."""
+
+    host: str = "localhost"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()  # empty: the model argument, or the folder's name for a local path
+    reasoning_parser: str | None = None
+    tool_parser: str | None = None
+    chat_template: str | None = None  # Jinja text that replaces the tokenizer's
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()  # of browsers; empty: same origin only
+    sampling_defaults: str = "model"  # "model": generation_config.json; "openai": temperature 1.0, top_p 1.0
+    max_queue: int = 256  # requests waiting beyond the batch before 429
+    max_body_bytes: int = 16 << 20
+    body_timeout: float = 30.0  # seconds for a request's body to arrive
+    request_timeout: float = 3600.0  # seconds for an answer
+    stall_timeout: float = 60.0  # seconds that a client may leave its stream unread
+    drain_timeout: float = 30.0  # seconds for running answers after SIGTERM
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if self.sampling_defaults not in ("model", "openai"):
+            raise ValueError(f"sampling_defaults is {self.sampling_defaults!r}; choose model or openai")
+        if self.max_queue < 0:
+            raise ValueError(f"max_queue is {self.max_queue}; give 0 or more")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"max_body_bytes is {self.max_body_bytes}; give 1 or more")
+        for name in ("body_timeout", "request_timeout", "stall_timeout", "drain_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give seconds above 0")

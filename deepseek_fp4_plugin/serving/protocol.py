@@ -1,0 +1,496 @@
+"""The OpenAI-compatible requests and responses, and the error body. A field that is not here is refused, none ignored.
+
+Types are strict: "0.5" is not a number. Fields that exist elsewhere and have no meaning for this model are listed with
+the one value that asks for nothing, so that a client which always sends them works and any other value is a clear 400.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+MAX_LOGPROBS = 20
+
+
+class ApiError(Exception):
+    """Answered as an error body. `kind` is OpenAI's `type`; `param` the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "BadRequestError",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param = status, message, kind, param
+        self.code, self.headers = code, headers
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error body; `object`, and the status as `code` where no name is usual, as trtllm-serve has them."""
+        return {
+            "object": "error",
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code if self.code is not None else self.status,
+            },
+        }
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param)
+
+
+def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
+    """One sentence about the first thing wrong in a body, and the field it is in."""
+    errors = error.errors()
+    # Of a union's complaints the deepest is about the alternative that was meant.
+    first = max(errors, key=lambda e: len(e["loc"])) if errors[0]["type"] != "extra_forbidden" else errors[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(path) or None
+    if first["type"] == "extra_forbidden":
+        return f"{param}: this server knows no such field; remove it", param
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
+    shown = repr(first.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "input should be a JSON object"
+    if first["type"] == "missing":
+        return f"{param}: {message}", param
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, "), param
+    return f"{param or 'the body'}: {message}, got {shown}", param
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class _Body(_Strict):
+    """A whole request body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        # JSON can spell half a surrogate pair; no tokenizer can read it and no answer can repeat it.
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half a surrogate pair, which is no Unicode") from None
+        return body
+
+
+# ---------------------------------------------------------------------------- requests: parts
+
+
+class TextPart(_Strict):
+    """A piece of a message. This is a text model: no other type of part exists."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+
+
+class FunctionCall(_Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class SystemMessage(_Strict):
+    """`developer` is OpenAI's newer word for `system`."""
+
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Strict):
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantMessage(_Strict):
+    """An earlier answer. Its reasoning may be sent back; the chat template drops it, as DeepSeek's does."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: list[JsonValue] | None = None
+
+
+class ToolMessage(_Strict):
+    """A tool's result. `tool_call_id` must be that of a call in an earlier assistant message."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class FunctionDefinition(_Strict):
+    """`strict`: hold the arguments to `parameters` while they are generated. Required and named calls always are."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(_Strict):
+    name: str
+
+
+class NamedToolChoice(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Strict):
+    """The schema of `response_format`; it is always enforced, so `strict` changes nothing but may not be false."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+    strict: Literal[True] | None = None
+
+
+class TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(_Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class JsonFormat(_Strict):
+    """trtllm-serve's short form."""
+
+    type: Literal["json"]
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+
+
+class RegexFormat(_Strict):
+    type: Literal["regex"]
+    regex: str = Field(min_length=1)
+
+
+class EbnfFormat(_Strict):
+    """`root ::= ...` notation, or Lark's."""
+
+    type: Literal["ebnf"]
+    ebnf: str = Field(min_length=1)
+
+
+class ChoiceFormat(_Strict):
+    """One of these texts."""
+
+    type: Literal["choice"]
+    choice: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=1024)
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | JsonFormat | RegexFormat | EbnfFormat | ChoiceFormat,
+    Field(discriminator="type"),
+]
+
+
+class StreamOptions(_Strict):
+    """`include_usage`: a last chunk with the token counts. `continuous_usage_stats`: counts so far in every chunk."""
+
+    include_usage: bool = True
+    continuous_usage_stats: bool = False
+
+
+# ---------------------------------------------------------------------------- requests
+
+
+class GenerationRequest(_Body):
+    """What chat and plain completions share."""
+
+    model: str = Field(description="One of the names in /v1/models; another is answered 404.")
+    stream: bool = False
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    user: str | None = Field(None, max_length=256, description="Written into the access log.")
+
+    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy. None: the server's default.")
+    top_p: float | None = Field(None, ge=0, le=1, description="None: the server's default.")
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0 or None: no limit.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    top_p_min: Annotated[float, Field(ge=0, le=0)] | None = Field(
+        None, description="Only 0: a decaying top_p is not offered."
+    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int = Field(1, ge=1, le=128)
+    best_of: int | None = Field(None, ge=1, le=128, description="Only n: answers are not ranked.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Token id (as a string) to a number added to its logit; -100 bans the token."
+    )
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, max_length=256, description="Texts that must not be generated."
+    )
+    stop: str | list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=64)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=256)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: Literal[True] = True
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Keep this many tokens, the last, of the prompt."
+    )
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = False
+    return_accepted_drafts: bool = Field(
+        False, description="With each choice, its tokens' texts and whether each was an accepted draft."
+    )
+    relaxed_acceptance: bool | None = Field(
+        None, description="False: verify drafts strictly even while thinking. None: as the server is configured."
+    )
+    relaxed_topk: int | None = Field(None, ge=1, le=1024)
+    relaxed_delta: float | None = Field(None, ge=0, le=1)
+
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, JsonValue] | str | None = None
+    guided_regex: str | None = Field(None, min_length=1)
+    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1024)
+    guided_grammar: str | None = Field(None, min_length=1)
+
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=1024, description="Prompts with different salts share no cached prefix."
+    )
+    priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="Higher runs first.")
+
+    use_beam_search: Literal[False] = False
+    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    early_stopping: Literal[False] | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The older name of max_completion_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Only with logprobs.")
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        None, description="Default: auto when there are tools."
+    )
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = Field(
+        False, description="Also add the tokenizer's own; the template writes BOS already."
+    )
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        None, description="Variables of the server's chat template; a name it does not use is refused."
+    )
+    chat_template: None = Field(None, description="Templates from clients are not run; see --chat_template.")
+    documents: None = None
+    reasoning_effort: None = Field(None, description="This model has no levels of effort.")
+    thinking_token_budget: None = None
+    echo: Literal[False] = Field(False, description="True is for /v1/completions.")
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    )
+    max_tokens: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="None: up to the context length. 0: only with echo."
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = Field(False, description="Put the prompt, and its log-probabilities if asked, before the text.")
+    add_special_tokens: bool = True
+    suffix: Literal[""] | None = Field(None, description="Filling in the middle is not offered.")
+
+
+class TokenizeRequest(_Body):
+    """A text (`prompt`), or a chat (`messages`) as the chat route would render it. Exactly one."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+    skip_special_tokens: bool = False
+
+
+# ---------------------------------------------------------------------------- responses
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
+
+
+class ErrorResponse(BaseModel):
+    object: Literal["error"]
+    error: ErrorDetail
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class DraftedToken(BaseModel):
+    text: str
+    accepted_draft: bool
+
+
+class ResponseMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class _Choice(BaseModel):
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None
+    prompt_logprobs: list[dict[str, TopLogprob] | None] | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    tokens: list[DraftedToken] | None = None
+
+
+class ChatChoice(_Choice):
+    message: ResponseMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(_Choice):
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class VersionResponse(BaseModel):
+    version: str

@@ -1,0 +1,150 @@
+"""The server process: load, say what was loaded, listen, drain on SIGTERM."""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import psutil
+import uvicorn
+
+from deepseek_fp4_plugin.config import EngineConfig
+from deepseek_fp4_plugin.llm import LLM
+from deepseek_fp4_plugin.serving.app import create_app
+from deepseek_fp4_plugin.serving.options import ServerOptions
+from deepseek_fp4_plugin.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
+    """Load `model` and serve it until SIGTERM or SIGINT; the exit status.
+
+    The port is taken before the model is loaded, so that a port in use costs seconds and not a load. Raises ValueError
+    and OSError with a clear sentence for what cannot be served.
+    """
+    _configure_logging(options.log_level)
+    listener = _listen(options)
+    try:
+        began = time.perf_counter()
+        llm = LLM(model, config=config)
+        try:
+            app = create_app(llm, options, model)
+            _report(app.state.service, options, time.perf_counter() - began)
+            return _run(app, listener, options)
+        finally:
+            llm.shutdown()
+    finally:
+        listener.close()
+
+
+class _Server(uvicorn.Server):
+    """Tells the service at the first signal, so that requests on open connections are refused while it drains."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout: float) -> None:
+        super().__init__(config)
+        self.service, self.drain_timeout = service, drain_timeout
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("ready on http://%s:%d", self.config.host, self.config.port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            running = self.service.admission.sequences
+            logger.info("%s: draining, %d answers under way", signal.Signals(sig).name, running)
+            self.service.admission.draining = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        deadline = asyncio.get_running_loop().call_later(self.drain_timeout, self._give_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            deadline.cancel()
+
+    def _give_up(self) -> None:
+        logger.warning("drain_timeout passed: cancelling %d answers", self.service.admission.sequences)
+        self.service.admission.abort_all()
+
+
+def _run(app: Any, listener: socket.socket, options: ServerOptions) -> int:
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        # Behind drain_timeout, when the aborted answers have had their last words.
+        timeout_graceful_shutdown=int(options.drain_timeout) + 5,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    server = _Server(config, app.state.service, options.drain_timeout)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _listen(options: ServerOptions) -> socket.socket:
+    """The bound socket. Raises ValueError when the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # The kernel closes connections whose reader stalls, which ends their requests.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.stall_timeout * 1000))
+        listener.bind(address)
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; choose another "
+            "--host or --port"
+        ) from None
+    return listener
+
+
+def _configure_logging(level: str) -> None:
+    """Messages to standard error; access lines are JSON and stand alone on theirs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    access = logging.StreamHandler(sys.stderr)
+    access.setFormatter(logging.Formatter("%(message)s"))
+    for name, chosen, least in (
+        ("deepseek_fp4_plugin", handler, level.upper()),
+        ("deepseek_fp4_plugin.access", access, "INFO"),
+        ("uvicorn", handler, "WARNING"),
+    ):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [chosen], False
+        log.setLevel(least)
+
+
+def _report(service: Service, options: ServerOptions, seconds: float) -> None:
+    """Print the effective configuration, what loading took, and where memory went; keys are counted, not shown."""
+    shown = dataclasses.asdict(options) | {"api_keys": f"{len(options.api_keys)} keys"}
+    if options.chat_template is not None:
+        shown["chat_template"] = f"{len(options.chat_template)} characters"
+    print("engine configuration:", service.llm.config.model_dump_json())
+    print("server options:", json.dumps(shown, default=str))
+    print(f"sampling defaults: temperature {service.defaults.temperature}, top_p {service.defaults.top_p}, "
+          f"top_k {service.defaults.top_k} ({options.sampling_defaults})")  # fmt: skip
+    print(f"served as: {', '.join(service.names)} (context of {service.max_model_len} tokens)")
+    memory = ", ".join(f"{name} {_size(size)}" for name, size in service.llm.memory_use().items())
+    process = psutil.Process(os.getpid()).memory_info().rss
+    print(f"loaded in {seconds:.1f} s; memory: {memory}, process {_size(process)}", flush=True)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,288 @@
+"""What the routes do, over one `LLM`: names, prompts, admission, and the jobs."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from deepseek_fp4_plugin.config import SamplingParams
+from deepseek_fp4_plugin.llm import LLM, RequestHandle
+from deepseek_fp4_plugin.serving import protocol
+from deepseek_fp4_plugin.serving.admission import Admission
+from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_grammar, tools_of
+from deepseek_fp4_plugin.serving.generation import Answer, Job
+from deepseek_fp4_plugin.serving.logprobs import TokenTexts
+from deepseek_fp4_plugin.serving.metrics import Metrics
+from deepseek_fp4_plugin.serving.options import ServerOptions
+from deepseek_fp4_plugin.serving.protocol import (
+    ApiError,
+    ChatCompletionRequest,
+    CompletionRequest,
+    TextFormat,
+    bad_request,
+)
+from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
+from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params
+from deepseek_fp4_plugin.serving.streaming import ChoiceParser
+from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, TOOL_PARSERS
+
+logger = logging.getLogger(__name__)
+
+# Longer texts are tokenized on a worker thread, so that others' streams do not wait.
+_SHORT_TEXT = 4096
+
+
+class Service:
+    """One per application. Methods run on the event loop's thread unless they say otherwise."""
+
+    def __init__(self, llm: LLM, options: ServerOptions, model: str) -> None:
+        if llm.tokenizer is None:
+            raise ValueError(
+                f"{model} has no tokenizer.json, and a server needs one; copy it from the original checkpoint"
+            )
+        self.llm, self.options, self.tokenizer = llm, options, llm.tokenizer
+        local = Path(model).name if Path(model).exists() else model
+        self.names = options.served_model_name or (local,)
+        self.root, self.created = model, int(time.time())
+        self._noted_system = False
+        for what, parser, known in (("reasoning_parser", options.reasoning_parser, REASONING_PARSERS),
+                                    ("tool_parser", options.tool_parser, TOOL_PARSERS)):  # fmt: skip
+            if parser is not None and parser not in known:
+                raise ValueError(f"{what} is {parser!r}; choose {' or '.join(sorted(known))}")
+        self.metrics = Metrics(llm.get_stats)
+        self.admission = Admission(llm.config.max_batch_size, options.max_queue, self.metrics)
+        self.prompts = ChatPrompt(self.tokenizer, options.chat_template)
+        self.texts = TokenTexts(self.tokenizer)
+        self.defaults = self._sampling_defaults()
+        markers = {text: self.tokenizer.token_id(text) for text in
+                   (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)}  # fmt: skip
+        self.marker_ids = {text: token for text, token in markers.items() if token is not None}
+
+    def _sampling_defaults(self) -> SamplingDefaults:
+        config = self.llm.config
+        # EngineConfig's own 32 is the Python API's, not a server's.
+        limit = config.max_new_tokens if "max_new_tokens" in config.model_fields_set else None
+        if self.options.sampling_defaults == "openai":
+            return SamplingDefaults(max_tokens=limit)
+        advice = self.tokenizer.generation_defaults
+        if not advice.get("do_sample", True):
+            return SamplingDefaults(temperature=0.0, max_tokens=limit)
+        values = {name: advice[name] for name in ("temperature", "top_p", "top_k") if advice.get(name) is not None}
+        return SamplingDefaults(**values, max_tokens=limit)
+
+    # ------------------------------------------------------------------ generation
+
+    async def chat(self, request: ChatCompletionRequest, log: dict[str, Any]) -> Response:
+        self._begin(request.model, log)
+        tools, choice = tools_of(request, self.options.tool_parser)
+        if tools and request.response_format is not None and not isinstance(request.response_format, TextFormat):
+            raise bad_request("response_format: it cannot be combined with tools; send tool_choice none",
+                              "response_format")  # fmt: skip
+        extra_stops, banned = [], []
+        if tools and not request.parallel_tool_calls and CALL_END in self.marker_ids:
+            extra_stops.append(self.marker_ids[CALL_END])  # the first call ends the answer
+        if request.tools and choice == "none" and CALLS_BEGIN in self.marker_ids:
+            banned.append(self.marker_ids[CALLS_BEGIN])
+        grammar = call_grammar(tools, choice, request.parallel_tool_calls, self.marker_ids)
+        params = sampling_params(request, self.defaults, self.vocab_size, grammar, extra_stops, banned)
+        if not self._noted_system and any(m.role in ("system", "developer") for m in request.messages):
+            self._noted_system = True
+            logger.info("a request has a system prompt: accepted, but DeepSeek advises to put all instructions into "
+                        "the user's message for R1 models (noted once)")  # fmt: skip
+        long = sum(len(str(message.content)) for message in request.messages) > _SHORT_TEXT
+        render = (request.messages, tools, request.add_generation_prompt, request.add_special_tokens,
+                  request.chat_template_kwargs)  # fmt: skip
+        ids = await run_in_threadpool(self.prompts.render, *render) if long else self.prompts.render(*render)
+        job = await self._start(request, [ids], params, log)
+        opened = self._opens_think(ids)
+
+        def parser() -> ChoiceParser:
+            reasoning, calls = self.options.reasoning_parser, self.options.tool_parser if tools else None
+            return ChoiceParser(
+                REASONING_PARSERS[reasoning](opened) if reasoning else None, TOOL_PARSERS[calls]() if calls else None
+            )
+
+        think_end = self.tokenizer.think_end_id if self.options.reasoning_parser else None
+        return Answer(job, request.model, self.texts, self.metrics, parser, think_end_id=think_end)
+
+    async def complete(self, request: CompletionRequest, log: dict[str, Any]) -> Response:
+        self._begin(request.model, log)
+        params = sampling_params(request, self.defaults, self.vocab_size)
+        given: Any = request.prompt
+        prompts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        long = sum(len(prompt) for prompt in prompts) > _SHORT_TEXT
+        encode = self._encode_prompts
+        args = (prompts, request.add_special_tokens)
+        ids = await run_in_threadpool(encode, *args) if long else encode(*args)
+        job = await self._start(request, ids, params, log)
+        echoed = None
+        if request.echo:
+            echoed = [
+                prompt if isinstance(prompt, str) and not request.truncate_prompt_tokens
+                else self.tokenizer.decode(ids_, skip_special_tokens=request.skip_special_tokens)
+                for prompt, ids_ in zip(prompts, [h.output.prompt_token_ids for h in job.handles], strict=True)
+            ]  # fmt: skip
+        return Answer(job, request.model, self.texts, self.metrics, prompt_texts=echoed)
+
+    def _encode_prompts(self, prompts: list[Any], add_special_tokens: bool) -> list[list[int]]:
+        return [
+            self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+
+    def _opens_think(self, ids: list[int]) -> bool:
+        """Whether the prompt ends inside a think block: a template that writes `<think>` for the model."""
+        start, end = self.tokenizer.think_start_id, self.tokenizer.think_end_id
+        last = next((token for token in reversed(ids) if token in (start, end)), None)
+        return last is not None and last == start
+
+    def _begin(self, model: str, log: dict[str, Any]) -> None:
+        log["model"] = model
+        self.check_model(model)
+        self.check_health()
+
+    async def _start(
+        self,
+        request: ChatCompletionRequest | CompletionRequest,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        log: dict[str, Any],
+    ) -> Job:
+        sequences = len(prompts) * request.n
+        self.admission.reserve(sequences)
+        handles: list[RequestHandle] = []
+
+        def submit() -> None:
+            for ids in prompts:
+                handles.append(
+                    self.llm.generate_async(
+                        ids, params, streaming=request.stream, priority=request.priority,
+                        timeout=self.options.request_timeout, cache_salt=request.cache_salt,
+                    )
+                )  # fmt: skip
+
+        try:
+            if params.guided_decoding is not None:  # compiling a grammar may take a while
+                await run_in_threadpool(submit)
+            else:
+                submit()
+        except BaseException as error:
+            for handle in handles:
+                handle.abort()
+            self.admission.release(sequences)
+            if isinstance(error, ValueError):
+                raise bad_request(str(error)) from None
+            if isinstance(error, RuntimeError):
+                raise ApiError(503, str(error), "ServiceUnavailableError") from None
+            raise
+
+        def release(job: Job) -> None:
+            self.admission.jobs.discard(job)
+            self.admission.release(sequences)
+
+        job = Job(request, handles, release, log)
+        self.admission.jobs.add(job)
+        return job
+
+    # ------------------------------------------------------------------ tokens
+
+    def tokenize(self, request: protocol.TokenizeRequest) -> dict[str, Any]:
+        """Any thread."""
+        self._check_optional_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise bad_request("give either prompt or messages")
+        if request.messages is not None:
+            ids = self.prompts.render(request.messages, None, request.add_generation_prompt,
+                                      bool(request.add_special_tokens))  # fmt: skip
+        else:
+            assert request.prompt is not None
+            ids = self.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": self.max_model_len}
+        if request.return_token_strs:
+            answer["token_strs"] = [self.texts.text(token) for token in ids]
+        return answer
+
+    def detokenize(self, request: protocol.DetokenizeRequest) -> dict[str, Any]:
+        """Any thread."""
+        self._check_optional_model(request.model)
+        for token in request.tokens:
+            if token >= self.vocab_size:
+                raise bad_request(f"tokens: {token} is outside the vocabulary of {self.vocab_size}", "tokens")
+        return {"prompt": self.tokenizer.decode(request.tokens, skip_special_tokens=request.skip_special_tokens)}
+
+    # ------------------------------------------------------------------ the server itself
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llm.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        return self.llm.max_request_tokens
+
+    def check_model(self, name: str) -> None:
+        if name not in self.names:
+            served = " or ".join(repr(known) for known in self.names)
+            raise ApiError(404, f"model: this server has no model {name[:200]!r}, it serves {served}", "NotFoundError",
+                           "model", "model_not_found")  # fmt: skip
+
+    def _check_optional_model(self, name: str | None) -> None:
+        if name is not None:
+            self.check_model(name)
+
+    def check_health(self) -> None:
+        """Raises ApiError 503 when no request can be answered."""
+        if self.admission.draining:
+            raise ApiError(503, "the server is shutting down", "ServiceUnavailableError",
+                           headers={"Retry-After": "10"})  # fmt: skip
+        try:
+            self.llm.check_health()
+        except RuntimeError as error:
+            raise ApiError(503, str(error), "ServiceUnavailableError") from None
+
+    async def generate_one(self) -> None:
+        """One token from the engine, through the queue like any request."""
+        self.check_health()
+        self.admission.reserve(1)
+        try:
+            output = await self.llm.generate_async([0], SamplingParams(max_tokens=1, temperature=0.0), timeout=60.0)
+        except RuntimeError as error:
+            raise ApiError(503, str(error), "ServiceUnavailableError") from None
+        finally:
+            self.admission.release(1)
+        if output.outputs[0].finish_reason not in ("stop", "length"):
+            raise ApiError(503, "the engine gave no token within 60 s", "ServiceUnavailableError")
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        return [
+            {"id": name, "object": "model", "created": self.created, "owned_by": "deepseek_fp4_plugin",
+             "root": self.root, "max_model_len": self.max_model_len}
+            for name in self.names
+        ]  # fmt: skip
+
+    def info(self) -> dict[str, Any]:
+        """What the playground needs to know."""
+        speculative = self.llm.config.speculative_config
+        relaxed = None
+        if speculative is not None:
+            relaxed = {
+                "num_nextn_predict_layers": speculative.num_nextn_predict_layers,
+                "relaxed": speculative.use_relaxed_acceptance_for_thinking,
+                "relaxed_topk": speculative.relaxed_topk,
+                "relaxed_delta": speculative.relaxed_delta,
+            }
+        return {
+            "model": self.names[0],
+            "max_model_len": self.max_model_len,
+            "sampling_defaults": {"temperature": self.defaults.temperature, "top_p": self.defaults.top_p,
+                                  "top_k": self.defaults.top_k},
+            "reasoning_parser": self.options.reasoning_parser,
+            "tool_parser": self.options.tool_parser,
+            "speculative": relaxed,
+        }  # fmt: skip
+
+    def iteration_stats(self) -> list[dict[str, Any]]:
+        return self.llm.get_iteration_stats()
