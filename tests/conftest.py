@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import write_checkpoint
+from tests.tiny import tiny_config, write_checkpoint
+from training.tokenizer import write_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +18,11 @@ def _seed():
 def tiny_fp8(tmp_path_factory) -> Path:
     """The tiny model as an FP8 checkpoint of several shards; read-only."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "fp8")
+
+
+@pytest.fixture(scope="session")
+def tiny_with_tokenizer(tmp_path_factory) -> Path:
+    """The same with r1_nano's vocabulary and tokenizer; read-only."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("tiny") / "text", tiny_config(vocab_size=1024))
+    write_tokenizer(folder)
+    return folder

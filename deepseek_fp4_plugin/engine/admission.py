@@ -145,8 +145,8 @@ class Admission:
         return (topk, delta) if use else (1, 0.0)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        words = [(token,) for token in params.bad_token_ids or ()]
-        for (token,) in words:
+        words: list[tuple[int, ...]] = [(token,) for token in params.bad_token_ids or ()]
+        for token in params.bad_token_ids or ():
             self._in_vocabulary(token, "bad_token_ids")
         for word in params.bad or ():
             if self.tokenizer is None:
