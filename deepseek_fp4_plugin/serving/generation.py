@@ -47,8 +47,8 @@ class Job:
 
     def seen(self, prompt: int, output: RequestOutput) -> None:
         self.outputs[prompt] = output
-        if self.first_token is None and any(choice.token_ids for choice in output.outputs):
-            self.first_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = output.metrics.first_token
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far, over all prompts and choices."""

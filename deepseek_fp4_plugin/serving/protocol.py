@@ -60,7 +60,7 @@ def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = "input should be a JSON object"
+        message = "input should be a JSON object (Content-Type: application/json)"
     if first["type"] == "missing":
         return f"{param}: {message}", param
     if first["type"] == "value_error":
@@ -80,7 +80,8 @@ class _Body(_Strict):
     def _is_text(cls, body: Any) -> Any:
         # JSON can spell half a surrogate pair; no tokenizer can read it and no answer can repeat it.
         try:
-            json.dumps(body, ensure_ascii=False).encode()
+            if isinstance(body, dict):
+                json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("a text holds half a surrogate pair, which is no Unicode") from None
         return body

@@ -61,7 +61,10 @@ class _Server(uvicorn.Server):
             running = self.service.admission.sequences
             logger.info("%s: draining, %d answers under way", signal.Signals(sig).name, running)
             self.service.admission.draining = True
-        super().handle_exit(sig, frame)
+        elif sig == signal.SIGINT:
+            self.force_exit = True  # asked twice at the keyboard
+        # uvicorn's own would raise the signal again afterwards; a drained server ends with status 0.
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         deadline = asyncio.get_running_loop().call_later(self.drain_timeout, self._give_up)

@@ -1,0 +1,544 @@
+"""Every documented request field, on a real server: it acts, or it is refused."""
+
+import json
+import re
+
+import httpx
+import pytest
+
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest
+from tests.end_to_end.server_process import Server, running_server
+
+MTP = """
+speculative_config:
+  decoding_type: MTP
+  num_nextn_predict_layers: 3
+  use_relaxed_acceptance_for_thinking: true
+  relaxed_topk: 10
+  relaxed_delta: 0.6
+"""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"enum": ["Paris", "巴黎"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+        "strict": None,
+    },
+}
+covered: set[str] = set()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "args.yaml").write_text(MTP)
+    arguments = ["--max_batch_size", "4", "--max_num_tokens", "512", "--max_seq_len", "2048",
+                 "--extra_llm_api_options", "args.yaml", "--tool_parser", "deepseek_v3"]  # fmt: skip
+    with running_server(folder, *arguments) as running:
+        yield running
+
+
+def field(*names: str):
+    """Marks a test as the one that shows these fields to act or to be refused."""
+    covered.update(names)
+    return lambda test: test
+
+
+def ok(response: httpx.Response) -> dict:
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(response: httpx.Response, word: str) -> None:
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert word in error["message"]
+    assert error["type"] == "BadRequestError"
+
+
+def text(server: Server, prompt="abc", **fields) -> str:
+    return ok(server.complete(prompt, **{"temperature": 0, **fields}))["choices"][0]["text"]
+
+
+def tokens(server: Server, prompt="abc", **fields) -> list[int]:
+    body = ok(server.complete(prompt, return_token_ids=True, **{"temperature": 0, **fields}))
+    return body["choices"][0]["token_ids"]
+
+
+def ids_of(server: Server, string: str) -> list[int]:
+    return ok(httpx.post(f"{server.url}/tokenize", json={"prompt": string, "add_special_tokens": False}))["tokens"]
+
+
+def events(response: httpx.Response) -> list[dict]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+@field("model")
+def test_model(server):
+    wrong = httpx.post(f"{server.url}/v1/completions", json={"model": "gpt", "prompt": "a"})
+    assert wrong.status_code == 404
+    assert wrong.json()["error"]["code"] == "model_not_found"
+    assert server.name in wrong.json()["error"]["message"]
+    assert ok(server.complete())["model"] == server.name
+
+
+@field("temperature", "top_p", "seed")
+def test_defaults_are_the_models_own_advice(server):
+    advised = [tokens(server, temperature=None, seed=s, max_tokens=40) for s in range(3)]
+    explicit = [tokens(server, temperature=0.6, top_p=0.95, seed=s, max_tokens=40) for s in range(3)]
+    other = [tokens(server, temperature=1.0, top_p=1.0, seed=s, max_tokens=40) for s in range(3)]
+    assert advised == explicit
+    assert advised != other
+    assert len({tuple(t) for t in other}) > 1
+    assert tokens(server, temperature=1.0, seed=-5) == tokens(server, temperature=1.0, seed=-5)
+
+
+@field("top_k", "min_p")
+def test_every_way_to_be_greedy_gives_the_same(server):
+    greedy = tokens(server, max_tokens=20)
+    for fields in ({"top_k": 1}, {"top_p": 0}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert tokens(server, max_tokens=20, **{"temperature": 1.0, **fields}) == greedy
+
+
+@field("n", "best_of")
+def test_n(server):
+    body = ok(server.complete(["abc", "xyz"], n=3, temperature=1.0, best_of=3))
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    chunks = events(server.complete(["abc", "xyz"], n=2, temperature=1.0, stream=True))
+    assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == set(range(4))
+    refused(server.complete(n=2, best_of=3), "best_of")
+
+
+@field("frequency_penalty", "presence_penalty", "repetition_penalty")
+def test_penalties_push_repetition_out(server):
+    # With every other token banned but two, the penalized one gives way to the other.
+    two = {str(t): 100 for t in ids_of(server, "qz")}
+    plain = tokens(server, logit_bias=two, max_tokens=12)
+    assert set(plain) <= set(ids_of(server, "qz"))
+    for fields in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 1.5}):
+        assert tokens(server, logit_bias=two, max_tokens=12, **fields) != plain or len(set(plain)) == 2
+        assert len(set(tokens(server, logit_bias=two, max_tokens=12, **fields))) == 2
+
+
+@field("logit_bias")
+def test_logit_bias(server):
+    (wanted,) = ids_of(server, "Q")
+    assert tokens(server, logit_bias={str(wanted): 100}) == [wanted] * 8
+    first = tokens(server)[0]
+    assert first not in tokens(server, logit_bias={str(first): -100})
+    refused(server.complete(logit_bias={"99999999": 1}), "logit_bias")
+    refused(server.complete(logit_bias={"abc": 1}), "logit_bias")
+
+
+@field("bad_words")
+def test_bad_words(server):
+    spelled = {str(t): 100 - i for i, t in enumerate(ids_of(server, "Qx"))}
+    assert set(text(server, logit_bias=spelled)) == {"Q"}
+    assert "Q" not in text(server, logit_bias=spelled, bad_words=["Q"])
+
+
+# ---------------------------------------------------------------------------- ends
+
+
+@field("stop", "include_stop_str_in_output")
+def test_stop(server):
+    q, x = (str(t) for t in ids_of(server, "Qx"))
+    # A pattern of known text: Q has the larger bias, the frequency penalty lets x in.
+    fields = {"logit_bias": {q: 100, x: 99}, "frequency_penalty": 2, "max_tokens": 20}
+    whole = text(server, **fields)
+    assert {"Q", "x"} == set(whole)
+    at = whole.index("xQ")
+    body = ok(server.complete(stop=["nothing", "xQ"], temperature=0, **fields))["choices"][0]
+    assert (body["text"], body["finish_reason"], body["stop_reason"]) == (whole[:at], "stop", "xQ")
+    assert text(server, stop="xQ", include_stop_str_in_output=True, **fields) == whole[:at] + "xQ"
+    streamed = events(server.complete(stop="xQ", stream=True, temperature=0, **fields))
+    assert "".join(c["choices"][0]["text"] for c in streamed) == whole[:at]
+
+
+@field("stop_token_ids", "ignore_eos", "min_tokens", "max_tokens")
+def test_ends(server):
+    eos = {"1": 100}
+    body = ok(server.complete(logit_bias=eos))
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("", "stop")
+    assert body["choices"][0]["stop_reason"] is None
+    assert len(tokens(server, logit_bias=eos, ignore_eos=True)) == 8
+    assert len(tokens(server, logit_bias=eos, min_tokens=5)) >= 5
+    (q,) = ids_of(server, "Q")
+    body = ok(server.complete(logit_bias={str(q): 100}, stop_token_ids=[q]))["choices"][0]
+    assert (body["text"], body["finish_reason"], body["stop_reason"]) == ("", "stop", q)
+    body = ok(server.complete(max_tokens=3, ignore_eos=True))
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 3
+    refused(server.complete(min_tokens=9), "min_tokens")
+    refused(server.complete(max_tokens=0), "max_tokens")
+
+
+@field("max_completion_tokens")
+def test_both_names_of_the_limit(server):
+    both = {"max_tokens": 3, "max_completion_tokens": 3}
+    for fields in ({"max_tokens": 3}, {"max_tokens": None, "max_completion_tokens": 3}, both):
+        assert ok(server.chat(ignore_eos=True, **fields))["usage"]["completion_tokens"] == 3
+    refused(server.chat(max_tokens=3, max_completion_tokens=4), "max_completion_tokens")
+
+
+@field("skip_special_tokens", "spaces_between_special_tokens")
+def test_special_tokens(server):
+    special = {str(ids_of(server, "<|EOT|>")[0]): 100}
+    assert text(server, logit_bias=special) == ""
+    assert text(server, logit_bias=special, skip_special_tokens=False) == "<|EOT|>" * 8
+    refused(server.complete(spaces_between_special_tokens=False), "spaces_between_special_tokens")
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+@field("prompt", "echo", "logprobs", "prompt_logprobs")
+def test_prompts_echo_and_logprobs(server):
+    ids = ids_of(server, "abc")
+    body = ok(server.complete([ids, ids], echo=True, logprobs=2, max_tokens=2, temperature=0, ignore_eos=True))
+    first, second = body["choices"]
+    assert first["text"].startswith("abc")
+    assert first["text"] == second["text"]
+    logprobs = first["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 5
+    assert logprobs["tokens"][:3] == ["a", "b", "c"]
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+    assert logprobs["text_offset"][:4] == [0, 1, 2, 3]
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+    # The prompt's log-probabilities are those of generating it.
+    again = ok(server.complete("ab", logprobs=20, max_tokens=1, temperature=0))["choices"][0]["logprobs"]
+    if "c" in again["top_logprobs"][0]:
+        assert again["top_logprobs"][0]["c"] == pytest.approx(logprobs["token_logprobs"][2], abs=0.05)
+    body = ok(server.complete("abc", echo=True, max_tokens=0, logprobs=1))["choices"][0]
+    assert body["text"] == "abc"
+    assert len(body["logprobs"]["tokens"]) == 3
+    body = ok(server.complete("abc", prompt_logprobs=3))["choices"][0]
+    assert body["prompt_logprobs"][0] is None
+    assert str(ids[1]) in body["prompt_logprobs"][1]
+    refused(server.complete("abc", prompt_logprobs=3, stream=True), "prompt_logprobs")
+    streamed = events(server.complete("abc", echo=True, logprobs=0, max_tokens=3, stream=True, temperature=0))
+    assert "".join(c["choices"][0]["text"] for c in streamed) == "abc" + text(server, max_tokens=3)
+    refused(server.complete([10**8]), "vocabulary")
+    refused(server.complete(""), "empty")
+    refused(server.complete("a" * 3000), "2048")
+
+
+@field("top_logprobs")
+def test_chat_logprobs(server):
+    body = ok(server.chat(logprobs=True, top_logprobs=3, temperature=0, max_tokens=4))["choices"][0]
+    content = body["logprobs"]["content"]
+    assert len(content) == 4
+    for entry in content:
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["token"] == entry["top_logprobs"][0]["token"]
+        assert entry["logprob"] == pytest.approx(entry["top_logprobs"][0]["logprob"])
+        if not entry["token"].startswith("bytes:"):
+            assert bytes(entry["bytes"]).decode() == entry["token"]
+    assert ok(server.chat(logprobs=True))["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+    chunks = events(server.chat(logprobs=True, top_logprobs=1, temperature=0, max_tokens=4, stream=True))
+    assert sum(len(c["choices"][0]["logprobs"]["content"]) for c in chunks if c["choices"][0]["logprobs"]) == 4
+    refused(server.chat(top_logprobs=2), "top_logprobs")
+
+
+@field("suffix", "add_special_tokens", "truncate_prompt_tokens")
+def test_prompt_preparation(server):
+    refused(server.complete(suffix="x"), "suffix")
+    body = ok(server.complete("abcdef", truncate_prompt_tokens=2, echo=True, max_tokens=1))
+    assert body["usage"]["prompt_tokens"] == 2
+    assert body["choices"][0]["text"].startswith("ef")
+    # This tokenizer adds nothing of its own, so both settings give the prompt as it is.
+    for flag in (True, False):
+        assert ok(server.complete("abc", add_special_tokens=flag))["usage"]["prompt_tokens"] == 3
+
+
+@field("messages", "add_generation_prompt", "chat_template_kwargs", "chat_template", "documents")
+def test_chat_prompts(server):
+    def count(messages, **fields):
+        body = {"model": server.name, "messages": messages, "max_tokens": 1, **fields}
+        return ok(httpx.post(f"{server.url}/v1/chat/completions", json=body))["usage"]["prompt_tokens"]
+
+    user = {"role": "user", "content": "hi"}
+    assert count([user]) == 5  # bos, User, h, i, Assistant
+    assert count([{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]) == 5
+    assert count([{"role": "system", "content": "sys"}, user]) == 8
+    assert count([{"role": "developer", "content": "sys"}, user]) == 8
+    answered = [user, {"role": "assistant", "content": "ok", "reasoning_content": "dropped"}]
+    assert count(answered) == count(answered, add_generation_prompt=False) + 1
+    tool_turn = [user, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"}]  # fmt: skip
+    assert count(tool_turn) > 10
+    tool_turn[2]["tool_call_id"] = "c2"
+    refused(server.chat(messages=tool_turn), "tool_call_id")
+    refused(server.chat(messages=[user, {"role": "assistant", "content": None}]), "content")
+    refused(server.chat(chat_template_kwargs={"no_such_variable": 1}), "no_such_variable")
+    refused(server.chat(chat_template="{{ x }}"), "chat_template")
+    refused(server.chat(documents=[]), "documents")
+
+
+# ---------------------------------------------------------------------------- streams
+
+
+@field("stream", "stream_options")
+def test_stream(server):
+    whole = ok(server.chat(temperature=0, ignore_eos=True))
+    chunks = events(server.chat(temperature=0, ignore_eos=True, stream=True))
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "role" not in chunks[-1]["choices"][0]["delta"]
+    assert (
+        "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        == (whole["choices"][0]["message"]["content"])
+    )
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len({c["id"] for c in chunks}) == 1
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    for options, with_usage in (({"include_usage": True}, True), ({}, True), ({"include_usage": False}, False)):
+        chunks = events(server.chat(temperature=0, ignore_eos=True, stream=True, stream_options=options))
+        assert (chunks[-1]["choices"] == []) == with_usage
+        if with_usage:
+            assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    options = {"continuous_usage_stats": True}
+    chunks = events(server.chat(temperature=0, stream=True, stream_options=options))
+    assert all("usage" in c for c in chunks)
+    refused(server.chat(stream_options={}), "stream_options")
+
+
+@field("return_token_ids", "return_accepted_drafts")
+def test_tokens_beside_the_text(server):
+    body = ok(server.chat(temperature=0, return_token_ids=True, return_accepted_drafts=True))["choices"][0]
+    assert len(body["token_ids"]) == len(body["tokens"])
+    assert body["prompt_token_ids"][0] == 0
+    assert "".join(t["text"] for t in body["tokens"]) == body["message"]["content"]
+    chunks = events(server.chat(temperature=0, stream=True, return_token_ids=True, return_accepted_drafts=True))
+    choices = [c["choices"][0] for c in chunks]
+    assert [i for c in choices for i in c["token_ids"]] == body["token_ids"]
+    assert [t for c in choices for t in c["tokens"]] == body["tokens"]
+
+
+@field("relaxed_acceptance", "relaxed_topk", "relaxed_delta")
+def test_relaxed_acceptance_can_be_steered(server):
+    # An open think block in the prompt makes the first step a thinking one; with every token in the top k, every
+    # draft passes.
+    prompt = ids_of(server, "<think>abc")
+    base = {"max_tokens": 24, "ignore_eos": True, "temperature": 0, "return_accepted_drafts": True,
+            "logit_bias": {str(ids_of(server, tag)[0]): -100 for tag in ("<think>", "</think>")}}  # fmt: skip
+
+    def accepted(**fields) -> int:
+        body = ok(server.complete(prompt, **base, **fields))["choices"][0]
+        return sum(t["accepted_draft"] for t in body["tokens"])
+
+    everything = accepted(relaxed_topk=1024, relaxed_delta=1.0)
+    assert everything >= 16  # three of four, but for the ends
+    strict = accepted(relaxed_acceptance=False)
+    assert strict < everything
+    assert accepted(relaxed_topk=1) == strict
+    unspeculated = text(server, prompt=prompt, **{k: v for k, v in base.items() if k != "return_accepted_drafts"},
+                        relaxed_acceptance=False)  # fmt: skip
+    assert unspeculated == text(server, prompt=prompt, relaxed_topk=1, **{
+        k: v for k, v in base.items() if k != "return_accepted_drafts"})  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- structured output
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "ok": {"type": "boolean"}},
+    "required": ["a", "ok"],
+    "additionalProperties": False,
+}
+
+
+@field("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    ("fields", "check"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, "schema"),
+        ({"response_format": {"type": "json", "schema": SCHEMA}}, "schema"),
+        ({"guided_json": SCHEMA}, "schema"),
+        ({"guided_json": json.dumps(SCHEMA)}, "schema"),
+        ({"response_format": {"type": "regex", "regex": r"\d{3}-[a-f]{2}"}}, r"\d{3}-[a-f]{2}"),
+        ({"guided_regex": r"\d{3}-[a-f]{2}"}, r"\d{3}-[a-f]{2}"),
+        ({"response_format": {"type": "ebnf", "ebnf": 'root ::= "yes" | "no" [0-9]'}}, r"yes|no[0-9]"),
+        ({"guided_grammar": 'start: "yes" | "no" /[0-9]/'}, r"yes|no[0-9]"),
+        ({"response_format": {"type": "choice", "choice": ['say "hi"\n', "谢谢"]}}, 'say "hi"\n|谢谢'),
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+    ],
+)
+def test_structured_output(server, fields, check, temperature):
+    body = ok(server.complete(max_tokens=200, temperature=temperature, seed=7, **fields))["choices"][0]
+    assert body["finish_reason"] == "stop"
+    if check == "schema":
+        value = json.loads(body["text"])
+        assert set(value) == {"a", "ok"}
+        assert 0 <= value["a"] <= 99
+        assert isinstance(value["ok"], bool)
+    else:
+        assert re.fullmatch(check, body["text"]), body["text"]
+
+
+def test_any_json_object(server):
+    quick = {str(ids_of(server, "}")[0]): 60, str(ids_of(server, '"')[0]): 30}
+    body = ok(server.complete(response_format={"type": "json_object"}, max_tokens=400, temperature=0, logit_bias=quick))
+    assert isinstance(json.loads(body["choices"][0]["text"]), dict)
+
+
+def test_structured_output_waits_for_the_end_of_thinking(server):
+    think, end = ids_of(server, "<think>")[0], ids_of(server, "</think>")[0]
+    chosen = {"type": "choice", "choice": ["left", "right"]}
+    # A chat turn that opens a think block: forced by a bias, closed by it.
+    body = ok(server.chat(response_format=chosen, max_tokens=40, temperature=0, return_token_ids=True,
+                          logit_bias={str(think): 60, str(end): 80}))["choices"][0]  # fmt: skip
+    assert re.fullmatch(r"(<think>)+</think>(left|right)", body["message"]["content"])
+    # One that does not: held from its first token.
+    body = ok(server.chat(response_format=chosen, max_tokens=40, temperature=0, logit_bias={str(think): -100}))
+    assert body["choices"][0]["message"]["content"] in ("left", "right")
+    # An end of text inside the thinking is closed: the answer must come.
+    prompt = ids_of(server, "<think>abc")
+    body = ok(server.complete(prompt, guided_choice=["left", "right"], max_tokens=60, temperature=0,
+                              logit_bias={"1": 100, str(end): 50}))["choices"][0]  # fmt: skip
+    assert re.fullmatch(r"[^<]*</think>(left|right)", body["text"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_regex": "(a"},
+        {"guided_regex": "(?=a)b"},
+        {"guided_json": {"type": "nonsense"}},
+        {"guided_json": {"not": {"type": "string"}}},
+        {"guided_json": {"$ref": "http://example.com/schema"}},
+        {"guided_json": "not json"},
+        {"guided_grammar": "garbage ("},
+        {"guided_choice": ["a"], "guided_regex": "b"},
+        {"guided_choice": ["a"], "ignore_eos": True},
+        {"guided_choice": ["a"], "min_tokens": 2},
+        {"guided_choice": ["a"], "bad_words": ["x"]},
+    ],
+)
+def test_structured_output_that_cannot_be_enforced_is_refused(server, fields):
+    assert server.complete(**fields).status_code == 400
+
+
+# ---------------------------------------------------------------------------- tools
+
+
+@field("tools", "tool_choice", "parallel_tool_calls")
+def test_tools(server):
+    fields = {"tools": [WEATHER], "temperature": 1.0, "max_tokens": 300}
+    no_think = {str(ids_of(server, "<think>")[0]): -100}
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        body = ok(server.chat(tool_choice=choice, seed=3, parallel_tool_calls=False, logit_bias=no_think, **fields))
+        choice_ = body["choices"][0]
+        assert choice_["finish_reason"] == "tool_calls", body
+        (call,) = choice_["message"]["tool_calls"]
+        assert call["function"]["name"] == "get_weather"
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments["city"] in ("Paris", "巴黎")
+        assert 1 <= arguments["days"] <= 9
+        chunks = events(server.chat(tool_choice=choice, seed=3, parallel_tool_calls=False, logit_bias=no_think,
+                                    stream=True, **fields))  # fmt: skip
+        deltas = [d for c in chunks for d in c["choices"][0]["delta"].get("tool_calls", [])]
+        assert deltas[0]["function"]["name"] == "get_weather"
+        assert deltas[0]["id"]
+        assert "".join(d["function"]["arguments"] for d in deltas) == call["function"]["arguments"]
+        assert len(deltas) > 3  # the arguments came piece by piece
+        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    begin = ids_of(server, "<｜tool▁calls▁begin｜>")[0]
+    none = ok(server.chat(tools=[WEATHER], tool_choice="none", logit_bias={str(begin): 100}, temperature=0))
+    assert "tool_calls" not in none["choices"][0]["message"]
+    assert "tool▁calls" not in none["choices"][0]["message"]["content"]
+    with_tools = ok(server.chat(tools=[WEATHER], tool_choice="auto"))["usage"]["prompt_tokens"]
+    assert with_tools > none["usage"]["prompt_tokens"] + 50
+    # A strict tool under auto: free text, but a call once begun keeps to the schema.
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    body = ok(server.chat(tools=[strict], temperature=0, parallel_tool_calls=False, max_tokens=300,
+                          logit_bias={str(begin): 40, **no_think}))["choices"][0]  # fmt: skip
+    assert json.loads(body["message"]["tool_calls"][0]["function"]["arguments"])["city"] in ("Paris", "巴黎")
+    refused(server.chat(tool_choice="required"), "tools")
+    refused(server.chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "other"}}), "other")
+    refused(server.chat(tools=[WEATHER, WEATHER]), "same name")
+    refused(server.chat(tools=[WEATHER], response_format={"type": "json_object"}), "response_format")
+
+
+# ---------------------------------------------------------------------------- the rest
+
+
+@field("cache_salt")
+def test_cache_salt(server):
+    prompt = "The same long beginning of a prompt, again and again. " * 4
+
+    def cached(salt):
+        body = ok(server.complete(prompt, cache_salt=salt, max_tokens=1))
+        return body["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one") == 0
+    assert cached("one") > 100
+    assert cached("two") == 0
+
+
+@field("priority")
+def test_priority(server):
+    import threading
+
+    finished = []
+
+    def run(name, **fields):
+        ok(server.complete(ignore_eos=True, **fields))
+        finished.append(name)
+
+    jobs = [("busy", {"max_tokens": 150})] * 4 + [("low", {"max_tokens": 40, "priority": -1})] * 4
+    jobs += [("high", {"max_tokens": 40, "priority": 1})] * 4
+    threads = []
+    for name, fields in jobs:
+        threads.append(threading.Thread(target=run, args=(name,), kwargs=fields))
+        threads[-1].start()
+        import time
+
+        time.sleep(0.03)
+    for thread in threads:
+        thread.join()
+    assert [name for name in finished if name != "busy"][:4] == ["high"] * 4
+
+
+@field("user")
+def test_user_is_in_the_access_log_and_the_prompt_is_not(server):
+    ok(server.chat("a very secret prompt", user="customer-17"))
+    line = next(json.loads(line) for line in server.log.splitlines() if '"customer-17"' in line)
+    assert line["path"] == "/v1/chat/completions"
+    assert line["status"] == 200
+    assert line["completion_tokens"] >= 1
+    assert "secret" not in server.log
+
+
+@field("use_beam_search", "length_penalty", "early_stopping", "top_p_min", "reasoning_effort", "thinking_token_budget")
+def test_refused_fields(server):
+    for fields in ({"use_beam_search": True}, {"length_penalty": 0.5}, {"early_stopping": True}, {"top_p_min": 0.1},
+                   {"reasoning_effort": "high"}, {"thinking_token_budget": 10}, {"echo": True},
+                   {"unknown_field": 1}):  # fmt: skip
+        refused(server.chat(**fields), next(iter(fields)))
+
+
+def test_every_documented_field_has_a_test(server):
+    schemas = ok(httpx.get(f"{server.url}/openapi.json"))["components"]["schemas"]
+    documented = set(schemas["ChatCompletionRequest"]["properties"]) | set(schemas["CompletionRequest"]["properties"])
+    assert documented == set(ChatCompletionRequest.model_fields) | set(CompletionRequest.model_fields)
+    assert documented - covered == set()

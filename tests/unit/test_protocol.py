@@ -1,0 +1,108 @@
+"""Request bodies: what is accepted, what is refused with which sentence, and that the documented schema says so."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from deepseek_fp4_plugin.serving.protocol import (
+    ApiError,
+    ChatCompletionRequest,
+    CompletionRequest,
+    describe_validation,
+)
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+PLAIN = {"model": "m", "prompt": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"length_penalty": 2.0}, "length_penalty"),
+        ({"early_stopping": True}, "early_stopping"),
+        ({"top_p_min": 0.5}, "top_p_min"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"documents": []}, "documents"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"echo": True}, "echo"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": False}}},
+            "response_format",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(fields, param):
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({**CHAT, **fields})
+    message, at = describe_validation(caught.value)
+    assert at is not None
+    assert at.split(".")[0] == param
+    assert param in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "fields", [{"suffix": "x"}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [1, "a"]}, {"logprobs": 21}]
+)
+def test_refused_in_plain_completions(fields):
+    with pytest.raises(ValidationError):
+        CompletionRequest.model_validate({**PLAIN, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0, "top_p": 1, "n": 2, "stop": "x", "seed": -5},
+        {"stop": None, "tools": None, "logit_bias": None, "stream_options": None, "reasoning_effort": None},
+        {"use_beam_search": False, "length_penalty": 1.0, "top_p_min": 0.0, "echo": False, "early_stopping": False},
+        {"messages": [{"role": "developer", "content": [{"type": "text", "text": "x"}]}]},
+        {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b", "refusal": None}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strict": True}}},
+    ],
+)
+def test_accepted(fields):
+    ChatCompletionRequest.model_validate({**CHAT, **fields})
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]})
+    assert "surrogate" in describe_validation(caught.value)[0]
+
+
+def test_every_form_of_prompt():
+    for prompt in ("text", ["a", "b"], [1, 2], [[1], [2, 3]]):
+        assert CompletionRequest.model_validate({**PLAIN, "prompt": prompt}).prompt == prompt
+
+
+def test_the_schema_forbids_what_the_server_forbids():
+    for model in (ChatCompletionRequest, CompletionRequest):
+        schema = model.model_json_schema()
+        assert schema["additionalProperties"] is False
+        json.dumps(schema)
+
+
+def test_the_error_body_is_openai_s():
+    error = ApiError(429, "full", "RateLimitError", code="queue_full").body()["error"]
+    assert error == {"message": "full", "type": "RateLimitError", "param": None, "code": "queue_full"}
+    assert ApiError(400, "x", param="n").body()["error"]["code"] == 400
