@@ -67,7 +67,7 @@ class Choices(BaseModel):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or nothing when no known name is close."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

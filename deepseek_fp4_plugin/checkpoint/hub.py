@@ -54,7 +54,7 @@ def _download(model_id: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"Hugging Face refused {model_id} (HTTP {status}); check the name, and HF_TOKEN if it is private or gated"
         ) from None
-    except OSError:
+    except Exception:  # the hub's HTTP library has changed, and its errors with it
         raise CheckpointError(
             f"{model_id} is not a folder here and huggingface.co cannot be reached; "
             "check the connection, or download the checkpoint elsewhere and give its folder"

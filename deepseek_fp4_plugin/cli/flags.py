@@ -1,0 +1,162 @@
+"""Flags: dashes and underscores alike, suggestions for misspelt ones, and the flags that several commands share."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from deepseek_fp4_plugin.config import EngineConfig, SamplingParams, did_you_mean
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+DIRECTIVE = "Please reason step by step, and put your final answer within \\boxed{}."  # the model card's, for maths
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Command(click.Command):
+    """A command whose flags may be written --max-new-tokens or --max_new_tokens."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        return super().make_context(*args, **{"token_normalize_func": _dashes, **extra})
+
+
+class Group(click.Group):
+    """Commands, listed in the order they were added; a misspelt one is told what it may have meant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = _dashes(args[0])
+        if name not in self.commands and not name.startswith("-"):
+            ctx.fail(f"no command {args[0]!r}{did_you_mean(name, self.commands)}")
+        return super().resolve_command(ctx, [name, *args[1:]])
+
+
+class ModelName(click.ParamType):
+    """A model; completes folders."""
+
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem("r1_nano"), CompletionItem(incomplete, type="dir")]
+
+
+def engine_flags(command: _F) -> _F:
+    """The flags of an engine's configuration; `engine_config` turns what was given into an EngineConfig."""
+    options = [
+        click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N; left out, a GPU where there is one."),
+        click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), help="Of activations; auto: BF16."),
+        click.option(
+            "--nvfp4-activations",
+            type=click.Choice(["auto", "bf16", "fp4"]),
+            help="What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16.",
+        ),
+        click.option(
+            "--mtp",
+            "--speculative",
+            "--num-nextn-predict-layers",
+            "mtp",
+            type=click.IntRange(min=0),
+            metavar="K",
+            help="Draft K tokens a step with the MTP layer; 0: none.",
+        ),
+        click.option("--relaxed", is_flag=True, help="Relaxed acceptance of drafts inside <think> (with --mtp)."),
+        click.option("--relaxed-topk", type=int, help="  a draft passes among the so many likeliest tokens [10]"),
+        click.option("--relaxed-delta", type=float, help="  and at most so much less likely than the first [0.6]"),
+        click.option("--max-batch-size", type=int, help="Requests in one step."),
+        click.option("--max-num-tokens", type=int, help="Tokens in one step."),
+        click.option("--max-seq-len", type=int, help="Tokens of prompt and answer; left out, the model's own."),
+        click.option("--kv-cache-dtype", type=click.Choice(["auto", "bf16", "fp8"]), help="Of the latent cache."),
+        click.option(
+            "--kv-cache-free-gpu-memory-fraction", type=float, help="Share of the free GPU memory that it takes."
+        ),
+        click.option("--tokenizer", metavar="FOLDER", help="Another folder's tokenizer."),
+        click.option(
+            "--config",
+            "--extra-llm-api-options",
+            "config",
+            metavar="YAML",
+            type=click.Path(path_type=Path),
+            help="A file of settings, as trtllm-serve takes it; flags win over it.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+ENGINE_FLAGS = (
+    "device", "dtype", "nvfp4_activations", "mtp", "relaxed", "relaxed_topk", "relaxed_delta", "max_batch_size",
+    "max_num_tokens", "max_seq_len", "kv_cache_dtype", "kv_cache_free_gpu_memory_fraction", "tokenizer", "config",
+)  # fmt: skip
+
+
+def engine_config(model: str, flags: Mapping[str, Any], **more: Any) -> EngineConfig:
+    """The configuration of a command's engine flags, and `more` of its own, over its YAML file if there is one."""
+    given = {name: flags[name] for name in ENGINE_FLAGS if flags.get(name) is not None} | more
+    path = given.pop("config", None)
+    drafts = given.pop("mtp", None)
+    relaxed: dict[str, Any] = {name: given.pop(name) for name in ("relaxed_topk", "relaxed_delta") if name in given}
+    if given.pop("relaxed", False):
+        relaxed = {
+            "use_relaxed_acceptance_for_thinking": True, "relaxed_topk": 10, "relaxed_delta": 0.6, **relaxed
+        }  # fmt: skip
+    if drafts == 0:
+        given["speculative_config"] = None
+    elif drafts or relaxed:
+        if drafts is None and path is None:
+            raise click.UsageError("relaxed acceptance is of drafted tokens: give --mtp as well")
+        given["speculative_config"] = relaxed | ({"num_nextn_predict_layers": drafts} if drafts else {})
+    if path is not None:
+        return EngineConfig.from_yaml(path, model=model, **given)
+    return EngineConfig.from_kwargs(model, **given)
+
+
+def sampling_flags(command: _F) -> _F:
+    """The flags of a request; `sampling_params` turns them into SamplingParams."""
+    options = [
+        click.option("--temperature", type=float, metavar="T", help="0 is greedy."),
+        click.option("--top-p", type=float, metavar="P", help="Sample from the likeliest tokens of this total."),
+        click.option("--top-k", type=int, metavar="K", help="Sample from so many tokens; 0: all."),
+        click.option("--min-p", type=float, metavar="P", help="Leave out tokens this much less likely than the first."),
+        click.option("--seed", type=int, help="Of the random numbers; the same seed gives the same text."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+
+
+def sampling_params(flags: Mapping[str, Any], **defaults: Any) -> SamplingParams:
+    """`defaults`, and over them what the flags say."""
+    given = {name: flags[name] for name in SAMPLING_FLAGS if flags[name] not in (None, (), False)}
+    return SamplingParams(**{**defaults, **given})
+
+
+def json_flag(command: _F) -> _F:
+    return click.option(
+        "--json",
+        "json_path",
+        metavar="FILE",
+        callback=_writable,
+        help="Write what is shown as JSON as well; - prints only JSON.",
+    )(command)
+
+
+def _writable(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    """Refuse a file in a folder that is not there before hours of work, not after."""
+    if path not in (None, "-") and not Path(str(path)).absolute().parent.is_dir():
+        raise click.BadParameter(f"{Path(str(path)).parent} is not a folder", ctx, param)
+    return path

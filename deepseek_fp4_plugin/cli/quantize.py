@@ -1,0 +1,114 @@
+"""`quantize`: an FP8 (or BF16) checkpoint becomes an NVFP4 one."""
+
+from pathlib import Path
+
+import click
+
+from deepseek_fp4_plugin.cli import screen
+from deepseek_fp4_plugin.cli.flags import Command, ModelName, json_flag
+
+
+class Bytes(click.ParamType):
+    """A size such as 5GB or 500MB, in powers of ten."""
+
+    name = "size"
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # noqa: RUF012
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip().upper()
+        unit = next((u for u in ("KB", "MB", "GB", "TB", "B") if text.endswith(u)), "")
+        try:
+            count = int(float(text.removesuffix(unit)) * self.units.get(unit, 1))
+        except (ValueError, OverflowError):
+            count = 0
+        if count < 1:
+            self.fail(f"{value!r} is not a size; write for example 5GB", param, ctx)
+        return count
+
+
+@click.command(cls=Command, short_help="Write an FP8 checkpoint as an NVFP4 one.")
+@click.argument("source", type=ModelName())
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--recipe", default="max", show_default=True, help="How scales are found; max: from largest magnitudes.")
+@click.option(
+    "--layout",
+    type=click.Choice(["v1", "v2"]),
+    default="v1",
+    show_default=True,
+    help="v1: as NVIDIA published DeepSeek-R1-0528-FP4; v2: the attention's output projection as well.",
+)
+@click.option(
+    "--calibration",
+    default="cnn_dailymail",
+    show_default=True,
+    metavar="NAME|PATH",
+    help="Text the activations are measured on: cnn_dailymail (downloaded), builtin, or a text, jsonl or parquet file.",
+)
+@click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Texts to take of it.")
+@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each text.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["fp8", "bf16"]),
+    default="fp8",
+    show_default=True,
+    help="The latent cache that the checkpoint asks for at run time.",
+)
+@click.option("--max-shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest file to write.")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N; calibrates there."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of texts.")
+@json_flag
+def quantize(
+    source: str,
+    destination: Path,
+    recipe: str,
+    layout: str,
+    calibration: str,
+    samples: int,
+    tokens: int,
+    kv_cache: str,
+    max_shard_size: int,
+    device: str,
+    seed: int,
+    json_path: str | None,
+) -> None:
+    """Write the FP8 or BF16 checkpoint SOURCE as an NVFP4 checkpoint to DESTINATION, a folder that is not there yet.
+
+    Calibrates one decoder layer at a time and converts shard by shard, so that memory does not grow with the model. An
+    interrupted run leaves DESTINATION.incomplete; the same command goes on from there.
+
+    \b
+    Examples:
+      deepseek-fp4 quantize r1_nano ./r1_nano-NVFP4 --calibration builtin --samples 64
+      deepseek-fp4 quantize deepseek-ai/DeepSeek-R1-0528 ./DeepSeek-R1-0528-NVFP4 --device cuda
+      deepseek-fp4 quantize ./fp8 ./nvfp4 --calibration articles.jsonl --layout v2 --kv-cache bf16
+    """
+    from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
+
+    with screen.stages() as report:
+        result = quantize_checkpoint(
+            source,
+            destination,
+            recipe=recipe,
+            layout=layout,
+            calibration=calibration,
+            samples=samples,
+            tokens=tokens,
+            kv_cache=kv_cache,
+            max_shard_bytes=max_shard_size,
+            device=device,
+            seed=seed,
+            progress=report,
+        )
+    show(result, json_path)
+
+
+def tables(report) -> list:
+    return [str(report)]
+
+
+def show(report, json_path) -> None:
+    print(report)
