@@ -3,9 +3,7 @@
 import json
 from typing import Any
 
-import jinja2
-import jinja2.meta
-
+from deepseek_fp4_plugin.serving.options import template_variables
 from deepseek_fp4_plugin.serving.protocol import (
     AssistantMessage,
     ChatCompletionRequest,
@@ -35,10 +33,7 @@ class ChatPrompt:
         source = template if template is not None else tokenizer.chat_template
         if source is None:
             raise ValueError("this checkpoint's tokenizer has no chat template; give one with --chat_template")
-        try:
-            self.variables = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(source))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is wrong at line {error.lineno}: {error.message}") from None
+        self.variables = template_variables(source)
 
     def render(
         self,

@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass
 
+import jinja2
+import jinja2.meta
+
+from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
+from deepseek_fp4_plugin.serving.tool_calls import TOOL_PARSERS
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -27,6 +33,11 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if self.sampling_defaults not in ("model", "openai"):
             raise ValueError(f"sampling_defaults is {self.sampling_defaults!r}; choose model or openai")
+        for name, known in (("reasoning_parser", REASONING_PARSERS), ("tool_parser", TOOL_PARSERS)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(sorted(known))}")
+        if self.chat_template is not None:
+            template_variables(self.chat_template)
         if self.max_queue < 0:
             raise ValueError(f"max_queue is {self.max_queue}; give 0 or more")
         if self.max_body_bytes < 1:
@@ -34,3 +45,13 @@ class ServerOptions:
         for name in ("body_timeout", "request_timeout", "stall_timeout", "drain_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give seconds above 0")
+
+
+def template_variables(source: str) -> set[str]:
+    """The variables that a chat template reads. Raises ValueError for one that is wrong."""
+    try:
+        return jinja2.meta.find_undeclared_variables(
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is wrong at line {error.lineno}: {error.message}") from None

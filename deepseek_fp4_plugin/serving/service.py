@@ -48,10 +48,6 @@ class Service:
         self.names = options.served_model_name or (local,)
         self.root, self.created = model, int(time.time())
         self._noted_system = False
-        for what, parser, known in (("reasoning_parser", options.reasoning_parser, REASONING_PARSERS),
-                                    ("tool_parser", options.tool_parser, TOOL_PARSERS)):  # fmt: skip
-            if parser is not None and parser not in known:
-                raise ValueError(f"{what} is {parser!r}; choose {' or '.join(sorted(known))}")
         self.metrics = Metrics(llm.get_stats)
         self.admission = Admission(llm.config.max_batch_size, options.max_queue, self.metrics)
         self.prompts = ChatPrompt(self.tokenizer, options.chat_template)
