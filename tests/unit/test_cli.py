@@ -1,0 +1,242 @@
+"""The command line: what it prints, what it answers to mistakes, how it ends."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
+from deepseek_fp4_plugin.cli.app import app, run
+from deepseek_fp4_plugin.llm import LLM, SamplingParams
+from tests.tiny import tiny_config, write_checkpoint
+
+PROGRAM = [sys.executable, "-c", "from deepseek_fp4_plugin.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A tiny random model with the embedded model's tokenizer."""
+    if not (embedded_folder() / "tokenizer.json").is_file():
+        pytest.skip("the embedded model is not there")
+    folder = write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", tiny_config(vocab_size=1024))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(embedded_folder() / name, folder)
+    return str(folder)
+
+
+def mistake(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and the one line on standard error."""
+    status = run(arguments)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith(("loading", "note:"))]
+    assert shown.out == "" and len(lines) == 1, shown
+    return status, lines[0]
+
+
+# ---------------------------------------------------------------- help and usage
+
+
+@pytest.mark.parametrize("command", ["", *app.commands])
+def test_help_pages(capsys, command: str) -> None:
+    assert run([command, "--help"] if command else ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "deepseek-fp4 " in text and max(map(len, text.splitlines())) <= 110
+    if command:
+        assert "Examples:" in text
+    else:
+        assert all(f"  {name} " in text for name in app.commands)
+
+
+def test_no_command_shows_the_help(capsys) -> None:
+    assert run([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_version(capsys) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("deepseek-fp4, version ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["generate", "r1_nano", "hi", "--max-new-tokns", "8"], 2, "no flag --max-new-tokns; did you mean '--max-new-tok"),
+        (["generate", "r1_nano", "hi", "--temprature=1"], 2, "did you mean '--temperature'"),
+        (["quantize", "a", "b", "--kv_cach", "fp8"], 2, "did you mean '--kv-cache'"),
+        (["genrate", "r1_nano"], 2, "no command 'genrate'; did you mean 'generate'"),
+        (["quantize", "r1_nano"], 2, "missing argument 'DESTINATION'"),
+        (["quantize", "r1_nano", "x", "--layout", "v3"], 2, "'v3' is not one of 'v1', 'v2'"),
+        (["quantize", "r1_nano", "x", "--max-shard-size", "big"], 2, "'big' is not a size"),
+        (["quantize", "r1_nano", "x", "--json", "no-such-folder/x.json"], 2, "no-such-folder is not a folder"),
+        (["generate", "r1_nano", "hi", "--relaxed"], 2, "give --mtp as well"),
+        (["generate", "./no-such-model", "hi"], 1, "no-such-model is neither a folder nor a Hugging Face id"),
+        (["chat", "./no-such-model"], 1, "is neither a folder nor a Hugging Face id"),
+        (["inspect", "./no-such-model"], 1, "is not a folder here"),
+        (["generate", "r1_nano", "hi", "--device", "tpu"], 1, "device='tpu' must be auto, cpu, cuda or cuda:0"),
+        (["generate", "r1_nano", "hi", "--temperature", "-1"], 1, "temperature=-1.0 must be at least 0"),
+        (["generate", "r1_nano", "hi", "--max-new-tokens", "0"], 1, "max_tokens=0 must be at least 1"),
+        (["generate", "r1_nano", "hi", "--config", "no-such.yaml"], 1, "no-such.yaml cannot be read"),
+        (["generate", "r1_nano", "--prompt-file", "no-such.txt"], 1, "no-such.txt cannot be read"),
+    ],
+)  # fmt: skip
+def test_mistakes(capsys, arguments: list[str], status: int, message: str) -> None:
+    found, line = mistake(capsys, *arguments)
+    assert found == status and message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("command", ["generate", "quantize"])
+def test_cuda_where_there_is_none(capsys, tmp_path, command: str) -> None:
+    status, line = mistake(capsys, command, "r1_nano", str(tmp_path / "out"), "--device", "cuda")
+    assert status == 1 and "cuda" in line and "--device cpu" in line
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- generate and chat
+
+
+def test_generate_is_what_the_llm_gives(capsys, model) -> None:
+    with LLM(model) as llm:
+        expected = llm.generate("Hello", SamplingParams(max_tokens=12)).text
+    assert run(["generate", model, "Hello", "--max_new_tokens", "12"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == expected + "\n"
+    assert "12 tokens in" in shown.err
+
+
+def test_generate_several_with_drafts_as_json(capsys, model, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "args.yaml").write_text("use_cuda_graph: true\nspeculative_config: {num_nextn_predict_layers: 1}\n")
+    arguments = ["generate", model, "zero", "--prompt-file", str(tmp_path / "prompts.txt"), "--max-tokens", "9"]
+    assert run([*arguments, "--json", str(tmp_path / "plain.json")]) == 0
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    assert [entry["prompt"] for entry in plain] == ["zero", "one", "two"]
+    shown = capsys.readouterr().out
+    assert all(f"> {entry['prompt']}\n{entry['text']}\n" in shown for entry in plain)
+    config = ["--config", str(tmp_path / "args.yaml"), "--num_nextn_predict_layers", "2", "--dtype", "float32"]
+    assert run([*arguments, *config, "--json", "-"]) == 0
+    drafted = json.loads(capsys.readouterr().out)
+    assert [len(entry["token_ids"]) for entry in drafted] == [9, 9, 9]
+    assert all(entry["drafted"] > entry["steps"] for entry in drafted)  # two a step: the flag won over the file
+    assert all(entry["drafted"] == 0 for entry in plain)
+
+
+def test_generate_from_standard_input_through_the_chat_template(capsys, model, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert run(["generate", model, "--chat", "--max-new-tokens", "3", "--json", "-"]) == 0
+    record = json.loads(capsys.readouterr().out)[0]
+    assert record["prompt"] == "hello" and record["prompt_tokens"] == len("hello") + 3  # bos, user, assistant
+
+
+def test_chat_takes_a_line_a_turn(capsys, model, monkeypatch) -> None:
+    seen: list[list[dict[str, str]]] = []
+
+    def record(self, messages, **arguments):
+        seen.append([dict(message) for message in messages])
+        return self.encode(messages[-1]["content"])
+
+    monkeypatch.setattr("deepseek_fp4_plugin.tokenizer.Tokenizer.encode_chat", record)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n/reset\nthird\n/nonsense\n/exit\nnever\n"))
+    assert run(["chat", model, "--max-new-tokens", "4", "--seed", "1", "--system", "Be brief.", "--math"]) == 0
+    shown = capsys.readouterr()
+    assert [len(messages) for messages in seen] == [2, 4, 2]
+    assert seen[0][0] == {"role": "system", "content": "Be brief."}
+    assert [message["role"] for message in seen[1]] == ["system", "user", "assistant", "user"]
+    assert (
+        seen[2][1]["content"].startswith("third\nPlease reason step by step") and "\\boxed{}" in seen[2][1]["content"]
+    )
+    assert shown.err.count("4 tokens in") == 3 and "no command /nonsense" in shown.err
+
+
+def test_chat_marks_thinking_however_it_is_cut(capsys) -> None:
+    from deepseek_fp4_plugin.cli.chat import Conversation
+
+    conversation = Conversation(None, None, None, False, [])  # type: ignore[arg-type]
+    conversation._terminal, thought = True, False
+    for reasoning, content in (("add", ""), (" it", ""), ("", ""), ("", "7"), ("", "!")):
+        thought = conversation._show(reasoning, content, thought)
+    assert capsys.readouterr().out == "add it\n\n7!"  # click drops colours where there is no terminal
+
+
+def test_control_characters_never_reach_a_terminal() -> None:
+    from deepseek_fp4_plugin.cli.screen import printable
+
+    assert printable("a\x1b[2J\x07\n\tb\x9b几") == "a\ufffd[2J\ufffd\n\tb\ufffd几"
+
+
+# ---------------------------------------------------------------- inspect and doctor
+
+
+def test_inspect_counts_every_byte(capsys, tiny_fp8, tmp_path) -> None:
+    assert run(["inspect", str(tiny_fp8), "--json", str(tmp_path / "x.json")]) == 0
+    shown = capsys.readouterr().out
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert sum(entry["bytes"] for entry in content["modules"]) == content["bytes"]
+    assert content["missing"] == content["other tensors"] == []
+    experts = next(entry for entry in content["modules"] if entry["module"] == "routed experts")
+    # 2 MoE layers of 16 experts with 3 matrices of 128 x 128 in one FP8 block each
+    assert experts["format"] == "fp8_block" and experts["modules"] == experts["scales"]["weight_scale_inv"] == 96
+    assert experts["parameters"] == 96 * 128 * 128 and experts["bytes"] == 96 * (128 * 128 + 4)
+    assert "MTP layer: routed experts" in shown and "fp8_block" in shown
+    assert all(line == line.rstrip() for line in shown.splitlines())
+
+
+def test_inspect_shows_what_is_missing(capsys, tmp_path) -> None:
+    folder = write_checkpoint(tmp_path / "model", fp8=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "num_nextn_predict_layers": 0}))
+    assert run(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "tensors that the model has no place for, first model.layers.3.embed_tokens.weight" in shown
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5, "num_nextn_predict_layers": 0}))
+    assert run(["inspect", str(folder)]) == 0
+    assert "INCOMPLETE" in capsys.readouterr().out
+
+
+def test_doctor(capsys) -> None:
+    assert run(["doctor", "--json", "-"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["kernels"]["weights on cpu"] and "GiB" in facts["machine"]["memory"]
+    assert run(["doctor"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- how a process ends
+
+
+def _start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_ctrl_c(model) -> None:
+    process = _start("generate", model, "a", "--max-new-tokens", "2000", "--ignore-eos")
+    assert process.stdout is not None and process.stdout.read(1)  # it is generating
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    lines = err.decode().splitlines()
+    assert process.returncode == 130
+    assert lines[-1] == "deepseek-fp4: interrupted" and "Traceback" not in err.decode()
+
+
+def test_closed_pipe_is_quiet(model) -> None:
+    process = _start("generate", model, "a", "--max-new-tokens", "2000", "--ignore-eos")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.wait(timeout=30)
+    assert all(line.startswith("loading") for line in err.splitlines()), err
