@@ -67,7 +67,7 @@ def test_version(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["generate", "r1_nano", "hi", "--max-new-tokns", "8"], 2, "no flag --max-new-tokns; did you mean '--max-new-tok"),
+        (["generate", "r1_nano", "hi", "--max-new-tokns", "8"], 2, "--max-new-tokns; did you mean '--max-new-tokens'"),
         (["generate", "r1_nano", "hi", "--temprature=1"], 2, "did you mean '--temperature'"),
         (["quantize", "a", "b", "--kv_cach", "fp8"], 2, "did you mean '--kv-cache'"),
         (["genrate", "r1_nano"], 2, "no command 'genrate'; did you mean 'generate'"),
