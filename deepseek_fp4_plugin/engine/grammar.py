@@ -71,7 +71,8 @@ class GrammarState:
         thinking, consumed = self._thinking, 0
         for i in range(len(drafts) + 1):
             self._fill(rows[i], thinking)
-            if i == len(drafts) or not rows[i, drafts[i] // 32] >> (drafts[i] % 32) & 1:
+            # The end is never consumed: the library does not count it, and could not be rolled back.
+            if i == len(drafts) or drafts[i] == self._eos_id or not _has_bit(rows[i], drafts[i]):
                 rows[i + 1 :] = rows[i]
                 break
             thinking, moved = self._next(thinking, drafts[i])
@@ -84,6 +85,9 @@ class GrammarState:
         """Take the tokens that were emitted. Behind one that the grammar does not allow only the end is left."""
         for token in tokens:
             if self.finished:
+                return
+            if token == self._eos_id:
+                self.finished = True
                 return
             self._thinking, moved = self._next(self._thinking, token)
             self.finished = moved and (self._matcher.is_stopped() or self._matcher.is_error())
@@ -111,6 +115,10 @@ class GrammarState:
             _set_bit(row, self._eos_id)
         if thinking is Thinking.POSSIBLE:
             _set_bit(row, self._think_ids[0])
+
+
+def _has_bit(row: np.ndarray, token: int) -> bool:
+    return bool(row.view(np.uint32)[token // 32] >> np.uint32(token % 32) & 1)
 
 
 def _set_bit(row: np.ndarray, token: int) -> None:

@@ -45,7 +45,8 @@ def verify(targets: Tensor, drafts: Tensor, relaxed: Tensor | None = None) -> tu
 
 
 def passes_relaxed(logits: Tensor, drafts: Tensor, topk: Tensor, delta: Tensor) -> Tensor:
-    """Which drafts the relaxed rule accepts: bool [S, K].
+    """Which drafts the relaxed rule accepts: bool [S, K]. Never one that a grammar or a ban has put at -inf: with few
+    tokens left it could be among the topk, and its probability of 0 within delta of a best one below delta.
 
     logits: FP32 [S, K, vocab].  drafts: int64 [S, K].  topk: int64 [S], at least 1.  delta: FP32 [S].
     """
@@ -53,7 +54,8 @@ def passes_relaxed(logits: Tensor, drafts: Tensor, topk: Tensor, delta: Tensor) 
     best, tokens = p.topk(min(int(topk.max()), p.shape[-1]))
     in_topk = torch.arange(best.shape[-1], device=p.device) < topk.view(-1, 1, 1)
     near = best >= best[..., :1] - delta.view(-1, 1, 1)
-    return ((tokens == drafts.unsqueeze(-1)) & in_topk & near).any(-1)
+    possible = logits.gather(-1, drafts.clamp(min=0).unsqueeze(-1)).squeeze(-1) > -torch.inf
+    return ((tokens == drafts.unsqueeze(-1)) & in_topk & near).any(-1) & possible
 
 
 class MtpDrafter:
