@@ -19,7 +19,7 @@ def test_ten_thousand_requests(tiny_fp8):
     model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
     rng = random.Random(0)
     shared = [rng.randrange(320) for _ in range(LONGEST)]
-    engine = make_engine(model, drafts=3, blocks=40, batch=32, tokens=128, max_seq_len=160)
+    engine = make_engine(model, drafts=3, blocks=96, batch=32, tokens=256, max_seq_len=160)
     process = psutil.Process(os.getpid())
     started: dict[int, list[int]] = {}
     live, outputs, aborted, memory = {}, {}, set(), []

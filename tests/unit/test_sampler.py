@@ -53,7 +53,9 @@ def reference_support(logits, temperature, top_k, top_p, min_p) -> set[int]:
 def test_cuts(seed, vocab, temperature, top_k, top_p, min_p):
     torch.manual_seed(seed)
     logits = torch.randn(1, vocab) * 2
-    drawn = set(draw(logits, torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1], temperature, top_k, top_p, min_p).tolist())
+    drawn = set(
+        draw(logits, torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1], temperature, top_k, top_p, min_p).tolist()
+    )
     support = reference_support(logits[0], temperature, top_k, top_p, min_p)
     assert drawn <= support
     p = (logits[0].double() / temperature).softmax(-1)
