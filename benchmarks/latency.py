@@ -71,9 +71,7 @@ def main() -> None:
     for k, values in seen.items():
         seconds, steps = statistics.median(s for s, _ in values), values[0][1]
         rows.append({"measure": "token", "drafts": k, "seconds": seconds, "tokens_per_step": steps})
-        print(
-            f"  {k} drafts: {seconds * 1e3:7.2f} ms a token, {steps:.2f} tokens a step, {plain / seconds:.2f} times plain"
-        )
+        print(f"  {k} drafts: {seconds * 1e3:7.2f} ms a token, {steps:.2f} tokens a step, {plain / seconds:.2f} times")
     for llm in engines.values():
         llm.shutdown()
     if options.json:
