@@ -7,6 +7,7 @@ read for the cache dtype.
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -96,10 +97,18 @@ class QuantConfig:
         return False
 
 
-def nvfp4_quant_config(exclude_modules: list[str], kv_cache: str | None, version: str) -> dict[str, Any]:
-    """The content of hf_quant_config.json for an NVFP4 checkpoint, as ModelOpt writes it."""
+# The ModelOpt release whose bits are written (docs/format.md). TensorRT-LLM and vLLM look for this producer's name
+# before they read the rest, so it names the format; README.md of the checkpoint names the program.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+def nvfp4_quant_config(exclude_modules: Sequence[str], kv_cache: str | None) -> dict[str, Any]:
+    """The content of hf_quant_config.json for an NVFP4 checkpoint, as ModelOpt writes it.
+
+    kv_cache: "FP8" or None.
+    """
     return {
-        "producer": {"name": "deepseek_fp4_plugin", "version": version},
+        "producer": dict(PRODUCER),
         "quantization": {
             "quant_algo": "NVFP4",
             "kv_cache_quant_algo": kv_cache,

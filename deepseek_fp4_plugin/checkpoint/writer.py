@@ -4,15 +4,16 @@ The names, dtypes and shapes of a checkpoint are known before its values, so eve
 first: the header is written at once and each tensor goes to its own offset. A shard is renamed to its final name when
 its last tensor arrives; the folder is renamed to its final name when the last file is in it. A run that stops leaves
 `<destination>.incomplete`, which the next run continues after the last closed shard; bytes never depend on the order
-or on interruptions.
+or on interruptions. The `work` folder inside is the caller's, for what else a resumed run needs; it goes at the end.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from deepseek_fp4_plugin.checkpoint.reader import DTYPES, INDEX_NAME, SINGLE_NAM
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_JOB_NAME = "job.json"
+_JOB_NAME, _WORK_NAME = "job.json", "work"
 
 
 class TensorSpec(NamedTuple):
@@ -45,7 +46,9 @@ class CheckpointWriter:
 
     plan: all tensors in reading order; consecutive ones share shards of at most `max_shard_bytes`.
     job: what the bytes depend on (source, recipe, ...); an `.incomplete` folder left by a different job is refused.
-    Raises CheckpointError when the destination is taken, the disk is too small, or a tensor differs from its plan.
+    work_bytes: what the caller will put into `work`, for the check of the disk.
+    Raises CheckpointError when the destination is taken or being written by another process, the disk is too small, or
+    a tensor differs from its plan.
     """
 
     def __init__(
@@ -54,12 +57,15 @@ class CheckpointWriter:
         plan: Iterable[TensorSpec],
         job: dict[str, Any],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        work_bytes: int = 0,
     ):
-        self.destination = Path(destination)
+        self.destination = Path(os.path.abspath(destination))
         self.folder = self.destination.with_name(self.destination.name + ".incomplete")
+        self.work = self.folder / _WORK_NAME
+        self._lock: IO[str] | None = None  # open as long as this process writes here
         self._shards = _layout(list(plan), max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
-        self._open_folder({**job, "max_shard_bytes": max_shard_bytes})
+        self._open_folder({**job, "max_shard_bytes": max_shard_bytes}, work_bytes)
         for shard in self._shards:
             if (self.folder / shard.file).exists():
                 shard.missing.clear()
@@ -82,9 +88,7 @@ class CheckpointWriter:
         self._write_bytes(shard, data, shard.offsets[name])
         shard.missing.discard(name)
         if not shard.missing:
-            with open(self.folder / shard.partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self.folder / shard.partial, self.folder / shard.file)
+            self._close(shard)
 
     def finish(self, files: dict[str, str | bytes]) -> None:
         """Write the index and `files` (name -> content), then give the folder its final name.
@@ -101,33 +105,68 @@ class CheckpointWriter:
             self._write_file(INDEX_NAME, json.dumps(index, indent=2) + "\n")
         for name, content in files.items():
             self._write_file(name, content)
+        shutil.rmtree(self.work)
         (self.folder / _JOB_NAME).unlink()
         if self.destination.exists():
             self.destination.rmdir()  # empty, as checked at the start; anything put there since makes this fail
         os.replace(self.folder, self.destination)
+        self.close()
 
-    def _open_folder(self, job: dict[str, Any]) -> None:
-        if self.destination.exists() and (not self.destination.is_dir() or any(self.destination.iterdir())):
-            raise CheckpointError(f"{self.destination} exists and is not empty; choose another folder or remove it")
+    def close(self) -> None:
+        """Let another writer have the folder, whether finished or not."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _open_folder(self, job: dict[str, Any], work_bytes: int) -> None:
+        refuse_taken(self.destination)
         job_text = json.dumps(job, indent=2, sort_keys=True) + "\n"
         job_file = self.folder / _JOB_NAME
         if job_file.exists() and job_file.read_text() != job_text:
             raise CheckpointError(
                 f"{self.folder} was left by a different job (see {job_file}); remove it to start afresh"
             )
-        done = sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) if self.folder.exists() else 0
-        needed = sum(spec.nbytes for shard in self._shards for spec in shard.specs.values()) - done
-        self.destination.absolute().parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.destination.absolute().parent).free
+        if not job_file.exists() and any(self.folder.glob("*.safetensors")):
+            raise CheckpointError(f"{self.folder} holds shards of an unknown job; remove it to start afresh")
+        self._check_space(work_bytes)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self.folder}: {error.strerror}; choose another folder") from None
+        if not job_file.exists():
+            self._write_file(_JOB_NAME, job_text)
+        self._lock = open(job_file)  # noqa: SIM115 (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise CheckpointError(f"{self.folder} is being written by another run; wait for it or stop it") from None
+        for left_over in self.folder.glob("*.partial"):
+            left_over.unlink()
+
+    def _check_space(self, work_bytes: int) -> None:
+        done = sum(
+            path.stat().st_size for path in self.folder.rglob("*") if path.suffix != ".partial" and path.is_file()
+        )
+        needed = work_bytes + sum(spec.nbytes for shard in self._shards for spec in shard.specs.values()) - done
+        parent = self.destination.parent
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
         if needed > free:
             raise CheckpointError(
                 f"{self.destination} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free"
             )
-        self.folder.mkdir(exist_ok=True)
-        for left_over in self.folder.glob("*.partial"):
-            left_over.unlink()
-        if not job_file.exists():
-            self._write_file(_JOB_NAME, job_text)
+
+    def _close(self, shard: "_Shard") -> None:
+        """Give a shard whose tensors are all there its final name."""
+        path = self.folder / shard.partial
+        try:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _not_written(path, error) from None
+        os.replace(path, self.folder / shard.file)
 
     def _write_bytes(self, shard: "_Shard", data, offset: int) -> None:
         path = self.folder / shard.partial
@@ -138,17 +177,25 @@ class CheckpointWriter:
                 file.seek(offset)
                 file.write(data)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {path}: {error.strerror}; free some space and run again to continue"
-            ) from None
+            raise _not_written(path, error) from None
 
     def _write_file(self, name: str, content: str | bytes) -> None:
         temporary = self.folder / (name + ".partial")
         try:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
-            raise CheckpointError(f"cannot write {temporary}: {error.strerror}") from None
+            raise _not_written(temporary, error) from None
         os.replace(temporary, self.folder / name)
+
+
+def refuse_taken(destination: Path) -> None:
+    """Raises CheckpointError when `destination` is a file or a folder with something in it."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination} exists and is not empty; choose another folder or remove it")
+
+
+def _not_written(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write {path}: {error.strerror}; free some space and run again to continue")
 
 
 class _Shard:

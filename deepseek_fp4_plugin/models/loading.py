@@ -1,7 +1,7 @@
 """Stream a checkpoint into a model, or into one decoder layer, reading only this rank's slices."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def load_model(
     device = checked_device(device)
     config = DeepseekV3Config.from_folder(folder)
     reader = CheckpointReader(folder)
-    config = _without_absent_mtp(config, reader)
+    config = without_absent_mtp(config, reader)
     source = WeightSource(
         reader,
         device,
@@ -72,21 +72,26 @@ def load_weights(model: DeepseekV3ForCausalLM, source: WeightSource, progress: P
 
 def check_all_read(source: WeightSource, config: DeepseekV3Config) -> None:
     """Raises CheckpointError naming a tensor that the model has no place for."""
-    # Buffers some exporters add, the MTP layer's duplicates, and cache scales (always 1 for the latent cache).
-    expected = re.compile(
-        rf".*rotary_emb\.inv_freq|model\.layers\.{config.num_hidden_layers}\.(embed_tokens|shared_head\.head)\.weight"
-        r"|.*\.[kv]_scale"
-    )
-    if not config.num_nextn_predict_layers:
-        expected = re.compile(rf"{expected.pattern}|model\.layers\.{config.num_hidden_layers}\..*")
     if source.mesh.world_size > 1:
         return  # a rank reads its own experts only
-    unread = [name for name in source.reader if name not in source.used and not expected.fullmatch(name)]
+    unread = unplaced((name for name in source.reader if name not in source.used), config)
     if unread:
         raise CheckpointError(
             f"{source.reader.folder} has {len(unread)} tensors this model has no place for, first {unread[0]}; "
             "does config.json belong to these weights?"
         )
+
+
+def unplaced(unread: Iterable[str], config: DeepseekV3Config) -> list[str]:
+    """Those of the unread tensors that a checkpoint of this architecture does not have."""
+    # Buffers some exporters add, the MTP layer's duplicates, and cache scales (always 1 for the latent cache).
+    expected = (
+        rf".*rotary_emb\.inv_freq|model\.layers\.{config.num_hidden_layers}\.(embed_tokens|shared_head\.head)\.weight"
+        r"|.*\.[kv]_scale"
+    )
+    if not config.num_nextn_predict_layers:
+        expected = rf"{expected}|model\.layers\.{config.num_hidden_layers}\..*"
+    return [name for name in unread if not re.fullmatch(expected, name)]
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -108,7 +113,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _without_absent_mtp(config: DeepseekV3Config, reader: CheckpointReader) -> DeepseekV3Config:
+def without_absent_mtp(config: DeepseekV3Config, reader: CheckpointReader) -> DeepseekV3Config:
     """Some exporters drop the MTP layer but keep its count in config.json; such a checkpoint has no MTP."""
     from dataclasses import replace
 

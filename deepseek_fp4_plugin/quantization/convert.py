@@ -1,0 +1,144 @@
+"""Stream a source checkpoint into an NVFP4 one: one weight, or one gate and up pair, in memory at a time.
+
+The arithmetic is numerics/nvfp4.py's, row chunk after row chunk (rows are independent once the tensor scale is known).
+What the report needs of each weight is noted before its tensors are written, so that a resumed run has it all.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
+from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
+from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
+from deepseek_fp4_plugin.quantization.recipe import Conversion, Plan, Unit, kept_dtype, result_tensors
+
+_CHUNK = 2**23  # elements quantized at once: temporaries of a few hundred MB at most
+_NOTES = "modules.jsonl"
+
+
+class Rounding(NamedTuple):
+    """Energies of a weight and of its quantization error, for SQNR; amax of the BF16 weight."""
+
+    signal: float
+    noise: float
+    amax: float
+
+
+def convert(
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    plan: Plan,
+    input_scales: Mapping[str, Tensor],
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> dict[str, Rounding]:
+    """Write every tensor of `plan`, skipping what an earlier run finished; returns module -> Rounding of NVFP4 ones.
+
+    input_scales: module -> FP32 [], for every module that becomes NVFP4.  device: where the arithmetic is done.
+    Raises CheckpointError naming a weight that holds NaN or infinity.
+    """
+    notes = _Notes(writer.work / _NOTES)
+    layer = None
+    for done, unit in enumerate(plan.units):
+        progress(done, len(plan.units))
+        if unit.layer != layer:
+            reader.close()  # lets go of the pages of shards read so far
+            layer = unit.layer
+        if unit.conversions[0].nvfp4:
+            _convert_nvfp4(reader, writer, unit, input_scales, device, notes)
+        else:
+            for conversion in unit.conversions:
+                if writer.needs(conversion.weight.name):
+                    dtype = kept_dtype(conversion, reader.info(conversion.weight.name).dtype)
+                    writer.write(conversion.weight.name, decoded(reader, conversion, dtype))
+    progress(len(plan.units), len(plan.units))
+    return notes.by_module
+
+
+def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype) -> Tensor:
+    """A source weight in `dtype`. Raises CheckpointError naming it when it holds NaN or infinity."""
+    weight = reader.get(conversion.weight.name)
+    if conversion.source is WeightFormat.FP8_BLOCK:
+        weight = fp8_block.dequantize(weight, reader.get(f"{conversion.weight.module}.weight_scale_inv"), dtype)
+    else:
+        weight = weight.to(dtype)
+    if not torch.isfinite(weight).all():
+        raise CheckpointError(
+            f"{conversion.weight.name} in {reader.folder} holds NaN or infinity, which no NVFP4 checkpoint can keep; "
+            f"download {reader.info(conversion.weight.name).shard} again"
+        )
+    return weight
+
+
+def quantize_weight(w: Tensor, scale_2: Tensor) -> tuple[NVFP4Tensor, Rounding]:
+    """`nvfp4.quantize(w, scale_2)` in chunks of rows, and the error it makes.  w: BF16 [out, in], finite."""
+    rows, cols = w.shape
+    step = max(1, _CHUNK // cols)
+    pieces, signal, noise = [], 0.0, 0.0
+    for start in range(0, rows, step):
+        chunk = w[start : start + step]
+        piece = nvfp4.quantize(chunk, scale_2)
+        pieces.append(piece)
+        signal += float(chunk.float().square().sum(dtype=torch.float64))
+        noise += float((nvfp4.dequantize(piece) - chunk.float()).square().sum(dtype=torch.float64))
+    packed, scale = torch.cat([p.packed for p in pieces]), torch.cat([p.scale for p in pieces])
+    return NVFP4Tensor(packed, scale, scale_2), Rounding(signal, noise, float(w.abs().amax()))
+
+
+def _convert_nvfp4(
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    unit: Unit,
+    input_scales: Mapping[str, Tensor],
+    device: torch.device,
+    notes: "_Notes",
+) -> None:
+    names = [spec.name for conversion in unit.conversions for spec in result_tensors(conversion, torch.bfloat16)]
+    if not any(map(writer.needs, names)):
+        return
+    weights = [decoded(reader, conversion, torch.bfloat16).to(device) for conversion in unit.conversions]
+    scale_2 = nvfp4.tensor_scale(torch.stack([weight.abs().amax() for weight in weights]).amax())
+    for conversion, weight in zip(unit.conversions, weights, strict=True):
+        quantized, rounding = quantize_weight(weight, scale_2)
+        module = conversion.weight.module
+        notes.add(module, rounding)
+        writer.write(f"{module}.weight", quantized.packed)
+        writer.write(f"{module}.weight_scale", quantized.scale)
+        writer.write(f"{module}.weight_scale_2", quantized.scale_2)
+        writer.write(f"{module}.input_scale", input_scales[module])
+
+
+class _Notes:
+    """Rounding by module, one JSON line each, appended as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.by_module: dict[str, Rounding] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    self._remember(json.loads(line))
+                except ValueError:  # cut off by an interruption; its shard was not closed, so it comes again
+                    continue
+
+    def add(self, module: str, rounding: Rounding) -> None:
+        note = {"module": module, **rounding._asdict()}
+        self._remember(note)
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(note) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}; free some space and run again to continue"
+            ) from None
+
+    def _remember(self, note: dict[str, Any]) -> None:
+        self.by_module[note["module"]] = Rounding(note["signal"], note["noise"], note["amax"])

@@ -1,0 +1,175 @@
+"""README.md of a quantized checkpoint, from the run's facts alone: the same run writes the same bytes."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deepseek_fp4_plugin.checkpoint.quant_config import PRODUCER
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.quantization.report import QuantizationReport, size_text
+
+BENCHMARKS = ("MMLU Pro", "GPQA Diamond", "LiveCodeBench", "SCICODE", "MATH-500", "AIME 2024")
+_CNN_DAILYMAIL = "https://huggingface.co/datasets/abisee/cnn_dailymail"
+
+
+def source_facts(source: str, folder: Path) -> dict[str, Any]:
+    """What the source's own card says: base_model (the source itself), license and license_link, tags of the task."""
+    card = _front_matter(folder / "README.md")
+    facts: dict[str, Any] = {"pipeline_tag": card.get("pipeline_tag", "text-generation"), "base_model": [source]}
+    for key in ("license", "license_name", "license_link", "language"):
+        if card.get(key):
+            facts[key] = card[key]
+    if "license" not in facts and (folder / "LICENSE").is_file():
+        facts.update(license="other", license_name="see-license-file", license_link="LICENSE")
+    return facts
+
+
+def model_card(facts: dict[str, Any], report: QuantizationReport, config: DeepseekV3Config, version: str) -> str:
+    """facts: of `source_facts`.  version: of this package."""
+    name, source = Path(report.destination).name, facts["base_model"][0]
+    front = {
+        **facts,
+        "library_name": "deepseek_fp4_plugin",
+        "tags": ["DeepSeekV3", "NVFP4", "FP4", "quantized", "ModelOpt"],
+    }
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {name}",
+        _description(source, report, version),
+        _architecture(config),
+        _calibration(report),
+        _sizes(report),
+        _usage(name),
+        _evaluation(),
+        _limitations(report),
+        _license(facts, source),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _description(source: str, report: QuantizationReport, version: str) -> str:
+    attention = " and the attention's output projections" if report.layout == "v2" else ""
+    return f"""## Description
+
+{source} with the weights and the input activations of its MLPs{attention} in NVFP4:
+4-bit E2M1 values in blocks of 16 with one FP8 (E4M3) scale a block and one FP32 scale a tensor. Everything else is
+BF16, the MTP layer included.
+
+Made by `deepseek_fp4_plugin` {version}, recipe `{report.recipe}`, layout `{report.layout}`, in the format of ModelOpt
+{PRODUCER["version"]}: `weight`, `weight_scale`, `weight_scale_2` and `input_scale` of a module, `hf_quant_config.json`,
+and the same in `config.json`. The cache is asked for in {"FP8" if report.kv_cache == "fp8" else "BF16"}."""
+
+
+def _architecture(c: DeepseekV3Config) -> str:
+    moe = sum(map(c.is_moe_layer, range(c.num_hidden_layers)))
+    mtp = "with" if c.num_nextn_predict_layers else "without"
+    return f"""## Model architecture
+
+DeepSeek-V3 (`DeepseekV3ForCausalLM`) with {c.num_hidden_layers} layers, hidden size {c.hidden_size} and
+{c.num_attention_heads} heads; {moe} layers have {c.n_routed_experts} routed experts, {c.num_experts_per_tok} a token,
+and {c.n_shared_experts} shared; {mtp} a multi-token-prediction layer. Input and output: text, up to
+{c.max_position_embeddings} tokens."""
+
+
+def _calibration(report: QuantizationReport) -> str:
+    text = report.calibration
+    if text.startswith("cnn_dailymail"):
+        text = text.replace("cnn_dailymail", f"[cnn_dailymail]({_CNN_DAILYMAIL})", 1)
+    return f"""## Post-training quantization
+
+Input scales were calibrated on {text}: {report.samples} samples,
+{report.tokens} tokens in all, through the source's own weights. {report.quantized_modules} linears are NVFP4. All
+experts of a layer share their input scales; {report.cold_experts} expert projections saw no token themselves."""
+
+
+def _sizes(report: QuantizationReport) -> str:
+    rows = [(name, count) for name, count in report.size.items()]
+    rows += [("**all**", report.total), ("all without the MTP layer", report.without_mtp)]
+    lines = ["| | before | after | ratio | SQNR dB |", "|---|---|---|---|---|"]
+    for label, count in rows:
+        error = f"{report.sqnr_db[label]:.2f}" if label in report.sqnr_db else ""
+        lines.append(
+            f"| {label} | {size_text(count.before)} | {size_text(count.after)} | {count.ratio:.2f}x | {error} |"
+        )
+    worst = ", ".join(f"`{module.module}` ({module.sqnr_db:.2f} dB)" for module in report.worst)
+    return "## Size and error\n\n" + "\n".join(lines) + f"\n\nLargest error: {worst}."
+
+
+def _usage(name: str) -> str:
+    return f"""## Usage
+
+```python
+from deepseek_fp4_plugin import LLM, SamplingParams
+
+
+def main():
+    prompts = [
+        "Hello, my name is",
+        "The president of the United States is",
+        "The capital of France is",
+        "The future of AI is",
+    ]
+    sampling_params = SamplingParams(max_tokens=32)
+
+    llm = LLM(model="./{name}")
+
+    outputs = llm.generate(prompts, sampling_params)
+
+    # Print the outputs.
+    for output in outputs:
+        prompt = output.prompt
+        generated_text = output.outputs[0].text
+        print(f"Prompt: {{prompt!r}}, Generated text: {{generated_text!r}}")
+
+
+if __name__ == "__main__":
+    main()
+```
+
+Or from a shell: `deepseek-fp4 chat ./{name}`, `deepseek-fp4 serve ./{name}`. Any runtime that reads ModelOpt's NVFP4
+checkpoints of this architecture can load the folder.
+
+Temperature 0.6 (0.5 to 0.7) and top-p 0.95 are recommended; put all instructions into the user's message; for maths
+ask: "Please reason step by step, and put your final answer within \\boxed{{}}."."""
+
+
+def _evaluation() -> str:
+    head = " | ".join(("Precision", *BENCHMARKS))
+    blank = " | ".join(["not measured yet"] * len(BENCHMARKS))
+    return f"""## Evaluation
+
+| {head} |
+|{"---|" * (len(BENCHMARKS) + 1)}
+| source | {blank} |
+| NVFP4 | {blank} |"""
+
+
+def _limitations(report: QuantizationReport) -> str:
+    return f"""## Limitations
+
+The limitations of {report.source} apply. The base model may have learned biases and toxic language from its training
+text and may answer wrongly or leave out what matters. Rounding to 4 bits adds errors of its own; measure this
+checkpoint on your task before you rely on it. FP4
+activations are scaled from the calibration text: text unlike it may saturate."""
+
+
+def _license(facts: dict[str, Any], source: str) -> str:
+    name = facts.get("license")
+    return f"## License\n\n{name if name else f'As {source}, whose card names none.'}" + (
+        f" ([text]({facts['license_link']}))" if facts.get("license_link") else ""
+    )
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The YAML between the first two `---` lines of a card; nothing where there is none or it is not YAML."""
+    if not path.is_file():
+        return {}
+    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        content = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

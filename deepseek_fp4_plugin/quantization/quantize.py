@@ -1,0 +1,147 @@
+"""The whole way: check everything that can be checked, calibrate, convert, describe, give the folder its name."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepseek_fp4_plugin import __version__
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.hub import resolve
+from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
+from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader, read_json
+from deepseek_fp4_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_taken
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.loading import checked_device, without_absent_mtp
+from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, hidden_bytes, input_scales
+from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, load_calibration
+from deepseek_fp4_plugin.quantization.convert import convert
+from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
+from deepseek_fp4_plugin.quantization.recipe import RECIPES, Plan, make_plan
+from deepseek_fp4_plugin.quantization.report import (
+    DEEPSEEK_R1,
+    QuantizationReport,
+    planned_sizes,
+    sizes,
+    sqnr_by_class,
+)
+from deepseek_fp4_plugin.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]  # stage, parts done, parts in all
+CALIBRATE, CONVERT = "calibrate", "convert"
+_KV_CACHES = {"fp8": "FP8", "bf16": None}
+# What comes along unchanged; weights, indexes and quantization files are this program's to write.
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+_WRITTEN = ("config.json", HF_QUANT_CONFIG, INDEX_NAME)
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    recipe: str = "max",
+    layout: str = "v1",
+    calibration: str | Path = CNN_DAILYMAIL,
+    samples: int = 512,
+    tokens: int = 512,
+    kv_cache: str = "fp8",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Write the FP8 or BF16 checkpoint `source` as a calibrated NVFP4 checkpoint to `destination`.
+
+    source: a folder, a Hugging Face id, or `r1_nano`.  destination: a folder that is absent or empty.
+    recipe: a name in recipe.RECIPES.  layout: a key of recipe.LAYOUTS.  kv_cache: what the config files ask for.
+    calibration, samples, tokens, seed: see calibration_data.load_calibration.  device: where layers and weights are
+    computed.  progress: called with ("calibrate" or "convert", done, total).
+    An interrupted run leaves `<destination>.incomplete`; the same call goes on from there and writes the same bytes.
+    Raises ValueError for a wrong choice or unusable calibration text, CheckpointError (a ValueError) for a checkpoint
+    that cannot be used or written; before calibration starts wherever headers can tell.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
+    if kv_cache not in _KV_CACHES:
+        raise ValueError(f"kv_cache {kv_cache!r} is unknown; choose from {', '.join(_KV_CACHES)}")
+    target = checked_device(device)
+    refuse_taken(Path(destination))
+    folder = resolve(source)
+    config = DeepseekV3Config.from_folder(folder)
+    reader = CheckpointReader(folder)
+    config = without_absent_mtp(config, reader)
+    plan = make_plan(reader, config, layout)
+    data = load_calibration(calibration, Tokenizer.from_folder(folder), samples, tokens, config.vocab_size, seed)
+    job = {
+        "version": __version__,
+        "source": _fingerprint(reader),
+        "recipe": recipe,
+        "layout": layout,
+        "kv_cache": kv_cache,
+        "calibration": data.digest,
+        "device": target.type,
+    }
+    tell = progress or (lambda stage, done, total: None)
+    writer = CheckpointWriter(destination, plan.tensors, job, max_shard_bytes, hidden_bytes(config, data))
+    try:
+        modules = [c.weight.module for unit in plan.units for c in unit.conversions if c.nvfp4]
+        found = calibrate(
+            reader, config, plan, data, writer.work, target, lambda done, total: tell(CALIBRATE, done, total)
+        )
+        scales = input_scales(found, modules)
+        roundings = convert(reader, writer, plan, scales, target, lambda done, total: tell(CONVERT, done, total))
+        sqnr, worst = sqnr_by_class(plan, config, roundings)
+        report = QuantizationReport(
+            source=str(source),
+            destination=str(destination),
+            recipe=recipe,
+            layout=layout,
+            kv_cache=kv_cache,
+            calibration=data.description,
+            samples=len(data.samples),
+            tokens=data.num_tokens,
+            size=sizes(reader, config, plan),
+            sqnr_db=sqnr,
+            worst=worst,
+            quantized_modules=len(modules),
+            cold_experts=len(cold_experts(found, modules)),
+            r1=planned_sizes(DEEPSEEK_R1, layout),
+        )
+        writer.finish(_files(folder, plan, report, config))
+    finally:
+        writer.close()
+        reader.close()
+    return report
+
+
+def _fingerprint(reader: CheckpointReader) -> str:
+    """Changes with the source's config, tensors, or a shard's size or time; reading 700 GB to be surer is too much."""
+    digest = hashlib.sha256((reader.folder / "config.json").read_bytes())
+    for shard in reader.shards:
+        status = os.stat(reader.folder / shard)
+        digest.update(f"{shard} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path, plan: Plan, report: QuantizationReport, config: DeepseekV3Config) -> dict[str, str | bytes]:
+    """Everything but weights: the source's small files, the config files, the card."""
+    files: dict[str, str | bytes] = {}
+    for path in sorted(folder.iterdir()):
+        copied = path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and copied and path.name not in _WRITTEN and not path.name.startswith("."):
+            try:
+                files[path.name] = path.read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    quant_config = nvfp4_quant_config(plan.exclude_modules, _KV_CACHES[report.kv_cache])
+    files[HF_QUANT_CONFIG] = _json(quant_config)
+    original = {k: v for k, v in read_json(folder / "config.json").items() if k != "quantization_config"}
+    files["config.json"] = _json({**original, "quantization_config": nvfp4_config_section(quant_config)})
+    files["README.md"] = model_card(source_facts(report.source, folder), report, config, __version__)
+    return files
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

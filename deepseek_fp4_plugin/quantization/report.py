@@ -1,0 +1,237 @@
+"""What a quantization did: bytes before and after by module class, error by class, the worst modules."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.writer import TensorSpec
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.inventory import Weight, weights
+from deepseek_fp4_plugin.numerics.fp8_block import BLOCK as FP8_BLOCK
+from deepseek_fp4_plugin.quantization.convert import Rounding
+from deepseek_fp4_plugin.quantization.recipe import Conversion, Plan, becomes_nvfp4, result_tensors
+
+MTP = "MTP layer"
+WORST = 5
+
+# DeepSeek-R1's shape, for the line that a result is compared with.
+DEEPSEEK_R1 = DeepseekV3Config(
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    q_lora_rank=1536,
+    n_shared_experts=1,
+    first_k_dense_replace=3,
+    n_group=8,
+    topk_group=4,
+    num_nextn_predict_layers=1,
+)
+
+
+class Bytes(NamedTuple):
+    """Bytes of tensors before and after."""
+
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        return self.before / self.after
+
+    def __add__(self, other: "Bytes") -> "Bytes":  # type: ignore[override]
+        return Bytes(self.before + other.before, self.after + other.after)
+
+
+class ModuleError(NamedTuple):
+    """SQNR of one NVFP4 weight against its BF16 values, in decibels; infinite when exact."""
+
+    module: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Everything that the table, the JSON file and the model card say of one run.
+
+    size: module class -> bytes.  sqnr_db: module class -> decibels over all its weights.  worst: lowest SQNR first.
+    cold_experts: expert projections that saw no calibration token.  r1: the same arithmetic on DeepSeek-R1.
+    """
+
+    source: str
+    destination: str
+    recipe: str
+    layout: str
+    kv_cache: str
+    calibration: str
+    samples: int
+    tokens: int
+    size: dict[str, Bytes]
+    sqnr_db: dict[str, float]
+    worst: tuple[ModuleError, ...]
+    quantized_modules: int
+    cold_experts: int
+    r1: Bytes
+
+    @property
+    def total(self) -> Bytes:
+        return sum_bytes(self.size.values())
+
+    @property
+    def without_mtp(self) -> Bytes:
+        return sum_bytes(count for name, count in self.size.items() if name != MTP)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; infinite SQNR becomes null."""
+        content = asdict(self)
+        content["size"] = {name: _bytes_json(count) for name, count in self.size.items()}
+        content["total"], content["without_mtp"] = _bytes_json(self.total), _bytes_json(self.without_mtp)
+        content["r1"] = _bytes_json(self.r1)
+        content["sqnr_db"] = {name: _finite(value) for name, value in self.sqnr_db.items()}
+        content["worst"] = [{"module": m.module, "sqnr_db": _finite(m.sqnr_db)} for m in self.worst]
+        return content
+
+    def tables(self) -> list[Table]:
+        """Sizes, then errors."""
+        return [self._sizes(), self._errors()]
+
+    def render(self, console: Console) -> None:
+        for table in self.tables():
+            console.print(table)
+
+    def __str__(self) -> str:
+        text = StringIO()
+        self.render(Console(width=110, file=text))
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def _sizes(self) -> Table:
+        table = _table("Size", ("", "before", "after", "ratio"))
+        for name, count in self.size.items():
+            table.add_row(name, *_cells(count))
+        table.add_section()
+        table.add_row("all", *_cells(self.total))
+        if MTP in self.size:
+            table.add_row("all without the MTP layer", *_cells(self.without_mtp))
+        table.add_row(f"DeepSeek-R1, layout {self.layout} (our arithmetic)", *_cells(self.r1))
+        return table
+
+    def _errors(self) -> Table:
+        table = _table(f"Error of the {self.quantized_modules} NVFP4 weights", ("", "SQNR dB"))
+        for name, value in self.sqnr_db.items():
+            table.add_row(name, f"{value:.2f}")
+        table.add_section()
+        for module in self.worst:
+            table.add_row(f"worst: {module.module}", f"{module.sqnr_db:.2f}")
+        if self.cold_experts:
+            table.add_section()
+            table.add_row("expert projections that saw no calibration token", str(self.cold_experts))
+        return table
+
+
+def sizes(reader: CheckpointReader, config: DeepseekV3Config, plan: Plan) -> dict[str, Bytes]:
+    """Bytes by module class, from the source's headers and the plan."""
+    after = {spec.name: spec.nbytes for spec in plan.tensors}
+    found: dict[str, Bytes] = {}
+    for unit in plan.units:
+        for conversion in unit.conversions:
+            source_bytes = sum(reader.info(name).nbytes for name in conversion.source_names)
+            specs = result_tensors(conversion, torch.bfloat16)
+            _count(found, conversion.weight, config, Bytes(source_bytes, sum(after[spec.name] for spec in specs)))
+    return found
+
+
+def planned_sizes(config: DeepseekV3Config, layout: str) -> Bytes:
+    """Bytes of a checkpoint as DeepSeek publishes one (FP8 linears) and of its NVFP4 result, from the config alone."""
+    total = Bytes(0, 0)
+    for weight in weights(config):
+        dtype = torch.float32 if weight.name.endswith("e_score_correction_bias") else torch.bfloat16
+        source = WeightFormat.FP8_BLOCK if weight.linear else WeightFormat.PLAIN
+        before = TensorSpec(weight.name, torch.float8_e4m3fn if weight.linear else dtype, weight.shape).nbytes
+        if weight.linear:
+            blocks = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
+            before += TensorSpec("", torch.float32, blocks).nbytes
+        specs = result_tensors(Conversion(weight, source, becomes_nvfp4(weight, config, layout)), dtype)
+        total += Bytes(before, sum(spec.nbytes for spec in specs))
+    return total
+
+
+def sqnr_by_class(
+    plan: Plan, config: DeepseekV3Config, roundings: Mapping[str, Rounding]
+) -> tuple[dict[str, float], tuple[ModuleError, ...]]:
+    """SQNR of every class that has NVFP4 weights, and the worst modules."""
+    energy: dict[str, tuple[float, float]] = {}
+    modules = []
+    for unit in plan.units:
+        for conversion in unit.conversions:
+            if conversion.nvfp4:
+                rounding = roundings[conversion.weight.module]
+                name = class_of(conversion.weight, config)
+                signal, noise = energy.get(name, (0.0, 0.0))
+                energy[name] = (signal + rounding.signal, noise + rounding.noise)
+                modules.append(ModuleError(conversion.weight.module, _sqnr(rounding.signal, rounding.noise)))
+    modules.sort(key=lambda module: (module.sqnr_db, module.module))
+    return {name: _sqnr(*pair) for name, pair in energy.items()}, tuple(modules[:WORST])
+
+
+def class_of(weight: Weight, config: DeepseekV3Config) -> str:
+    """The weight's class in the tables: its role, or the MTP layer."""
+    return MTP if weight.layer is not None and weight.layer >= config.num_hidden_layers else weight.role.value
+
+
+def sum_bytes(counts: Iterable[Bytes]) -> Bytes:
+    total = Bytes(0, 0)
+    for count in counts:
+        total += count
+    return total
+
+
+def size_text(count: float) -> str:
+    """Bytes in powers of ten, as disks are sold."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _count(found: dict[str, Bytes], weight: Weight, config: DeepseekV3Config, count: Bytes) -> None:
+    name = class_of(weight, config)
+    found[name] = found.get(name, Bytes(0, 0)) + count
+
+
+def _sqnr(signal: float, noise: float) -> float:
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _cells(count: Bytes) -> tuple[str, str, str]:
+    return size_text(count.before), size_text(count.after), f"{count.ratio:.2f}x"
+
+
+def _bytes_json(count: Bytes) -> dict[str, float]:
+    return {"before": count.before, "after": count.after, "ratio": count.ratio}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    return table
