@@ -10,11 +10,14 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     mask = None
     if 1 < length < context:
         mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
+    # Only with values as wide as keys does the platform take its fused path; unfused it holds every score in memory.
+    width = v.shape[-1]
+    v = torch.nn.functional.pad(v, (0, max(0, k.shape[-1] - width)))
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     output = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
     )
-    return output.squeeze(0).transpose(0, 1)
+    return output.squeeze(0).transpose(0, 1)[..., :width]
 
 
 def absorbed_attention(
