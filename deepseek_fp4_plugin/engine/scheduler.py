@@ -53,6 +53,7 @@ class Scheduler:
             request.thinking = self.think_ids[0] in request.token_ids
         self._wait(request)
         if request.deadline is not None:
+            self._prune(self._deadlines)
             heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
 
     def finish(self, request: Request, reason: str) -> None:
@@ -161,7 +162,14 @@ class Scheduler:
 
     # ------------------------------------------------------------------ parts
 
+    def _prune(self, heap: list) -> None:
+        """Drop finished requests once they are the most of a heap: a deadline may be an hour away."""
+        if len(heap) > 64 + 2 * (len(self.running) + self.num_waiting):
+            heap[:] = [entry for entry in heap if entry[2].finish_reason is None]
+            heapq.heapify(heap)
+
     def _wait(self, request: Request) -> None:
+        self._prune(self._waiting)
         heapq.heappush(self._waiting, (-request.priority, request.arrival, request))
         self.num_waiting += 1
 

@@ -30,7 +30,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": protocol.ErrorResponse, "description": "The engine has failed, or the server is shutting down"},
     504: {"model": protocol.ErrorResponse, "description": "The answer took longer than the server allows"},
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events, with stream"}}}
+_EVENT = {
+    "type": "object",
+    "description": "With stream, events: data is a chunk as JSON; [DONE] at the end, an error body on failure",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
 _DESCRIPTION = (
     "OpenAI-compatible. Every field is honoured or refused with 400, none is ignored; unknown fields are refused. "
     "Where the server has API keys, every path but /health wants `Authorization: Bearer KEY`."
@@ -71,7 +77,15 @@ def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
     _add_generation_routes(app, service)
     _add_information_routes(app, service)
     _add_pages(app)
+    _name_models(app, service.names)
     return app
+
+
+def _name_models(app: FastAPI, names: tuple[str, ...]) -> None:
+    """Put the served names into the documented requests."""
+    schemas = app.openapi()["components"]["schemas"]
+    for body in ("ChatCompletionRequest", "CompletionRequest"):
+        schemas[body]["properties"]["model"]["enum"] = list(names)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -7,7 +7,7 @@ the one value that asks for nothing, so that a client which always sends them wo
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MAX_LOGPROBS = 20
 
@@ -45,13 +45,23 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
+def _is_alternative(part: str) -> bool:
+    """Whether a part of an error's path names a union's alternative and no field."""
+    return part in ("str", "int", "float", "bool", "constrained-int", "constrained-str") or any(c in part for c in "[(")
+
+
 def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
     """One sentence about the first thing wrong in a body, and the field it is in."""
     errors = error.errors()
     # Of a union's complaints the deepest is about the alternative that was meant.
     first = max(errors, key=lambda e: len(e["loc"])) if errors[0]["type"] != "extra_forbidden" else errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"] if part != "body" and not _is_alternative(str(part))]
     param = ".".join(path) or None
+    if param is not None and path[0] == "prompt":
+        return (
+            "prompt: give a text, a list of texts, a list of token ids, or a list of such lists; none empty",
+            "prompt",
+        )
     if first["type"] == "extra_forbidden":
         return f"{param}: this server knows no such field; remove it", param
     if first["type"] == "json_invalid":
@@ -70,6 +80,14 @@ def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _integer(value: Any) -> Any:
+    """JSON knows only numbers: 2.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_integer)]
 
 
 class _Body(_Strict):
@@ -109,7 +127,7 @@ class ToolCall(_Strict):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = None
+    index: Int | None = None
 
 
 class SystemMessage(_Strict):
@@ -134,7 +152,7 @@ class AssistantMessage(_Strict):
     refusal: None = None
     function_call: None = None
     audio: None = None
-    annotations: list[JsonValue] | None = None
+    annotations: list[Any] | None = None
 
 
 class ToolMessage(_Strict):
@@ -154,7 +172,7 @@ class FunctionDefinition(_Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
@@ -177,7 +195,7 @@ class JsonSchema(_Strict):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, JsonValue] = Field(alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     strict: Literal[True] | None = None
 
 
@@ -198,7 +216,7 @@ class JsonFormat(_Strict):
     """trtllm-serve's short form."""
 
     type: Literal["json"]
-    schema_: dict[str, JsonValue] = Field(alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
 
 
 class RegexFormat(_Strict):
@@ -246,34 +264,34 @@ class GenerationRequest(_Body):
 
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy. None: the server's default.")
     top_p: float | None = Field(None, ge=0, le=1, description="None: the server's default.")
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0 or None: no limit.")
+    top_k: Int | None = Field(None, ge=0, le=2**31 - 1, description="0 or None: no limit.")
     min_p: float | None = Field(None, ge=0, le=1)
     top_p_min: Annotated[float, Field(ge=0, le=0)] | None = Field(
         None, description="Only 0: a decaying top_p is not offered."
     )
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: int = Field(1, ge=1, le=128)
-    best_of: int | None = Field(None, ge=1, le=128, description="Only n: answers are not ranked.")
+    seed: Int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: Int = Field(1, ge=1, le=128)
+    best_of: Int | None = Field(None, ge=1, le=128, description="Only n: answers are not ranked.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Token id (as a string) to a number added to its logit; -100 bans the token."
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,7}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(None, description="Token id (as a string) to a number added to its logit; -100 bans the token.")
     )
     bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, max_length=256, description="Texts that must not be generated."
     )
     stop: str | list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=64)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=256)
+    stop_token_ids: list[Annotated[Int, Field(ge=0)]] | None = Field(None, max_length=256)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    min_tokens: Int | None = Field(None, ge=0, le=2**31 - 1)
     skip_special_tokens: bool = True
     spaces_between_special_tokens: Literal[True] = True
-    truncate_prompt_tokens: int | None = Field(
+    truncate_prompt_tokens: Int | None = Field(
         None, ge=1, le=2**31 - 1, description="Keep this many tokens, the last, of the prompt."
     )
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
     return_accepted_drafts: bool = Field(
         False, description="With each choice, its tokens' texts and whether each was an accepted draft."
@@ -281,11 +299,11 @@ class GenerationRequest(_Body):
     relaxed_acceptance: bool | None = Field(
         None, description="False: verify drafts strictly even while thinking. None: as the server is configured."
     )
-    relaxed_topk: int | None = Field(None, ge=1, le=1024)
+    relaxed_topk: Int | None = Field(None, ge=1, le=1024)
     relaxed_delta: float | None = Field(None, ge=0, le=1)
 
     response_format: ResponseFormat | None = None
-    guided_json: dict[str, JsonValue] | str | None = None
+    guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = Field(None, min_length=1)
     guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1024)
     guided_grammar: str | None = Field(None, min_length=1)
@@ -293,7 +311,7 @@ class GenerationRequest(_Body):
     cache_salt: str | None = Field(
         None, min_length=1, max_length=1024, description="Prompts with different salts share no cached prefix."
     )
-    priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="Higher runs first.")
+    priority: Int = Field(0, ge=-(2**31), le=2**31 - 1, description="Higher runs first.")
 
     use_beam_search: Literal[False] = False
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
@@ -304,10 +322,10 @@ class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: Int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: Int | None = Field(None, ge=1, le=2**31 - 1, description="The older name of max_completion_tokens.")
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Only with logprobs.")
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Only with logprobs.")
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
         None, description="Default: auto when there are tools."
@@ -317,7 +335,7 @@ class ChatCompletionRequest(GenerationRequest):
     add_special_tokens: bool = Field(
         False, description="Also add the tokenizer's own; the template writes BOS already."
     )
-    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+    chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables of the server's chat template; a name it does not use is refused."
     )
     chat_template: None = Field(None, description="Templates from clients are not run; see --chat_template.")
@@ -327,7 +345,7 @@ class ChatCompletionRequest(GenerationRequest):
     echo: Literal[False] = Field(False, description="True is for /v1/completions.")
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -339,10 +357,10 @@ class CompletionRequest(GenerationRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
     )
-    max_tokens: int | None = Field(
+    max_tokens: Int | None = Field(
         None, ge=0, le=2**31 - 1, description="None: up to the context length. 0: only with echo."
     )
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = Field(False, description="Put the prompt, and its log-probabilities if asked, before the text.")
     add_special_tokens: bool = True
     suffix: Literal[""] | None = Field(None, description="Filling in the middle is not offered.")
@@ -361,7 +379,7 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[Int, Field(ge=0)]]
     skip_special_tokens: bool = False
 
 

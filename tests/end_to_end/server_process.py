@@ -73,9 +73,17 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(
-    folder: Path, *arguments: str, model: Path | str = R1_NANO, command: list[str] | None = None, ready: float = 60
+    folder: Path,
+    *arguments: str,
+    model: Path | str = R1_NANO,
+    command: list[str] | None = None,
+    program: str | None = None,
+    ready: float = 60,
 ) -> Iterator[Server]:
-    """Start, wait until /health answers, stop by SIGTERM at the end (unless the test has ended it)."""
+    """Start, wait until /health answers, stop by SIGTERM at the end (unless the test has ended it).
+
+    command: the whole command line, PORT in it.  program: Python source that runs the command line.
+    """
     port = free_port()
     log_path = folder / f"server-{port}.log"
     if command is None:
@@ -85,7 +93,7 @@ def running_server(
     began = time.perf_counter()
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [*Server.program(), *command],
+            [*(Server.program() if program is None else [sys.executable, "-c", program]), *command],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,
