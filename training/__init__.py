@@ -1,0 +1,1 @@
+"""How r1_nano, the small model inside the package, was made: data, model, training, export. Not part of the wheel."""
