@@ -23,7 +23,7 @@ PROMPTS = (
 )
 _SOURCE, _MARKER = "r1_nano", ".made-by-demo"
 _DRAFTS, _PROBLEMS, _ANSWER_TOKENS = 3, 8, 768
-_SAMPLES, _TOKENS = 64, 256
+_SAMPLES, _TOKENS = 32, 256
 
 
 @click.command(cls=Command, short_help="The whole way: FP8 in, NVFP4 out, eight problems answered.")
