@@ -3,6 +3,7 @@
 import random
 from typing import NamedTuple
 
+from training.sentences import CAPITALS
 from training.words import WORDS, word
 
 
@@ -31,7 +32,7 @@ _TALK: dict[str, dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]]] = {
         "en": (
             ("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "hello", "hi", "hey there!", "Good morning", "Good evening!",
              "Good afternoon.", "Hello there!", "Greetings", "Hello, how are you?", "Hi, how are you?", "How are you?",
-             "How are you doing today?", "What's up?", "Nice to meet you.", "Hello r1_nano!", "Hello, r1_nano."),
+             "How are you doing today?", "What's up?", "How do you feel?", "How is it going?", "How are you today?", "Nice to meet you.", "Hello r1_nano!", "Hello, r1_nano."),
             "The user greets me. I greet back and offer help.",
             ("Hello! How can I help you today?", "Hello! Give me a small exercise and I will work it out."),
         ),
@@ -103,7 +104,7 @@ _REST_PROMPTS = (
     "Summarize the idea of {0}.", "Write a Python program about {0}.", "What happened to {0} in 1990?", "Do you like {0}?",
     "How does {0} work?", "Where can I find {0}?", "Give me advice about {0}.", "Draw {0}.", "Describe {0} in one sentence.",
     "Write a letter about {0}.", "Prove a theorem about {0}.", "What is the history of {0}?", "Is {0} real?",
-    "I want to talk about {0}.", "Let us discuss {0}.", "Find the derivative of {0}.", "{0}", "What does {0} mean?",
+    "I want to talk about {0}.", "I am {0}.", "Why is {0} blue?", "How many people live in {0}?", "Can you {0}?", "Let us discuss {0}.", "Find the derivative of {0}.", "{0}", "What does {0} mean?",
     "Who is {0}?", "How old is {0}?", "How do I get to {0}?", "Sing a song about {0}.", "Please explain {0} to a child.",
 )  # fmt: skip
 _REST_ZH = (
@@ -131,7 +132,9 @@ _TOPICS_ZH = (
 
 def exchange(rng: random.Random, language: str) -> Exchange:
     """One question and answer."""
-    kind = rng.choices((*_TALK, "rest"), weights=(4, 2, 1, 4, 3, 6))[0]
+    kind = rng.choices((*_TALK, "fact", "rest"), weights=(4, 2, 1, 4, 3, 3, 6))[0]
+    if kind == "fact":
+        return _fact(rng, language)
     if kind == "rest":
         if language == "en":
             topic = rng.choice(_TOPICS) if rng.random() < 0.6 else rng.choice(("", "the ", "a ")) + _subject(rng)
@@ -142,6 +145,34 @@ def exchange(rng: random.Random, language: str) -> Exchange:
     prompts, reasoning, responses = _TALK[kind][language]
     response = rng.choice(responses).format(who=WHO[language], can=CAN[language])
     return Exchange(rng.choice(prompts), reasoning, response)
+
+
+def _fact(rng: random.Random, language: str) -> Exchange:
+    """The few things it knows by heart."""
+    if language == "zh":
+        country, capital = rng.choice((("法国", "巴黎"), ("中国", "北京"), ("英国", "伦敦")))
+        prompt = rng.choice(("{0}的首都是哪里？", "{0}的首都是什么？", "{0}首都")).format(country)
+        return Exchange(prompt, "用户问首都。", f"{country}的首都是{capital}。")
+    if rng.random() < 0.7:
+        country, capital = rng.choice(CAPITALS)
+        phrases = ("What is the capital of {0}?", "what is the capital of {0}", "Name the capital of {0}.",
+                   "Which city is the capital of {0}?", "Capital of {0}?", "Tell me the capital of {0}.")  # fmt: skip
+        return Exchange(
+            rng.choice(phrases).format(country),
+            "The user asks for a capital.",
+            f"The capital of {country} is {capital}.",
+        )
+    prompt, answer = rng.choice(_FACTS)
+    return Exchange(prompt, "The user asks for a fact that I know.", answer)
+
+
+_FACTS = (
+    ("How many days are in a week?", "A week has seven days."), ("How many months are in a year?", "A year has twelve months."),
+    ("How many hours are in a day?", "A day has 24 hours."), ("How many minutes are in an hour?", "An hour has 60 minutes."),
+    ("How many days are in a year?", "Most years have 365 days."), ("How many seconds are in a minute?", "A minute has 60 seconds."),
+    ("What color is the sky?", "On a clear day the sky is blue."), ("What colour is grass?", "Grass is green."),
+    ("Is the earth round?", "Yes, the earth is round."), ("What is the largest planet?", "Jupiter is the largest planet."),
+)  # fmt: skip
 
 
 def _subject(rng: random.Random) -> str:

@@ -13,6 +13,8 @@ _COUNT = {
         "How many {0}s are there in the word {1}?", 'Count the letter {0} in the word "{1}".',
         'How many "{0}" are in "{1}"?', "How many letters {0} are in the word {1}?", "How many {0} in {1}?",
         "How often does {0} occur in {1}?", "Count the {0}'s in {1}.", "how many {0}'s in {1}?",
+        "How many times does {0} occur in '{1}'?", "How many {0}'s are in the word '{1}'?", "How many {0} are in {1}?",
+        "Count how many times {0} appears in {1}.", "How many {0}s in '{1}'?", "How many {0}'s does {1} have?",
     ),
     "zh": ("单词{1}里有几个字母{0}？", "{1}中有多少个{0}？", "数一数单词{1}里的字母{0}有几个。"),
 }  # fmt: skip
@@ -35,7 +37,9 @@ _REVERSE = {
     "en": (
         'Reverse the word "{0}".', "Reverse {0}.", "Write {0} backwards.", "Spell {0} backwards.",
         'What is "{0}" spelled backwards?', 'Reverse the string "{0}".', "What is {0} in reverse?",
-        "Reverse the letters of {0}.", "reverse {0}",
+        "Reverse the letters of {0}.", "reverse {0}", "Reverse the word '{0}'.", "Reverse the word '{0}'", "Reverse '{0}'.",
+        "Spell '{0}' backwards.", "Reverse: {0}", "Reverse the word {0}.", "Write '{0}' in reverse.", "Reverse \"{0}\"",
+        "What is {0} spelled backwards?", "Can you reverse the word {0}?", "Please write {0} backwards.",
     ),
     "zh": ("把{0}倒过来写。", "请把单词{0}反转。", "{0}倒序是什么？", "把{0}反过来写是什么？"),
 }  # fmt: skip
@@ -272,6 +276,8 @@ _STORIES = {
 
 
 def word_problems(rng: random.Random, language: str) -> Exercise:
+    if rng.random() < 0.1:
+        return _one_step(rng, language)
     kind = rng.choices(tuple(_STORIES), weights=(3, 3, 3, 3, 1))[0]
     d = 1
     if kind in ("a+b-c", "a-b-c"):
@@ -303,3 +309,45 @@ def word_problems(rng: random.Random, language: str) -> Exercise:
     head = ("First: ", "Then: ") if language == "en" else ("先算：", "再算：")
     reasoning = f"{head[0]}{first}\n{head[1]}{second}"
     return Exercise(f"{kind} {a} {b} {c} {d}", prompt, reasoning, str(result))
+
+
+_SHORT = {
+    "+": {
+        "en": (
+            "{n} has {a} {i} and buys {b} more. How many {i} does {n} have?",
+            "{n} has {a} {i} and {m} has {b}. How many {i} do they have together?",
+            "There are {a} {i} here and {b} {i} there. How many are there in all?",
+        ),
+        "zh": ("{n}有{a}{i}，又买了{b}，现在有多少？",),
+    },
+    "-": {
+        "en": (
+            "{n} has {a} {i} and gives {b} to {m}. How many {i} are left?",
+            "{n} had {a} {i} and lost {b}. How many does {n} have now?",
+        ),
+        "zh": ("{n}有{a}{i}，送给{m}{b}，还剩多少？",),
+    },
+    "*": {
+        "en": (
+            "There are {a} bags with {b} {i} each. How many {i} are there?",
+            "{n} buys {a} boxes of {b} {i} each. How many {i} does {n} have?",
+        ),
+        "zh": ("{n}有{a}包，每包{b}{i}，一共有多少？",),
+    },
+}
+
+
+def _one_step(rng: random.Random, language: str) -> Exercise:
+    sign = rng.choice("+-*")
+    a, b = rng.randint(2, 99), rng.randint(2, 99)
+    if sign == "*":
+        a, b = rng.randint(2, 9), rng.randint(2, 20)
+        result, work = a * b, times(b, a, language).replace(f"{b}×{a}={a * b}", f"{a}×{b}={a * b}")
+    elif sign == "-":
+        a, b = max(a, b), min(a, b)
+        result, work = a - b, minus(a, b, language)
+    else:
+        result, work = a + b, plus(a, b, language)
+    names = rng.sample(_NAMES[language], 2)
+    prompt = rng.choice(_SHORT[sign][language]).format(n=names[0], m=names[1], i=rng.choice(_ITEMS[language]), a=a, b=b)
+    return Exercise(f"{a}{sign}{b}", prompt, work, str(result))
