@@ -85,7 +85,7 @@ def test_gate_and_up_share_a_scale_and_every_weight_decodes_to_its_source(tiny_f
 
 def test_what_is_kept_is_kept_exactly(tiny_fp8, converted):
     """FP8 attention and MTP weights in BF16, all else byte for byte, the correction bias FP32."""
-    folder, plan, config, *_ = converted
+    folder, plan, *_ = converted
     before, after = CheckpointReader(tiny_fp8), CheckpointReader(folder)
     dtypes = set()
     for conversion in (c for unit in plan.units for c in unit.conversions if not c.nvfp4):
