@@ -158,7 +158,7 @@ def test_chat_takes_a_line_a_turn(capsys, model, monkeypatch) -> None:
 def test_chat_marks_thinking_however_it_is_cut(capsys) -> None:
     from deepseek_fp4_plugin.cli.chat import Conversation
 
-    conversation = Conversation(None, None, None, False, [])  # type: ignore[arg-type]
+    conversation = Conversation(None, None, False, [])  # type: ignore[arg-type]
     conversation._terminal, thought = True, False
     for reasoning, content in (("add", ""), (" it", ""), ("", ""), ("", "7"), ("", "!")):
         thought = conversation._show(reasoning, content, thought)
