@@ -425,3 +425,14 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         shutil.rmtree(folder)
     assert size > 150_000_000
     assert peaks[16] < 1.04 * peaks[4], peaks
+
+
+@pytest.mark.slow
+def test_the_example_runs(trained, tmp_path):
+    example = ROOT / "examples" / "quantize.py"
+    done = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "688.6 GB" in done.stdout and "What is 17 plus 25?" in done.stdout
+    assert (tmp_path / "r1_nano-NVFP4" / "hf_quant_config.json").is_file()
