@@ -22,6 +22,7 @@ from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader, 
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.numerics.error import first_mismatch
 from deepseek_fp4_plugin.quantization.calibration_data import load_calibration
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.tokenizer import Tokenizer
@@ -365,6 +366,20 @@ def test_wrong_choices_are_one_sentence_and_write_nothing(source, tmp_path, chan
 def test_cuda_without_a_gpu(source, tmp_path):
     with pytest.raises(ValueError, match="finds no CUDA device here; use --device cpu"):
         quantize(source, tmp_path / "out", device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_writes_the_same_weights(source, quantized, tmp_path):
+    """Every bit of every weight and its scales; input scales come out of another device's matrix products."""
+    quantize(source, tmp_path / "q", device="cuda")
+    cpu, cuda = CheckpointReader(quantized[0]), CheckpointReader(tmp_path / "q")
+    assert list(cpu) == list(cuda)
+    for name in cpu:
+        if name.endswith(".input_scale"):
+            torch.testing.assert_close(cuda.get(name), cpu.get(name), rtol=0.1, atol=0)
+        else:
+            assert (problem := first_mismatch(cpu.get(name), cuda.get(name))) is None, f"{name}: {problem}"
 
 
 def test_a_destination_with_something_in_it(source, tmp_path):
