@@ -69,9 +69,7 @@ def encode_blocks(blocks: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 
     blocks: [..., n, 16].  scale: E4M3 [..., n].  scale_2 as in `quantize`.  Returns uint8 [..., n * 8].
     """
-    step = scale.float() * _broadcast(scale_2, scale.ndim).to(
-        scale.device
-    )
+    step = scale.float() * _broadcast(scale_2, scale.ndim).to(scale.device)  # this product first, then one division
     step = torch.where(step == 0, torch.inf, step)  # zero only in an all-zero tensor, whose quotients are then zero
     return e2m1.pack(e2m1.encode(blocks.float() / step.unsqueeze(-1)).flatten(-2))
 
