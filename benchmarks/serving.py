@@ -220,8 +220,8 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     axes[3].set(title="Goodput", xlabel="requests/s offered", ylabel="requests/s")
     axes[3].legend()
     figure.suptitle(
-        f"{rows[0]['trace']}, lengths x {rows[0]['length_scale']:g}, {rows[0]['requests']} requests a rate; goodput: TTFT "
-        f"at most {rows[0]['ttft_limit_ms']:g} ms, mean ITL at most {rows[0]['itl_limit_ms']:g} ms"
+        f"{rows[0]['trace']}, lengths x {rows[0]['length_scale']:g}, {rows[0]['requests']} requests a rate; goodput: "
+        f"TTFT at most {rows[0]['ttft_limit_ms']:g} ms, mean ITL at most {rows[0]['itl_limit_ms']:g} ms"
     )
     figure.savefig(path, dpi=120)
 
