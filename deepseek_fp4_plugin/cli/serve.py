@@ -70,7 +70,12 @@ _SERVER = (
 )
 @click.option("--max-queue", type=int, metavar="N", help="Answers waiting beyond the batch before 429 [256].")
 @click.option("--max-body-bytes", type=int, metavar="N", help="Of a request [16777216].")
-@click.option("--body-timeout", type=float, metavar="S", help="Seconds for a request to arrive [30].")
+@click.option(
+    "--body-timeout",
+    type=float,
+    metavar="S",
+    help="Seconds for a request's head, and again for its body, to arrive [30].",
+)
 @click.option("--request-timeout", type=float, metavar="S", help="Seconds for an answer [3600].")
 @click.option("--stall-timeout", type=float, metavar="S", help="Seconds a client may leave its stream unread [60].")
 @click.option("--drain-timeout", type=float, metavar="S", help="Seconds for running answers after SIGTERM [30].")

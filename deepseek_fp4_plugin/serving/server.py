@@ -18,6 +18,7 @@ import uvicorn
 from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.llm import LLM
 from deepseek_fp4_plugin.serving.app import create_app
+from deepseek_fp4_plugin.serving.connection import limited_connection
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.service import Service
 
@@ -89,7 +90,8 @@ def _run(app: Any, listener: socket.socket, options: ServerOptions) -> int:
         timeout_keep_alive=30,
         # Behind drain_timeout, when the aborted answers have had their last words.
         timeout_graceful_shutdown=int(options.drain_timeout) + 5,
-        h11_max_incomplete_event_size=64 << 10,
+        http=limited_connection(options.body_timeout),
+        ws="none",
     )
     server = _Server(config, app.state.service, options.drain_timeout)
     server.run(sockets=[listener])

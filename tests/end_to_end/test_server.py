@@ -170,7 +170,7 @@ def test_a_client_that_goes_frees_its_request(server):
             deadline = time.monotonic() + 10
             while server.gauges()["deepseek_fp4_num_requests_running"] == 0:
                 assert time.monotonic() < deadline
-        server.wait_idle(10)
+        assert server.wait_idle(10)["deepseek_fp4_kv_cache_blocks_used"] == 0
 
 
 def test_a_note_about_system_prompts_is_logged_once(server):
@@ -235,7 +235,31 @@ def test_request_timeout_and_body_limits(tmp_path):
                                b"Content-Length: 500\r\n\r\n{")  # fmt: skip
             connection.settimeout(10)
             assert b" 408 " in connection.recv(100)
+        for beginning in (b"", b"GET /version HT", b"GET /version HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(beginning)
+                connection.settimeout(10)
+                assert closed(connection)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:  # two requests, then half of one
+            for _ in range(2):
+                connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"GET /ver")
+            connection.settimeout(10)
+            assert closed(connection)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:  # a head without end
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET / HTTP/1.1\r\n" + b"X-Long: y\r\n" * 20_000)
+            connection.settimeout(10)
+            assert closed(connection)
         server.wait_idle()
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the server closes without an answer."""
+    with contextlib.suppress(ConnectionError):
+        return connection.recv(100) == b""
+    return True
 
 
 def test_sigterm_drains(tmp_path):
