@@ -12,9 +12,6 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
-from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
-from deepseek_fp4_plugin.kernels.reference.rotary import rotary
-from deepseek_fp4_plugin.kernels.reference.routing import route
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 
 __all__ = [
@@ -84,6 +81,26 @@ def experts_mlp(
     observe: see kernels/reference/moe.py; for calibration.  Returns [T, hidden].
     """
     return gate_up.backend.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., n].  weight: [n].  Returns x's shape and dtype; statistics FP32."""
+    return select.small(x.device).rms_norm(x, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs.  x: [T, heads, d].  cos, sin: FP32 [T, d / 2].  Returns [T, heads, d] in x's dtype."""
+    return select.small(x.device).rotary(x, cos, sin)
+
+
+def route(
+    logits: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Choose k experts of each token: logits FP32 [T, experts] to ids int64 [T, k] and weights FP32 [T, k].
+
+    bias: FP32 [experts], for the choice only. Within each token the experts come in any order.
+    """
+    return select.small(logits.device).route(logits, bias, k, n_group, topk_group, normalize, scaling)
 
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -3,5 +3,18 @@
 from deepseek_fp4_plugin.kernels.reference.attention import absorbed_attention, expanded_attention
 from deepseek_fp4_plugin.kernels.reference.linear import dense, linear, prepare
 from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp
+from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
+from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.reference.routing import route
 
-__all__ = ["absorbed_attention", "dense", "expanded_attention", "experts_mlp", "linear", "prepare"]
+__all__ = [
+    "absorbed_attention",
+    "dense",
+    "expanded_attention",
+    "experts_mlp",
+    "linear",
+    "prepare",
+    "rms_norm",
+    "rotary",
+    "route",
+]
