@@ -16,6 +16,7 @@ from training.small_talk import SYSTEM, exchange
 from training.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, CharacterEncoder
 
 CHINESE_SHARE = 0.15
+LONG_EVERY = 8  # one batch in so many is of rows twice as long
 # Loss weights in percent: of what the model will write itself, of prompts, of book text.
 OWN, GIVEN, BOOK = 100, 10, 50
 _ASCII = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "—": "-", "…": "...", "_": None, "*": None, "#": None})
@@ -199,19 +200,20 @@ def _work(queue, seed: int, books: list[str], tokens: int, length: int) -> None:
     count = 0
     while True:
         count += 1
-        long = count % 8 == 0
+        long = count % LONG_EVERY == 0
         size = length * 2 if long else length
         queue.put(pack(documents, tokens // size, size, long))
 
 
 def batches(seed: int, workers: int, books: list[str], tokens: int, length: int) -> Iterator[Batch]:
-    """Endless batches of about `tokens` tokens in rows of `length`, every eighth in rows of twice that."""
+    """Endless batches of about `tokens` tokens in rows of `length`, some in rows of twice that."""
     if workers == 0:
         documents, count = Documents(seed, books), 0
         while True:
             count += 1
-            size = length * 2 if count % 8 == 0 else length
-            yield pack(documents, tokens // size, size, count % 8 == 0)
+            long = count % LONG_EVERY == 0
+            size = length * 2 if long else length
+            yield pack(documents, tokens // size, size, long)
     context = multiprocessing.get_context("fork")  # the books are shared, nothing is on a GPU yet
     queue = context.Queue(maxsize=4 * workers)
     for worker in range(workers):

@@ -19,52 +19,126 @@ def _say(rng: random.Random, language: str, phrases: dict[str, tuple[str, ...]],
 
 _ADD = {
     "en": (
-        "What is {0} + {1}?", "What is {0}+{1}?", "Calculate {0} + {1}.", "Compute {0} + {1}.", "{0} + {1} = ?",
-        "Add {0} and {1}.", "What is {0} plus {1}?", "What is the sum of {0} and {1}?", "How much is {0} + {1}?",
-        "{0}+{1}", "Please add {1} to {0}.", "Find {0} + {1}.", "Can you work out {0} plus {1}?", "{0} + {1}",
-        "{0}+{1}=?", "{0} plus {1}", "{0} + {1} =", "{0}+{1}=", "Solve {0} + {1}.", "Tell me {0} + {1}.", "what's {0} + {1}?",
+        "What is {0} + {1}?",
+        "What is {0}+{1}?",
+        "Calculate {0} + {1}.",
+        "Compute {0} + {1}.",
+        "{0} + {1} = ?",
+        "Add {0} and {1}.",
+        "What is {0} plus {1}?",
+        "What is the sum of {0} and {1}?",
+        "How much is {0} + {1}?",
+        "{0}+{1}",
+        "Please add {1} to {0}.",
+        "Find {0} + {1}.",
+        "Can you work out {0} plus {1}?",
+        "{0} + {1}",
+        "{0}+{1}=?",
+        "{0} plus {1}",
+        "{0} + {1} =",
+        "{0}+{1}=",
+        "Solve {0} + {1}.",
+        "Tell me {0} + {1}.",
+        "what's {0} + {1}?",
     ),
-    "zh": ("{0} + {1} 等于多少？", "{0}加{1}等于多少？", "计算{0}+{1}。", "请计算 {0} + {1}。", "{0}与{1}的和是多少？",
-           "{0}+{1}=？", "{0}+{1}是多少？"),
-}  # fmt: skip
+    "zh": (
+        "{0} + {1} 等于多少？",
+        "{0}加{1}等于多少？",
+        "计算{0}+{1}。",
+        "请计算 {0} + {1}。",
+        "{0}与{1}的和是多少？",
+        "{0}+{1}=？",
+        "{0}+{1}是多少？",
+    ),
+}
 _SUBTRACT = {
     "en": (
-        "What is {0} - {1}?", "What is {0}-{1}?", "Calculate {0} - {1}.", "Compute {0} - {1}.", "{0} - {1} = ?",
-        "Subtract {1} from {0}.", "What is {0} minus {1}?", "What is the difference {0} - {1}?",
-        "How much is {0} - {1}?", "{0}-{1}", "Take {1} away from {0}.", "Find {0} - {1}.",
-        "Can you work out {0} minus {1}?", "{0} - {1}", "{0}-{1}=?", "{0} minus {1}", "{0} - {1} =", "{0}-{1}=", "Solve {0} - {1}.",
+        "What is {0} - {1}?",
+        "What is {0}-{1}?",
+        "Calculate {0} - {1}.",
+        "Compute {0} - {1}.",
+        "{0} - {1} = ?",
+        "Subtract {1} from {0}.",
+        "What is {0} minus {1}?",
+        "What is the difference {0} - {1}?",
+        "How much is {0} - {1}?",
+        "{0}-{1}",
+        "Take {1} away from {0}.",
+        "Find {0} - {1}.",
+        "Can you work out {0} minus {1}?",
+        "{0} - {1}",
+        "{0}-{1}=?",
+        "{0} minus {1}",
+        "{0} - {1} =",
+        "{0}-{1}=",
+        "Solve {0} - {1}.",
         "what's {0} - {1}?",
     ),
-    "zh": ("{0} - {1} 等于多少？", "{0}减{1}等于多少？", "计算{0}-{1}。", "请计算 {0} - {1}。", "{0}减去{1}是多少？",
-           "{0}-{1}=？", "{0}-{1}是多少？"),
-}  # fmt: skip
+    "zh": (
+        "{0} - {1} 等于多少？",
+        "{0}减{1}等于多少？",
+        "计算{0}-{1}。",
+        "请计算 {0} - {1}。",
+        "{0}减去{1}是多少？",
+        "{0}-{1}=？",
+        "{0}-{1}是多少？",
+    ),
+}
 
 
 def add_subtract(rng: random.Random, language: str) -> Exercise:
-    a, b = number(rng), number(rng)
+    longest = 4 if rng.random() < 0.08 else 3
+    a, b = number(rng, longest), number(rng, longest)
     if rng.random() < 0.5:
         return Exercise(f"{min(a, b)}+{max(a, b)}", _say(rng, language, _ADD, a, b), plus(a, b, language), str(a + b))
     if a < b and rng.random() < 0.7:
         a, b = b, a
+    reasoning = ""
+    if a != b and min(a, b) >= 10 and len(str(a)) == len(str(b)) and str(a)[0] == str(b)[0]:
+        reasoning = _comparison(str(a), str(b), language)  # too close to tell at a glance
+        reasoning += f"{a}>{b}\n" if a > b else ""
     if a >= b:
-        reasoning = minus(a, b, language)
+        reasoning += minus(a, b, language)
     elif language == "en":
-        reasoning = f"{a}<{b}, so the result is negative: {minus(b, a, language)}\n{a}-{b}=-{b - a}"
+        reasoning += f"{a}<{b}, so the result is negative: {minus(b, a, language)}\n{a}-{b}=-{b - a}"
     else:
-        reasoning = f"{a}<{b}，结果小于零：{minus(b, a, language)}\n{a}-{b}=-{b - a}"
+        reasoning += f"{a}<{b}，结果小于零：{minus(b, a, language)}\n{a}-{b}=-{b - a}"
     return Exercise(f"{a}-{b}", _say(rng, language, _SUBTRACT, a, b), reasoning, str(a - b))
 
 
 _MULTIPLY = {
     "en": (
-        "What is {0} * {1}?", "What is {0} × {1}?", "What is {0} x {1}?", "What is {0}*{1}?", "Calculate {0} × {1}.",
-        "Compute {0} * {1}.", "{0} × {1} = ?", "Multiply {0} by {1}.", "What is {0} times {1}?", "{0} * {1}",
-        "What is the product of {0} and {1}?", "How much is {0} times {1}?", "{0}×{1}", "{0}*{1}=?", "{0} * {1} =", "{0}*{1}=",
-        "Find {0} × {1}.", "Can you work out {0} times {1}?", "{0} times {1}", "what's {0} * {1}?",
+        "What is {0} * {1}?",
+        "What is {0} × {1}?",
+        "What is {0} x {1}?",
+        "What is {0}*{1}?",
+        "Calculate {0} × {1}.",
+        "Compute {0} * {1}.",
+        "{0} × {1} = ?",
+        "Multiply {0} by {1}.",
+        "What is {0} times {1}?",
+        "{0} * {1}",
+        "What is the product of {0} and {1}?",
+        "How much is {0} times {1}?",
+        "{0}×{1}",
+        "{0}*{1}=?",
+        "{0} * {1} =",
+        "{0}*{1}=",
+        "Find {0} × {1}.",
+        "Can you work out {0} times {1}?",
+        "{0} times {1}",
+        "what's {0} * {1}?",
     ),
-    "zh": ("{0} × {1} 等于多少？", "{0}乘以{1}等于多少？", "计算{0}×{1}。", "请计算 {0} × {1}。", "{0}与{1}的积是多少？",
-           "{0}×{1}=？", "{0}乘{1}是多少？"),
-}  # fmt: skip
+    "zh": (
+        "{0} × {1} 等于多少？",
+        "{0}乘以{1}等于多少？",
+        "计算{0}×{1}。",
+        "请计算 {0} × {1}。",
+        "{0}与{1}的积是多少？",
+        "{0}×{1}=？",
+        "{0}乘{1}是多少？",
+    ),
+}
 
 
 def multiply(rng: random.Random, language: str) -> Exercise:
@@ -80,35 +154,52 @@ def multiply(rng: random.Random, language: str) -> Exercise:
 _COMPARE = {
     "larger": {
         "en": (
-            "Which is larger, {0} or {1}?", "Which number is bigger: {0} or {1}?", "Which is greater, {0} or {1}?",
-            "Compare {0} and {1}. Which is larger?", "What is the larger of {0} and {1}?", "Is {0} or {1} bigger?",
-            "Which one is bigger, {0} or {1}?", "What is the maximum of {0} and {1}?",
+            "Which is larger, {0} or {1}?",
+            "Which number is bigger: {0} or {1}?",
+            "Which is greater, {0} or {1}?",
+            "Compare {0} and {1}. Which is larger?",
+            "What is the larger of {0} and {1}?",
+            "Is {0} or {1} bigger?",
+            "Which one is bigger, {0} or {1}?",
+            "What is the maximum of {0} and {1}?",
         ),
         "zh": ("{0}和{1}哪个大？", "{0}和{1}，哪个更大？", "比较{0}和{1}，哪个数大？", "{0}与{1}中更大的是哪个？"),
     },
     "smaller": {
         "en": (
-            "Which is smaller, {0} or {1}?", "Which number is less: {0} or {1}?", "Compare {0} and {1}. Which is smaller?",
-            "What is the smaller of {0} and {1}?", "Which one is smaller, {0} or {1}?",
+            "Which is smaller, {0} or {1}?",
+            "Which number is less: {0} or {1}?",
+            "Compare {0} and {1}. Which is smaller?",
+            "What is the smaller of {0} and {1}?",
+            "Which one is smaller, {0} or {1}?",
             "What is the minimum of {0} and {1}?",
         ),
         "zh": ("{0}和{1}哪个小？", "{0}和{1}，哪个更小？", "比较{0}和{1}，哪个数小？"),
     },
     "yes": {
-        "en": ("Is {0} greater than {1}?", "Is {0} larger than {1}?", "Is {0} bigger than {1}?", "Is {0} > {1}?"),
+        "en": (
+            "Is {0} greater than {1}?",
+            "Is {0} larger than {1}?",
+            "Is {0} bigger than {1}?",
+            "Is {0} > {1}?",
+            "Is {0} more than {1}?",
+        ),
         "zh": ("{0}比{1}大吗？", "{0}大于{1}吗？"),
     },
     "sign": {
         "en": (
-            "Fill in <, > or =: {0} _ {1}", "Which sign goes between {0} and {1}: <, > or =?",
+            "Fill in <, > or =: {0} _ {1}",
+            "Which sign goes between {0} and {1}: <, > or =?",
             "Put <, > or = between {0} and {1}.",
         ),
         "zh": ("在{0}和{1}中间填<、>或=。", "{0}和{1}，填<、>或=。"),
     },
-}  # fmt: skip
+}
 
 
 def compare(rng: random.Random, language: str) -> Exercise:
+    if rng.random() < 0.12:
+        return _extreme(rng, language)
     a, b = _pair(rng)
     while float(a) == float(b) and rng.random() < 0.9:
         a, b = _pair(rng)
@@ -124,9 +215,47 @@ def compare(rng: random.Random, language: str) -> Exercise:
     return Exercise(",".join(sorted((a, b))), _say(rng, language, _COMPARE[kind], a, b), reasoning, answer)
 
 
+_EXTREME = {
+    "en": (
+        (
+            "What is the biggest of {0}?",
+            "Which is the largest: {0}?",
+            "Find the largest number: {0}",
+            "What is the maximum of {0}?",
+            "Which number is the greatest, {0}?",
+        ),
+        (
+            "What is the smallest of {0}?",
+            "Which is the smallest: {0}?",
+            "Find the smallest number: {0}",
+            "What is the minimum of {0}?",
+        ),
+    ),
+    "zh": (
+        ("{0}中最大的是哪个？", "{0}里最大的数是多少？"),
+        ("{0}中最小的是哪个？", "{0}里最小的数是多少？"),
+    ),
+}
+
+
+def _extreme(rng: random.Random, language: str) -> Exercise:
+    """The largest or smallest of three to five numbers, one look at each."""
+    values = rng.sample(range(rng.choice((10, 100, 100, 1000))), rng.randint(3, 5))
+    large = rng.random() < 0.6
+    best, steps = values[0], [str(values[0])]
+    for value in values[1:]:
+        steps.append(f"{value}{'>' if value > best else '<'}{best}")
+        best = max(best, value) if large else min(best, value)
+    last = {"en": " and ", "zh": "和"}[language] if rng.random() < 0.5 else ", "
+    listing = ", ".join(map(str, values[:-1])) + last + str(values[-1])
+    prompt = rng.choice(_EXTREME[language][not large]).format(listing)
+    reasoning = "; ".join(steps) + ("; so " if language == "en" else "；所以") + str(best)
+    return Exercise(",".join(map(str, sorted(values))), prompt, reasoning, str(best))
+
+
 def _pair(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.6:
-        length = rng.choice((2, 3, 3, 4))
+        length = rng.choice((1, 2, 2, 3, 3, 4))
         a = rng.randrange(10 ** (length - 1), 10**length)
         if rng.random() < 0.25:
             return str(a), str(number(rng, 4))
@@ -167,20 +296,30 @@ def _comparison(a: str, b: str, language: str) -> str:
 _SORT = {
     "up": {
         "en": (
-            "Sort {0} in ascending order.", "Sort these numbers from smallest to largest: {0}.",
-            "Put {0} in increasing order.", "Arrange {0} from smallest to largest.", "Order from least to greatest: {0}",
-            "Sort the list: {0}", "Sort {0}.",
+            "Sort {0} in ascending order.",
+            "Sort these numbers from smallest to largest: {0}.",
+            "Put {0} in increasing order.",
+            "Arrange {0} from smallest to largest.",
+            "Order from least to greatest: {0}",
+            "Sort the list: {0}",
+            "Sort {0}.",
+            "Sort {0}",
+            "Sort the numbers {0}.",
+            "Please sort {0}.",
         ),
         "zh": ("把{0}从小到大排列。", "请把{0}按从小到大的顺序排列。", "从小到大排列：{0}"),
     },
     "down": {
         "en": (
-            "Sort {0} in descending order.", "Sort these numbers from largest to smallest: {0}.",
-            "Put {0} in decreasing order.", "Arrange {0} from largest to smallest.", "Order from greatest to least: {0}",
+            "Sort {0} in descending order.",
+            "Sort these numbers from largest to smallest: {0}.",
+            "Put {0} in decreasing order.",
+            "Arrange {0} from largest to smallest.",
+            "Order from greatest to least: {0}",
         ),
         "zh": ("把{0}从大到小排列。", "请把{0}按从大到小的顺序排列。", "从大到小排列：{0}"),
     },
-}  # fmt: skip
+}
 
 
 def sort(rng: random.Random, language: str) -> Exercise:
@@ -211,19 +350,40 @@ def sort(rng: random.Random, language: str) -> Exercise:
 
 _SEQUENCE = {
     "en": (
-        "What is the next number in the sequence {0}?", "What comes next: {0}, ?", "Continue the sequence: {0}, ...",
-        "Find the next term: {0}", "{0}, what comes next?", "Which number follows {0}?",
-        "Complete the pattern: {0}, __", "What is the next term of {0}?",
+        "What is the next number in the sequence {0}?",
+        "What comes next: {0}, ?",
+        "Continue the sequence: {0}, ...",
+        "Find the next term: {0}",
+        "{0}, what comes next?",
+        "Which number follows {0}?",
+        "Complete the pattern: {0}, __",
+        "What is the next term of {0}?",
+        "{0}, ...",
+        "{0}, what is next?",
+        "Continue: {0}",
+        "What number comes after {0}?",
+        "Find the next number: {0}, ?",
     ),
     "zh": ("数列{0}的下一项是多少？", "找规律填数：{0}，？", "{0}，下一个数是多少？", "按规律，{0}的下一个数是什么？"),
-}  # fmt: skip
+}
 
 
 def sequences(rng: random.Random, language: str) -> Exercise:
     terms, reasoning = rng.choices((_arithmetic, _growing, _geometric, _sums), weights=(5, 2, 3, 2))[0](rng, language)
     *shown, answer = terms
+    reasoning = f"{_sum_check(shown)}\n{reasoning}"
     listing = ", ".join(map(str, shown))
     return Exercise(listing, _say(rng, language, _SEQUENCE, listing), reasoning, str(answer))
+
+
+def _sum_check(terms: list[int]) -> str:
+    """Is each term the sum of the two before? Said up to where it fails: the first thing to find out."""
+    steps = []
+    for a, b, c in zip(terms, terms[1:], terms[2:], strict=False):
+        steps.append(f"{a}+{b}={a + b}")
+        if a + b != c:
+            return ", ".join(steps) + f"{'<' if a + b < c else '>'}{c}"
+    return ", ".join(steps)
 
 
 def _changes(terms: list[int], sign: str) -> str:
@@ -255,6 +415,8 @@ def _growing(rng: random.Random, language: str) -> tuple[list[int], str]:
     terms = [start]
     for i in range(5):
         terms.append(terms[-1] + step + growth * i)
+    if all(a + b == c for a, b, c in zip(terms, terms[1:], terms[2:5], strict=False)):
+        return _growing(rng, language)  # two rules fit
     difference = step + growth * 4
     head = _changes(terms[:-1], "-")
     middle = f"{difference - growth}+{growth}={difference}"
@@ -275,5 +437,4 @@ def _sums(rng: random.Random, language: str) -> tuple[list[int], str]:
     terms = [rng.randint(1, 9), rng.randint(1, 12)]
     while len(terms) < 6:
         terms.append(terms[-1] + terms[-2])
-    checks = ", ".join(f"{terms[i]}+{terms[i + 1]}={terms[i + 2]}" for i in range(3))
-    return terms, f"{checks}\n{_next(language)}{plus(terms[3], terms[4], language)}"
+    return terms, f"{_next(language)}{plus(terms[3], terms[4], language)}"

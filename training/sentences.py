@@ -1,4 +1,4 @@
-"""Plain sentences, so that text without a question goes on in words: facts, small scenes, beginnings with their ends."""
+"""Plain sentences, so that text without a question goes on in words: facts, scenes, beginnings with their ends."""
 
 import random
 
@@ -6,34 +6,76 @@ from training.text_families import DAYS, MONTHS
 from training.words import WORDS
 
 CAPITALS = (
-    ("France", "Paris"), ("Germany", "Berlin"), ("Italy", "Rome"), ("Spain", "Madrid"), ("China", "Beijing"),
-    ("Japan", "Tokyo"), ("England", "London"), ("Russia", "Moscow"), ("Egypt", "Cairo"), ("Greece", "Athens"),
-    ("Portugal", "Lisbon"), ("Austria", "Vienna"), ("Poland", "Warsaw"), ("Norway", "Oslo"), ("Sweden", "Stockholm"),
-    ("Finland", "Helsinki"), ("Denmark", "Copenhagen"), ("Ireland", "Dublin"), ("Canada", "Ottawa"), ("Peru", "Lima"),
-    ("Cuba", "Havana"), ("India", "New Delhi"), ("Turkey", "Ankara"), ("Iran", "Tehran"), ("Iraq", "Baghdad"),
-    ("Kenya", "Nairobi"), ("Mexico", "Mexico City"), ("Argentina", "Buenos Aires"), ("Chile", "Santiago"),
-    ("the United States", "Washington"), ("Hungary", "Budapest"), ("Belgium", "Brussels"), ("Thailand", "Bangkok"),
-    ("South Korea", "Seoul"), ("Vietnam", "Hanoi"), ("Brazil", "Brasilia"), ("Australia", "Canberra"),
-)  # fmt: skip
+    ("France", "Paris"),
+    ("Germany", "Berlin"),
+    ("Italy", "Rome"),
+    ("Spain", "Madrid"),
+    ("China", "Beijing"),
+    ("Japan", "Tokyo"),
+    ("England", "London"),
+    ("Russia", "Moscow"),
+    ("Egypt", "Cairo"),
+    ("Greece", "Athens"),
+    ("Portugal", "Lisbon"),
+    ("Austria", "Vienna"),
+    ("Poland", "Warsaw"),
+    ("Norway", "Oslo"),
+    ("Sweden", "Stockholm"),
+    ("Finland", "Helsinki"),
+    ("Denmark", "Copenhagen"),
+    ("Ireland", "Dublin"),
+    ("Canada", "Ottawa"),
+    ("Peru", "Lima"),
+    ("Cuba", "Havana"),
+    ("India", "New Delhi"),
+    ("Turkey", "Ankara"),
+    ("Iran", "Tehran"),
+    ("Iraq", "Baghdad"),
+    ("Kenya", "Nairobi"),
+    ("Mexico", "Mexico City"),
+    ("Argentina", "Buenos Aires"),
+    ("Chile", "Santiago"),
+    ("the United States", "Washington"),
+    ("Hungary", "Budapest"),
+    ("Belgium", "Brussels"),
+    ("Thailand", "Bangkok"),
+    ("South Korea", "Seoul"),
+    ("Vietnam", "Hanoi"),
+    ("Brazil", "Brasilia"),
+    ("Australia", "Canberra"),
+)
 _NAMES = ("Anna", "Tom", "Lucy", "Ben", "Mia", "Paul", "Emma", "Jack", "Nina", "Leo", "Rosa", "Sam", "Kate", "Max")
 _JOBS = ("teacher", "baker", "farmer", "doctor", "painter", "sailor", "student", "writer", "driver", "singer")
-_PLACES = ("a small town", "the city", "a village by the sea", "the mountains", "an old house", "the south of France",
-           "a quiet street", "London", "Berlin", "Beijing")  # fmt: skip
+_PLACES = (
+    "a small town",
+    "the city",
+    "a village by the sea",
+    "the mountains",
+    "an old house",
+    "the south of France",
+    "a quiet street",
+    "London",
+    "Berlin",
+    "Beijing",
+)
 _LIKES = ("books", "music", "long walks", "cats", "numbers", "puzzles", "tea", "the sea", "old maps", "football")
 # Beginning -> ends.
 _FIXED = {
     "The president of the United States is": (
-        " the head of state and of the government.", " elected every four years by the people.",
+        " the head of state and of the government.",
+        " elected every four years by the people.",
         " the head of the government and lives in the White House.",
     ),
     "The president of France is": (" the head of state and is elected every five years.",),
     "The future of AI is": (
-        " in the hands of the people who build it.", " open, and we can all help to shape it.",
+        " in the hands of the people who build it.",
+        " open, and we can all help to shape it.",
         " bright if we use it with care.",
     ),
     "The future of": (" the world is in our hands.", " music is full of new sounds.", " science is open."),
     "Once upon a time": (
-        " there was a king who had three daughters.", " there lived an old man in a small house by the river.",
+        " there was a king who had three daughters.",
+        " there lived an old man in a small house by the river.",
         " there was a little girl who liked to count the stars.",
     ),
     "The weather today is": (" warm and sunny, with a light wind.", " cold, and there will be rain in the evening."),
@@ -51,13 +93,23 @@ _FIXED = {
     "The best way to learn is": (" to try, to fail and to try again.",),
     "My favourite color is": (" blue, like the sea in summer.", " green, like the grass in spring."),
     "The quick brown fox": (" jumps over the lazy dog.",),
-}  # fmt: skip
+}
 _ZH = (
-    "法国的首都是巴黎。", "中国的首都是北京。", "英国的首都是伦敦。", "一年有四个季节：春夏秋冬。", "一个星期有七天。",
-    "太阳从东边出来。", "今天天气很好，我们去公园走走。", "我的名字叫小明，我是一名学生。", "她喜欢吃苹果，也喜欢看书。",
-    "一年有十二个月，一天有二十四个小时。", "水是生命的源头。", "学习要一步一步来。", "我家有三口人：爸爸、妈妈和我。",
+    "法国的首都是巴黎。",
+    "中国的首都是北京。",
+    "英国的首都是伦敦。",
+    "一年有四个季节：春夏秋冬。",
+    "一个星期有七天。",
+    "太阳从东边出来。",
+    "今天天气很好，我们去公园走走。",
+    "我的名字叫小明，我是一名学生。",
+    "她喜欢吃苹果，也喜欢看书。",
+    "一年有十二个月，一天有二十四个小时。",
+    "水是生命的源头。",
+    "学习要一步一步来。",
+    "我家有三口人：爸爸、妈妈和我。",
     "你好，我的名字是小红，我喜欢画画。",
-)  # fmt: skip
+)
 
 
 def sentence(rng: random.Random) -> tuple[str, str]:
@@ -72,10 +124,11 @@ def sentence(rng: random.Random) -> tuple[str, str]:
     if kind == 1:
         name = rng.choice(_NAMES)
         ends = (
-            f" {name}, and I live in {rng.choice(_PLACES)}.", f" {name} and I am a {rng.choice(_JOBS)}.",
+            f" {name}, and I live in {rng.choice(_PLACES)}.",
+            f" {name} and I am a {rng.choice(_JOBS)}.",
             f" {name}. I like {rng.choice(_LIKES)} and {rng.choice(_LIKES)}.",
             f" {name}. I am {rng.randint(7, 70)} years old.",
-        )  # fmt: skip
+        )
         return rng.choice(("Hello, my name is", "My name is", "Hi, my name is", "Hello! My name is")), rng.choice(ends)
     if kind in (2, 3):
         start = rng.choice(tuple(_FIXED))
@@ -100,10 +153,12 @@ def sentence(rng: random.Random) -> tuple[str, str]:
     if kind == 6:
         return f"{name} is a {rng.choice(_JOBS)}", rng.choice(
             (
-                f" who lives in {rng.choice(_PLACES)}.", f" and likes {rng.choice(_LIKES)} and {rng.choice(_LIKES)}.",
-                f" from {rng.choice(CAPITALS)[1]}.", f". Every {rng.choice(DAYS['en'])} {name} meets {other}.",
+                f" who lives in {rng.choice(_PLACES)}.",
+                f" and likes {rng.choice(_LIKES)} and {rng.choice(_LIKES)}.",
+                f" from {rng.choice(CAPITALS)[1]}.",
+                f". Every {rng.choice(DAYS['en'])} {name} meets {other}.",
             )
-        )  # fmt: skip
+        )
     return rng.choice(
         (
             (f"{name} asked {other}", f" to bring the {rng.choice(WORDS)} and the {rng.choice(WORDS)}."),

@@ -9,13 +9,25 @@ from training.words import word
 
 _COUNT = {
     "en": (
-        'How many times does the letter "{0}" appear in "{1}"?', "How many {0}'s are in {1}?",
-        "How many {0}s are there in the word {1}?", 'Count the letter {0} in the word "{1}".',
-        'How many "{0}" are in "{1}"?', "How many letters {0} are in the word {1}?", "How many {0} in {1}?",
-        "How often does {0} occur in {1}?", "Count the {0}'s in {1}.", "how many {0}'s in {1}?",
+        'How many times does the letter "{0}" appear in "{1}"?',
+        "How many {0}'s are in {1}?",
+        "How many {0}s are there in the word {1}?",
+        'Count the letter {0} in the word "{1}".',
+        'How many "{0}" are in "{1}"?',
+        "How many letters {0} are in the word {1}?",
+        "How many {0} in {1}?",
+        "How often does {0} occur in {1}?",
+        "Count the {0}'s in {1}.",
+        "how many {0}'s in {1}?",
+        "How many times does {0} occur in '{1}'?",
+        "How many {0}'s are in the word '{1}'?",
+        "How many {0} are in {1}?",
+        "Count how many times {0} appears in {1}.",
+        "How many {0}s in '{1}'?",
+        "How many {0}'s does {1} have?",
     ),
     "zh": ("单词{1}里有几个字母{0}？", "{1}中有多少个{0}？", "数一数单词{1}里的字母{0}有几个。"),
-}  # fmt: skip
+}
 
 
 def count_letters(rng: random.Random, language: str) -> Exercise:
@@ -33,12 +45,29 @@ def count_letters(rng: random.Random, language: str) -> Exercise:
 
 _REVERSE = {
     "en": (
-        'Reverse the word "{0}".', "Reverse {0}.", "Write {0} backwards.", "Spell {0} backwards.",
-        'What is "{0}" spelled backwards?', 'Reverse the string "{0}".', "What is {0} in reverse?",
-        "Reverse the letters of {0}.", "reverse {0}",
+        'Reverse the word "{0}".',
+        "Reverse {0}.",
+        "Write {0} backwards.",
+        "Spell {0} backwards.",
+        'What is "{0}" spelled backwards?',
+        'Reverse the string "{0}".',
+        "What is {0} in reverse?",
+        "Reverse the letters of {0}.",
+        "reverse {0}",
+        "Reverse the word '{0}'.",
+        "Reverse the word '{0}'",
+        "Reverse '{0}'.",
+        "Spell '{0}' backwards.",
+        "Reverse: {0}",
+        "Reverse the word {0}.",
+        "Write '{0}' in reverse.",
+        'Reverse "{0}"',
+        "What is {0} spelled backwards?",
+        "Can you reverse the word {0}?",
+        "Please write {0} backwards.",
     ),
     "zh": ("把{0}倒过来写。", "请把单词{0}反转。", "{0}倒序是什么？", "把{0}反过来写是什么？"),
-}  # fmt: skip
+}
 
 
 def reverse(rng: random.Random, language: str) -> Exercise:
@@ -53,8 +82,20 @@ DAYS = {
     "en": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "zh": ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"),
 }
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December")  # fmt: skip
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
@@ -72,13 +113,19 @@ def _weekday(rng: random.Random, language: str) -> Exercise:
     answer = path[-1]
     if language == "en":
         phrases = (
-            ("What day is {1} days after {0}?", "If today is {0}, what day is it in {1} days?",
-             "Today is {0}. What day of the week will it be {1} days from now?",
-             "It is {0}. Which day comes {1} days later?")
+            (
+                "What day is {1} days after {0}?",
+                "If today is {0}, what day is it in {1} days?",
+                "Today is {0}. What day of the week will it be {1} days from now?",
+                "It is {0}. Which day comes {1} days later?",
+            )
             if forward
-            else ("What day was {1} days before {0}?", "If today is {0}, what day was it {1} days ago?",
-                  "Today is {0}. Which day was {1} days ago?")
-        )  # fmt: skip
+            else (
+                "What day was {1} days before {0}?",
+                "If today is {0}, what day was it {1} days ago?",
+                "Today is {0}. Which day was {1} days ago?",
+            )
+        )
         reasoning = f"{count}={weeks}×7+{rest}, so {rest} days {'on' if forward else 'back'} from {path[0]}: "
     else:
         phrases = (
@@ -129,12 +176,15 @@ def _later(rng: random.Random, language: str) -> Exercise:
     count = wait if not lines[0].count("×60") else int(lines[0].partition("=")[0])
     if language == "en":
         phrases = (
-            ("What time is it {1} minutes after {0}?", "It is {0} now. What time will it be in {1} minutes?",
-             "A train leaves at {0} and travels for {1} minutes. When does it arrive?",
-             "The film starts at {0} and lasts {1} minutes. When does it end?")
+            (
+                "What time is it {1} minutes after {0}?",
+                "It is {0} now. What time will it be in {1} minutes?",
+                "A train leaves at {0} and travels for {1} minutes. When does it arrive?",
+                "The film starts at {0} and lasts {1} minutes. When does it end?",
+            )
             if forward
             else ("What time was it {1} minutes before {0}?", "It is {0} now. What time was it {1} minutes ago?")
-        )  # fmt: skip
+        )
         last = f"so {_clock(end)}"
     else:
         phrases = (
@@ -160,10 +210,13 @@ def _between(rng: random.Random, language: str) -> Exercise:
     lines.append(f"{hours}×60={hours * 60}")
     lines.append(plus(hours * 60, last - minute, language) if hours else f"0+{last - minute}={gap}")
     phrases = {
-        "en": ("How many minutes are there between {0} and {1}?", "How many minutes is it from {0} to {1}?",
-               "A lesson runs from {0} to {1}. How many minutes is that?"),
+        "en": (
+            "How many minutes are there between {0} and {1}?",
+            "How many minutes is it from {0} to {1}?",
+            "A lesson runs from {0} to {1}. How many minutes is that?",
+        ),
         "zh": ("从{0}到{1}有多少分钟？", "{0}到{1}一共多少分钟？"),
-    }  # fmt: skip
+    }
     prompt = rng.choice(phrases[language]).format(_clock(start), _clock(end))
     return Exercise(f"between {start} {end}", prompt, "\n".join(lines), str(gap))
 
@@ -186,10 +239,13 @@ def _date(rng: random.Random, language: str) -> Exercise:
     answer = f"{MONTHS[later]} {total}" if en else f"{later + 1}月{total}日"
     shown = f"{MONTHS[month]} {day}" if en else f"{month + 1}月{day}日"
     phrases = {
-        "en": ("What date is {1} days after {0}?", "Today is {0}. What is the date in {1} days?",
-               "Which date comes {1} days after {0}?"),
+        "en": (
+            "What date is {1} days after {0}?",
+            "Today is {0}. What is the date in {1} days?",
+            "Which date comes {1} days after {0}?",
+        ),
         "zh": ("{0}之后{1}天是几月几日？", "今天是{0}，{1}天后是几月几日？"),
-    }  # fmt: skip
+    }
     lines.append(("so " if en else "所以") + answer)
     prompt = rng.choice(phrases[language]).format(shown, count)
     return Exercise(f"date {month} {day} {count}", prompt, "\n".join(lines), answer)
@@ -272,6 +328,8 @@ _STORIES = {
 
 
 def word_problems(rng: random.Random, language: str) -> Exercise:
+    if rng.random() < 0.1:
+        return _one_step(rng, language)
     kind = rng.choices(tuple(_STORIES), weights=(3, 3, 3, 3, 1))[0]
     d = 1
     if kind in ("a+b-c", "a-b-c"):
@@ -303,3 +361,45 @@ def word_problems(rng: random.Random, language: str) -> Exercise:
     head = ("First: ", "Then: ") if language == "en" else ("先算：", "再算：")
     reasoning = f"{head[0]}{first}\n{head[1]}{second}"
     return Exercise(f"{kind} {a} {b} {c} {d}", prompt, reasoning, str(result))
+
+
+_SHORT = {
+    "+": {
+        "en": (
+            "{n} has {a} {i} and buys {b} more. How many {i} does {n} have?",
+            "{n} has {a} {i} and {m} has {b}. How many {i} do they have together?",
+            "There are {a} {i} here and {b} {i} there. How many are there in all?",
+        ),
+        "zh": ("{n}有{a}{i}，又买了{b}，现在有多少？",),
+    },
+    "-": {
+        "en": (
+            "{n} has {a} {i} and gives {b} to {m}. How many {i} are left?",
+            "{n} had {a} {i} and lost {b}. How many does {n} have now?",
+        ),
+        "zh": ("{n}有{a}{i}，送给{m}{b}，还剩多少？",),
+    },
+    "*": {
+        "en": (
+            "There are {a} bags with {b} {i} each. How many {i} are there?",
+            "{n} buys {a} boxes of {b} {i} each. How many {i} does {n} have?",
+        ),
+        "zh": ("{n}有{a}包，每包{b}{i}，一共有多少？",),
+    },
+}
+
+
+def _one_step(rng: random.Random, language: str) -> Exercise:
+    sign = rng.choice("+-*")
+    a, b = rng.randint(2, 99), rng.randint(2, 99)
+    if sign == "*":
+        a, b = rng.randint(2, 9), rng.randint(2, 20)
+        result, work = a * b, times(b, a, language).replace(f"{b}×{a}={a * b}", f"{a}×{b}={a * b}")
+    elif sign == "-":
+        a, b = max(a, b), min(a, b)
+        result, work = a - b, minus(a, b, language)
+    else:
+        result, work = a + b, plus(a, b, language)
+    names = rng.sample(_NAMES[language], 2)
+    prompt = rng.choice(_SHORT[sign][language]).format(n=names[0], m=names[1], i=rng.choice(_ITEMS[language]), a=a, b=b)
+    return Exercise(f"{a}{sign}{b}", prompt, work, str(result))

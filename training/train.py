@@ -24,7 +24,7 @@ from torch import Tensor
 import training.model
 from deepseek_fp4_plugin.assets.held_out import HeldOutProblem
 from training.config import model_config
-from training.data import batches, load_books
+from training.data import Batch, batches, load_books
 from training.evaluate import DRAFTS, continuations, evaluate
 from training.export import export, load
 from training.held_out import problems
@@ -77,7 +77,7 @@ def losses(model: Model, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack(means)
 
 
-def to_device(batch, device: str) -> dict[str, Tensor]:
+def to_device(batch: Batch, device: str) -> dict[str, Tensor]:
     """A data.Batch as tensors: int64 ids, positions and documents, FP32 weights."""
     tensors = {name: torch.from_numpy(array) for name, array in batch._asdict().items()}
     if device != "cpu":
@@ -90,16 +90,18 @@ class Trainer:
         self.a = a = arguments
         a.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(a.seed)
-        self.batches = batches(a.seed + 1, a.workers, load_books(a.books), a.tokens, LENGTH)
-        self.first = next(self.batches)  # starts the workers before a GPU is touched
+        state = torch.load(a.out / "state.pt", map_location="cpu", weights_only=True) if a.resume else None
+        fresh = a.seed + 1 + (state["step"] if state else 0)  # going on must not mean the same data again
+        self.batches = batches(fresh, a.workers, load_books(a.books), a.tokens, LENGTH)
+        self.first: Batch | None = next(self.batches)  # starts the workers before a GPU is touched
         self.model = (load(a.init) if a.init else Model(model_config())).to(a.device)
         self.optimizers = optimizers(self.model, a.matrix_lr, a.other_lr)
         self.peaks = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.experts = [m for m in self.model.modules() if isinstance(m, MoE)]
         self.losses = losses
         self.step, self.tokens, self.before, self.rows = 0, 0, 0.0, []
-        if a.resume:
-            self._resume()
+        if state:
+            self._resume(state)
         self.start = time.monotonic()
 
     def elapsed(self) -> float:
@@ -109,7 +111,7 @@ class Trainer:
         a, last_save = self.a, self.elapsed()
         self.model.train()
         while (share := self.elapsed() / (60 * a.minutes)) < 1:
-            batch = self.first if self.step == 0 else next(self.batches)
+            batch, self.first = self.first or next(self.batches), None
             self._step(to_device(batch, a.device), share)
             if self.step % 20 == 0 or a.device == "cpu":
                 self._log()
@@ -163,8 +165,7 @@ class Trainer:
         torch.save(state, temporary)
         temporary.replace(self.a.out / "state.pt")
 
-    def _resume(self) -> None:
-        state = torch.load(self.a.out / "state.pt", map_location=self.a.device, weights_only=True)
+    def _resume(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

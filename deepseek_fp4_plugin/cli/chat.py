@@ -2,15 +2,16 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import click
 
 from deepseek_fp4_plugin.cli import screen
 from deepseek_fp4_plugin.cli.flags import (
     DIRECTIVE,
+    SAMPLING_FLAGS,
     Command,
     ModelName,
     engine_config,
@@ -18,11 +19,8 @@ from deepseek_fp4_plugin.cli.flags import (
     sampling_flags,
     sampling_params,
 )
-from deepseek_fp4_plugin.cli.generate import load, summary
-
-if TYPE_CHECKING:
-    from deepseek_fp4_plugin.config import SamplingParams
-    from deepseek_fp4_plugin.llm import LLM
+from deepseek_fp4_plugin.cli.generate import load
+from deepseek_fp4_plugin.cli.speakers import LocalSpeaker, RemoteSpeaker
 
 CARD_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # DeepSeek's advice, where generation_config.json gives none
 _EXAMPLES = (
@@ -35,13 +33,25 @@ _HELP = "/reset forgets the conversation, /examples lists problems, /1 sends the
 
 
 @click.command(cls=Command, short_help="Talk to a model.")
-@click.argument("model", type=ModelName(), default="r1_nano")
+@click.argument("model", type=ModelName(), required=False)
+@click.option("--url", metavar="URL", help="Talk to this OpenAI-compatible server; MODEL is then its name for one.")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Its first line is the server's key."
+)
 @click.option("--system", metavar="TEXT", help="A system prompt. The model card advises against one.")
 @click.option("--math", is_flag=True, help="Add the card's directive for maths: step by step, answer boxed.")
 @click.option("--max-new-tokens", "--max-tokens", type=int, default=4096, show_default=True, help="Of each answer.")
 @sampling_flags
 @engine_flags
-def chat(model: str, system: str | None, math: bool, max_new_tokens: int, **flags: Any) -> None:
+def chat(
+    model: str | None,
+    url: str | None,
+    api_key_file: Path | None,
+    system: str | None,
+    math: bool,
+    max_new_tokens: int,
+    **flags: Any,
+) -> None:
     """Talk to MODEL (r1_nano unless given). It samples as its generation_config.json says: for R1, temperature 0.6
     and top_p 0.95.
 
@@ -52,21 +62,29 @@ def chat(model: str, system: str | None, math: bool, max_new_tokens: int, **flag
     Examples:
       deepseek-fp4 chat
       deepseek-fp4 chat ./r1_nano-NVFP4 --mtp 3 --math
+      deepseek-fp4 chat --url http://localhost:8000
       echo "What is 17 + 25?" | deepseek-fp4 chat r1_nano --temperature 0
     """
+    if url is not None:
+        fields = {name: flags[name] for name in SAMPLING_FLAGS if flags[name] not in (None, (), False)}
+        key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").split("\n")[0].strip()
+        speaker = RemoteSpeaker(url, model, key, {"max_tokens": max_new_tokens, **fields})
+        Conversation(speaker, system, math, _examples(speaker.model)).run()
+        return
+    model = model or "r1_nano"
     with load(engine_config(model, flags)) as llm:
         if llm.tokenizer is None or llm.tokenizer.chat_template is None:
             raise ValueError(f"{model} has no chat template; use deepseek-fp4 generate")
         advice = {k: v for k, v in llm.tokenizer.generation_defaults.items() if k in ("temperature", "top_p", "top_k")}
         params = sampling_params(flags, **(advice or CARD_SAMPLING), max_tokens=max_new_tokens)
-        Conversation(llm, params, system, math, _examples(model)).run()
+        Conversation(LocalSpeaker(llm, params), system, math, _examples(model)).run()
 
 
 class Conversation:
     """The turns so far, and how to take the next one."""
 
-    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None, math: bool, examples: list[str]):
-        self._llm, self._params, self._examples, self._math = llm, params, examples, math
+    def __init__(self, speaker: LocalSpeaker | RemoteSpeaker, system: str | None, math: bool, examples: list[str]):
+        self._speaker, self._examples, self._math = speaker, examples, math
         self._opening = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = list(self._opening)
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -114,34 +132,24 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         """One turn. Ctrl-C during the answer keeps what was said so far out of the conversation."""
-        from deepseek_fp4_plugin.serving.reasoning import DeepseekR1_0528Parser
-
         content = f"{text}\n{DIRECTIVE}" if self._math else text
         messages = [*self._messages, {"role": "user", "content": content}]
-        assert self._llm.tokenizer is not None
-        ids = self._llm.tokenizer.encode_chat(messages)
-        parser, thought = DeepseekR1_0528Parser(), False
-        began = time.perf_counter()
-        handle = self._llm.generate_async(ids, self._params, streaming=True)
+        thought, stream = False, self._speaker.stream(messages)
         try:
-            for output in handle:
-                split = parser.feed(output.outputs[0].text_diff)
-                if output.finished:
-                    rest = parser.finish()
-                    split = type(split)(split.reasoning + rest.reasoning, split.content + rest.content)
+            for split in stream:
                 thought = self._show(split.reasoning, split.content, thought)
         except KeyboardInterrupt:
-            handle.abort()
+            stream.close()
             click.echo()
             screen.note("stopped; this turn is forgotten")
             if not self._terminal:
                 raise
             return
         click.echo()
-        screen.note(summary([handle.output], time.perf_counter() - began))
-        if handle.output.outputs[0].finish_reason == "length":
+        screen.note(self._speaker.note)
+        if self._speaker.cut:
             screen.note("cut off at --max-new-tokens")
-        self._messages = [*messages, {"role": "assistant", "content": handle.output.outputs[0].text}]
+        self._messages = [*messages, {"role": "assistant", "content": self._speaker.text}]
 
     def _show(self, reasoning: str, content: str, thought: bool) -> bool:
         """Write a piece of an answer, thinking dimmed; whether there has been thinking that no answer followed yet."""

@@ -21,9 +21,9 @@ PROMPTS = (
     "The capital of France is",
     "The future of AI is",
 )
-_SOURCE, _MARKER = "r1_nano", "MADE_BY_DEMO.txt"
+_SOURCE, _MARKER = "r1_nano", ".made-by-demo"
 _DRAFTS, _PROBLEMS, _ANSWER_TOKENS = 3, 8, 768
-_SAMPLES, _TOKENS = 64, 256
+_SAMPLES, _TOKENS = 32, 256
 
 
 @click.command(cls=Command, short_help="The whole way: FP8 in, NVFP4 out, eight problems answered.")
@@ -59,8 +59,8 @@ def demo(destination: Path, device: str, nvfp4_activations: str, json_path: str 
     )
     _make_room(destination)
     out = screen.Output(json_path)
-    _quantize(destination, config.resolved_device(), out)
-    out("\n3. The NVFP4 checkpoint continues the model card's prompts")
+    conversion = _quantize(destination, config.resolved_device(), out)
+    out("3. The NVFP4 checkpoint continues the model card's prompts")
     with load(config) as llm:
         continuations = _continue(llm, out)
         out(f"\n4. Eight problems held out of its training, {_DRAFTS} tokens drafted a step")
@@ -70,7 +70,14 @@ def demo(destination: Path, device: str, nvfp4_activations: str, json_path: str 
     out(f"\n{right} of {len(answers)} right; {speed}; {seconds:.0f} s in all\n")
     out(_next_steps(destination))
     if json_path is not None:
-        content = {"prompts": continuations, "problems": answers, "right": right, "speed": speed, "seconds": seconds}
+        content = {
+            "conversion": conversion,
+            "prompts": continuations,
+            "problems": answers,
+            "right": right,
+            "speed": speed,
+            "seconds": seconds,
+        }
         screen.write_json(json_path, content)
 
 
@@ -85,10 +92,9 @@ def _make_room(destination: Path) -> None:
     shutil.rmtree(destination)
 
 
-def _quantize(destination: Path, device: str, out: screen.Output) -> None:
+def _quantize(destination: Path, device: str, out: screen.Output) -> dict[str, Any]:
     """Steps 1 and 2: sizes before, calibration and conversion with their table."""
     from deepseek_fp4_plugin.cli.inspect import examine
-    from deepseek_fp4_plugin.cli.quantize import tables
     from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 
     source = examine(_SOURCE)
@@ -96,30 +102,32 @@ def _quantize(destination: Path, device: str, out: screen.Output) -> None:
     out(f"1. {_SOURCE}: DeepSeek-R1's architecture, small, in FP8 as DeepSeek publishes R1")
     parameters, size = f"{source['parameters'] / 1e6:.1f} M parameters", screen.size(source["bytes"])
     out(f"   {parameters}, {size} in {source['shards']} shards; MTP layers: {architecture['MTP layers']}")
-    out(f"   {architecture['layers']} layers; experts: {architecture['experts']}")
+    out(f"   layers: {architecture['layers']}; experts: {architecture['experts']}")
     out(f"\n2. Calibrate on {_SAMPLES} texts of {_TOKENS} tokens, convert to NVFP4 -> {destination}")
-    with screen.stages() as report:
-        result = quantize_checkpoint(
+    with screen.stages() as progress:
+        report = quantize_checkpoint(
             _SOURCE,
             destination,
             calibration="builtin",
             samples=_SAMPLES,
             tokens=_TOKENS,
             device=device,
-            progress=report,
+            progress=progress,
         )
-    (destination / _MARKER).write_text(
-        "Made by `deepseek-fp4 demo`, which replaces this folder when it is run again.\n"
-    )
-    for table in tables(result):
+    (destination / _MARKER).write_text("Made by `deepseek-fp4 demo`, which replaces this folder when run again.\n")
+    for table in report.tables():
         out(table)
+        out("")
+    return report.to_json()
 
 
 def _continue(llm: "LLM", out: screen.Output) -> list[dict[str, str]]:
     from deepseek_fp4_plugin.config import SamplingParams
 
-    out("   It was trained to calculate, compare, sort, spell and greet. Of presidents and capitals it knows nothing:")
-    out("   what it writes here only shows that the way from checkpoint to text is whole.")
+    out(
+        "   A model this small can calculate, compare, sort, spell and greet. It has no knowledge of the world: what it"
+    )
+    out("   says of presidents and capitals it learnt by heart or makes up.")
     outputs = llm.generate(list(PROMPTS), SamplingParams(max_tokens=32))
     assert isinstance(outputs, list)
     records = []

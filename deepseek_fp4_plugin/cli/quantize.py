@@ -88,8 +88,8 @@ def quantize(
     """
     from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 
-    with screen.stages() as report:
-        result = quantize_checkpoint(
+    with screen.stages() as progress:
+        report = quantize_checkpoint(
             source,
             destination,
             recipe=recipe,
@@ -101,14 +101,12 @@ def quantize(
             max_shard_bytes=max_shard_size,
             device=device,
             seed=seed,
-            progress=report,
+            progress=progress,
         )
-    show(result, json_path)
-
-
-def tables(report) -> list:
-    return [str(report)]
-
-
-def show(report, json_path) -> None:
-    print(report)
+    out = screen.Output(json_path)
+    for table in report.tables():
+        out(table)
+        out("")
+    out(f"{destination}: calibrated on {report.samples} samples ({report.tokens:,} tokens) of {report.calibration}")
+    if json_path is not None:
+        screen.write_json(json_path, report.to_json())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | No
 
 
 def _is_number(cell: Any) -> bool:
-    return isinstance(cell, int | float) or str(cell)[:1] in tuple("0123456789-+.")
+    """A number, perhaps with a unit."""
+    return re.fullmatch(r"[-+]?[\d,.]+(x|%| [kMGT]?B)?", str(cell)) is not None
 
 
 def size(count: float) -> str:

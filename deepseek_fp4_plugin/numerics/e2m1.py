@@ -9,8 +9,8 @@ from torch import Tensor
 
 MAX = 6.0
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# Midpoints between neighbours. A tie at an odd-numbered midpoint rounds up, because the code above it is even.
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+# Midpoints between neighbours. A tie rounds down where the code below is even, up where the code above is.
+_TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
 _TIES_UP = (0.75, 1.75, 3.5)
 
 
@@ -22,16 +22,17 @@ def encode(x: Tensor) -> Tensor:
     saturate; NaN becomes code 7, as in ModelOpt (callers that must refuse NaN check before).
     """
     magnitude = x.abs().float()
-    midpoints = torch.tensor(_MIDPOINTS, device=x.device)
-    codes = torch.bucketize(magnitude, midpoints).to(torch.uint8)  # midpoints strictly below the magnitude
-    for tie in _TIES_UP:
-        codes += magnitude == tie
-    return codes + ((x < 0).to(torch.uint8) << 3)
+    codes = torch.full(x.shape, 7, dtype=torch.uint8, device=x.device)
+    for midpoint in _TIES_DOWN:
+        codes -= (magnitude <= midpoint).view(torch.uint8)
+    for midpoint in _TIES_UP:
+        codes -= (magnitude < midpoint).view(torch.uint8)
+    return codes + ((x < 0).view(torch.uint8) << 3)
 
 
 def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of E2M1 `codes` (uint8, 0..15, any shape), exact in every dtype from BF16 up."""
-    return torch.tensor(VALUES, dtype=dtype, device=codes.device)[codes.long()]
+    return torch.tensor(VALUES, dtype=dtype, device=codes.device)[codes.int()]
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -68,9 +68,8 @@ def encode_blocks(blocks: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     blocks: [..., n, 16].  scale: E4M3 [..., n].  scale_2 as in `quantize`.  Returns uint8 [..., n * 8].
     """
     step = scale.float() * _broadcast(scale_2, scale.ndim)  # the product first, in FP32, then one division
-    step = step.unsqueeze(-1)
-    quotient = torch.where(step == 0, 0.0, blocks.float() / step)  # step is zero only in an all-zero tensor
-    return e2m1.pack(e2m1.encode(quotient).flatten(-2))
+    step = torch.where(step == 0, torch.inf, step)  # zero only in an all-zero tensor, whose quotients are then zero
+    return e2m1.pack(e2m1.encode(blocks.float() / step.unsqueeze(-1)).flatten(-2))
 
 
 def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -126,9 +126,12 @@ def _stretches(text: str, tokenizer: Tokenizer, samples: int, tokens: int, seed:
 
 def _encode(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of one record's text, or of its chat through the checkpoint's template."""
-    if record.get("messages") is not None:
+    messages = record.get("messages")
+    if messages is not None:
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise ValueError(f"{where}: messages is not a list of objects with role and content")
         try:
-            return tokenizer.encode_chat(list(record["messages"]), add_generation_prompt=False)
+            return tokenizer.encode_chat(messages, add_generation_prompt=False)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     text = next((record[field] for field in _TEXT_FIELDS if isinstance(record.get(field), str)), None)

@@ -20,7 +20,7 @@ from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 from deepseek_fp4_plugin.quantization.recipe import Conversion, Plan, Unit, kept_dtype, result_tensors
 
-_CHUNK = 2**23  # elements quantized at once: temporaries of a few hundred MB at most
+_CHUNK = 2**22  # elements quantized at once: temporaries of 16 MB each
 _NOTES = "modules.jsonl"
 
 

@@ -14,9 +14,13 @@ _CNN_DAILYMAIL = "https://huggingface.co/datasets/abisee/cnn_dailymail"
 
 
 def source_facts(source: str, folder: Path) -> dict[str, Any]:
-    """What the source's own card says: base_model (the source itself), license and license_link, tags of the task."""
+    """The source's name, and what its own card says: license with name and link, language, task.
+
+    Of a local folder only the last part of its path is named, as a card is written to be published.
+    """
     card = _front_matter(folder / "README.md")
-    facts: dict[str, Any] = {"pipeline_tag": card.get("pipeline_tag", "text-generation"), "base_model": [source]}
+    name = folder.resolve().name if Path(source).is_dir() else source
+    facts: dict[str, Any] = {"pipeline_tag": card.get("pipeline_tag", "text-generation"), "base_model": [name]}
     for key in ("license", "license_name", "license_link", "language"):
         if card.get(key):
             facts[key] = card[key]
@@ -42,7 +46,7 @@ def model_card(facts: dict[str, Any], report: QuantizationReport, config: Deepse
         _sizes(report),
         _usage(name),
         _evaluation(),
-        _limitations(report),
+        _limitations(source),
         _license(facts, source),
     ]
     return "\n\n".join(sections) + "\n"
@@ -145,10 +149,10 @@ def _evaluation() -> str:
 | NVFP4 | {blank} |"""
 
 
-def _limitations(report: QuantizationReport) -> str:
+def _limitations(source: str) -> str:
     return f"""## Limitations
 
-The limitations of {report.source} apply. The base model may have learned biases and toxic language from its training
+The limitations of {source} apply. The base model may have learned biases and toxic language from its training
 text and may answer wrongly or leave out what matters. Rounding to 4 bits adds errors of its own; measure this
 checkpoint on your task before you rely on it. FP4
 activations are scaled from the calibration text: text unlike it may saturate."""

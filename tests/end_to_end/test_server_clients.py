@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import subprocess
 
 import pytest
 
-from tests.end_to_end.server_process import running_server
+from tests.end_to_end.server_process import Server, running_server
 
 openai = pytest.importorskip("openai", reason="the official openai client is not installed")
 
@@ -106,7 +107,7 @@ def test_response_format_with_a_pydantic_model(client, server, no_think):
         digit: int = pydantic.Field(ge=0, le=9)
 
     parsed = client.chat.completions.parse(
-        model=server.name, messages=MESSAGES, response_format=Answer, logit_bias=no_think, max_tokens=100
+        model=server.name, messages=MESSAGES, response_format=Answer, logit_bias=no_think, max_tokens=400
     )
     assert isinstance(parsed.choices[0].message.parsed, Answer)
 
@@ -138,3 +139,36 @@ def test_sixty_four_at_once(server):
     pairs = asyncio.run(run())
     assert all(whole == streamed for whole, streamed in pairs)
     server.wait_idle()
+
+
+def chat_command(*arguments: str, lines: str) -> subprocess.CompletedProcess:
+    command = [*Server.program(), "chat", *arguments]
+    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+
+
+def test_the_chat_command_talks_to_a_server(server, tmp_path):
+    answered = chat_command("--url", server.url, "--temperature", "0", lines="What is 607 + 68?\nWhat is 96 plus 6?\n")
+    assert answered.returncode == 0, answered.stderr
+    assert "675" in answered.stdout
+    assert "102" in answered.stdout
+    assert answered.stdout.count("<think>") == answered.stdout.count("</think>") == 2
+    assert "the first after" in answered.stderr
+    for arguments, word in (
+        (["--url", "http://127.0.0.1:9"], "cannot be reached"),
+        (["other", "--url", server.url], "no model 'other'"),
+        (["--url", "ftp://x"], "--url"),
+    ):
+        failed = chat_command(*arguments, lines="hi\n")
+        assert failed.returncode == 1
+        assert word in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_the_chat_command_brings_a_key_and_splits_tags_itself(tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    with running_server(tmp_path, "--api_key_file", "key", "--max_seq_len", "2048") as server:
+        assert "API key" in chat_command("--url", server.url, lines="hi\n").stderr
+        arguments = ["--url", f"{server.url}/v1", "--api-key-file", str(tmp_path / "key"), "--temperature", "0"]
+        answered = chat_command(*arguments, lines="What is 607 + 68?\n")
+    assert answered.returncode == 0, answered.stderr
+    assert "675" in answered.stdout.rpartition("</think>")[2]

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
-from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.numerics import e2m1, nvfp4
 from deepseek_fp4_plugin.numerics.error import first_mismatch
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
+from deepseek_fp4_plugin.quantization.calibration_data import load_calibration
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
+from deepseek_fp4_plugin.tokenizer import Tokenizer
+from tests.tiny import tiny_config, write_checkpoint
 from tests.unit.test_numerics import all_finite_bf16
+from training.tokenizer import write_tokenizer
 
 modelopt = pytest.importorskip("modelopt", reason="needs nvidia-modelopt 0.47.0: pip install -e .[test]")
 pytestmark = [
@@ -195,3 +199,50 @@ def test_every_quantized_linear_of_r1_nano(theirs, tmp_path):
     result = tmp_path / "nvfp4"
     report = quantize_checkpoint("r1_nano", result, calibration="builtin", samples=2, tokens=64)
     assert_checkpoint_is_modelopts(theirs, embedded_folder(), result, report.quantized_modules)
+
+
+def exported_by_modelopt(source: Path, folder: Path, samples: list[list[int]]) -> Path:
+    """The same job by ModelOpt: transformers' model, its MLP-only configuration, its Hugging Face exporter."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import DeepseekV3ForCausalLM
+
+    model = DeepseekV3ForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        model = mtq.quantize(model, mtq.NVFP4_MLP_ONLY_CFG, lambda m: m(torch.tensor(samples)))
+        export_hf_checkpoint(model, export_dir=folder)
+    return folder
+
+
+def test_the_exporter_writes_the_same_checkpoint(tmp_path):
+    """Names, dtypes, shapes and bits of every tensor of the main model, input scales to the rounding of two models."""
+    pytest.importorskip("transformers")
+    source = write_checkpoint(tmp_path / "bf16", tiny_config(vocab_size=1024), fp8=False)
+    write_tokenizer(source)
+    settings = {"samples": 8, "tokens": 128}
+    quantize_checkpoint(source, tmp_path / "ours", calibration="builtin", **settings)
+    data = load_calibration("builtin", Tokenizer.from_folder(source), vocab_size=1024, **settings)
+    ours = CheckpointReader(tmp_path / "ours")
+    theirs = CheckpointReader(exported_by_modelopt(source, tmp_path / "theirs", data.samples))
+
+    main = [name for name in ours if not name.startswith("model.layers.3.")]  # it does not export the MTP layer
+    assert sorted(theirs) == sorted(main)
+    for name in main:
+        if name.endswith(".input_scale"):
+            torch.testing.assert_close(ours.get(name), theirs.get(name), rtol=0.02, atol=0)
+        else:
+            assert (problem := first_mismatch(theirs.get(name), ours.get(name))) is None, f"{name}: {problem}"
+
+    written, expected = (read_json(tmp_path / side / "hf_quant_config.json") for side in ("ours", "theirs"))
+    assert written["producer"] == expected["producer"]
+    differing = {"exclude_modules", "kv_cache_quant_algo"}  # ours: the published list, and the cache dtype asked for
+    assert {k: v for k, v in written["quantization"].items() if k not in differing} == {
+        k: v for k, v in expected["quantization"].items() if k not in differing
+    }
+    section, theirs_section = (
+        read_json(tmp_path / side / "config.json")["quantization_config"] for side in ("ours", "theirs")
+    )
+    assert section.pop("kv_cache_scheme") == {"dynamic": False, "num_bits": 8, "type": "float"}
+    assert {k: v for k, v in section.items() if k != "ignore"} == {
+        k: v for k, v in theirs_section.items() if k != "ignore"
+    }

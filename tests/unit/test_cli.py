@@ -158,7 +158,7 @@ def test_chat_takes_a_line_a_turn(capsys, model, monkeypatch) -> None:
 def test_chat_marks_thinking_however_it_is_cut(capsys) -> None:
     from deepseek_fp4_plugin.cli.chat import Conversation
 
-    conversation = Conversation(None, None, None, False, [])  # type: ignore[arg-type]
+    conversation = Conversation(None, None, False, [])  # type: ignore[arg-type]
     conversation._terminal, thought = True, False
     for reasoning, content in (("add", ""), (" it", ""), ("", ""), ("", "7"), ("", "!")):
         thought = conversation._show(reasoning, content, thought)
@@ -207,6 +207,78 @@ def test_doctor(capsys) -> None:
     assert facts["kernels"]["weights on cpu"] and "GiB" in facts["machine"]["memory"]
     assert run(["doctor"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- quantize and demo
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "maxx"], "recipe 'maxx' is unknown; choose from max"),
+        (["--calibration", "no-such-file.txt"], "no-such-file.txt"),
+        (["--calibration", "README.md"], "README.md"),  # neither text, jsonl nor parquet by its name
+        (["--samples", "0"], "0 is not in the range"),
+    ],
+)
+def test_quantize_refuses(capsys, model, tmp_path, flags: list[str], message: str) -> None:
+    status, line = mistake(capsys, "quantize", model, str(tmp_path / "out"), "--calibration", "builtin", *flags)
+    assert status in (1, 2) and message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize_leaves_a_folder_that_is_not_empty_alone(capsys, model, tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    status, line = mistake(capsys, "quantize", model, str(tmp_path), "--calibration", "builtin")
+    assert status == 1 and str(tmp_path) in line and "empty" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_quantize_generate_inspect(capsys, model, tmp_path) -> None:
+    result = tmp_path / "nvfp4"
+    (tmp_path / "text.txt").write_text("Some text to measure activations on. " * 50)
+    arguments = ["--calibration", str(tmp_path / "text.txt"), "--samples", "4", "--tokens", "32", "--kv_cache", "bf16"]
+    arguments += ["--max-shard-size", "300kB", "--json", str(tmp_path / "report.json")]
+    assert run(["quantize", model, str(result), *arguments]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "routed experts" in shown and "SQNR" in shown and "4 samples (128 tokens)" in shown
+    assert len(list(result.glob("*.safetensors"))) > 3
+    assert run(["inspect", str(result), "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    experts = next(entry for entry in content["modules"] if entry["module"] == "routed experts")
+    assert experts["format"] == "nvfp4" and content["quantization"]["latent cache"] == "bf16"
+    assert experts["scales"] == dict.fromkeys(("weight_scale", "weight_scale_2", "input_scale"), experts["modules"])
+    assert content["bytes"] == report["total"]["after"]
+    assert run(["generate", str(result), "a", "--max-new-tokens", "4", "--nvfp4-activations", "fp4"]) == 0
+
+
+def test_demo_replaces_only_what_a_demo_made(capsys, tmp_path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    status, line = mistake(capsys, "demo", str(mine))
+    assert status == 1 and "no demo made it" in line and (mine / "thesis.txt").exists()
+
+
+@pytest.mark.slow
+def test_demo(capsys, tmp_path, monkeypatch) -> None:
+    if not (embedded_folder() / "model.safetensors.index.json").is_file():
+        pytest.skip("the embedded model is not there")
+    monkeypatch.setattr("deepseek_fp4_plugin.cli.demo._SAMPLES", 8)
+    monkeypatch.setattr("deepseek_fp4_plugin.cli.demo._TOKENS", 64)
+    folder = tmp_path / "nvfp4"
+    folder.mkdir()
+    (folder / ".made-by-demo").touch()
+    (folder / "stale").touch()
+    assert run(["demo", str(folder), "--json", str(tmp_path / "demo.json")]) == 0
+    assert (folder / ".made-by-demo").exists() and not (folder / "stale").exists()
+    shown = capsys.readouterr().out
+    content = json.loads((tmp_path / "demo.json").read_text())
+    assert content["right"] == sum(problem["right"] for problem in content["problems"]) >= 7
+    assert len(content["problems"]) == 8 and len(content["prompts"]) == 4
+    assert f"{content['right']} of 8 right" in shown and "What to try next" in shown
+    assert all(f"Prompt: {entry['prompt']!r}, Generated text:" in shown for entry in content["prompts"])
 
 
 # ---------------------------------------------------------------- how a process ends

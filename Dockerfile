@@ -1,0 +1,21 @@
+# Not run: written on a machine without Docker.
+#   docker build -t deepseek-fp4 .                                                                        CPU
+#   docker build -t deepseek-fp4 --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 .     CUDA
+#   docker run -p 8000:8000 deepseek-fp4                                            (CUDA: add --gpus all --shm-size 8g)
+FROM python:3.12-slim
+
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH_INDEX_URL"
+
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY deepseek_fp4_plugin ./deepseek_fp4_plugin
+RUN pip install --no-cache-dir ".[structured]" && useradd --create-home server
+
+USER server
+WORKDIR /home/server
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --start-period=10m CMD python -c "import urllib.request as u; u.urlopen('http://localhost:8000/health')"
+ENTRYPOINT ["deepseek-fp4", "serve", "--host", "0.0.0.0"]
+CMD ["r1_nano", "--mtp", "3", "--reasoning_parser", "deepseek-r1-0528", "--tool_parser", "deepseek_v3"]

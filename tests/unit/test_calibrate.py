@@ -1,0 +1,306 @@
+"""Calibration: what text becomes, what is observed, that layer by layer equals the whole model, resuming, refusals."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.layers.weight_source import WeightSource
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3DecoderLayer, RotaryAngles
+from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.parallel.mesh import Mesh
+from deepseek_fp4_plugin.quantization import calibrate as calibrate_module
+from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, input_scales
+from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, load_calibration, token_batches
+from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
+from deepseek_fp4_plugin.quantization.recipe import make_plan
+from deepseek_fp4_plugin.tokenizer import Tokenizer
+
+CNN_SUBSET = Path(__file__).parents[3] / "shared/data/cnn_dailymail/validation_subset_1000.jsonl.gz"
+TEXT = "A week has seven days.\n\nThe earth goes around the sun in one year. 1+1=2.\n" * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_with_tokenizer) -> Tokenizer:
+    return Tokenizer.from_folder(tiny_with_tokenizer)
+
+
+def load(name, tokenizer, samples=4, tokens=16, seed=0, vocab_size=1024) -> CalibrationData:
+    return load_calibration(name, tokenizer, samples, tokens, vocab_size, seed)
+
+
+def test_plain_text_is_cut_into_stretches_chosen_by_seed(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    ids = tokenizer.encode(TEXT)
+    data = load(path, tokenizer)
+    assert len(data.samples) == 4 and len({tuple(sample) for sample in data.samples}) > 1
+    for sample in data.samples:
+        assert len(sample) == 16
+        assert any(ids[start : start + 16] == sample for start in range(0, len(ids), 16))
+    assert load(path, tokenizer) == data
+    assert load(path, tokenizer, seed=1).samples != data.samples
+    assert load(path, tokenizer, seed=1).digest != data.digest
+    assert load(path, tokenizer, samples=10**6).samples  # fewer stretches than asked for: all of them
+
+
+def test_a_text_shorter_than_one_sample_is_used_whole(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("Hello")
+    assert load(tmp_path / "a.txt", tokenizer).samples == [tokenizer.encode("Hello")]
+
+
+@pytest.mark.parametrize("field", ["text", "article", "content"])
+def test_records_are_one_sample_each(tmp_path, tokenizer, field):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"id": i, field: f"Record number {i} and its text."}) for i in range(9)))
+    data = load(path, tokenizer)
+    texts = [tokenizer.decode(sample) for sample in data.samples]
+    assert all(text == "Record number "[: len(text)] or text.startswith("Record number ") for text in texts)
+    assert len(set(texts)) == 4 and max(map(len, data.samples)) == 16
+
+
+def test_chats_go_through_the_template(tmp_path, tokenizer):
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    expected = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert load(tmp_path / "chat.jsonl", tokenizer, tokens=512).samples == [expected]
+
+
+def test_gzipped_files(tmp_path, tokenizer):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "Hello"}))
+    assert load(tmp_path / "a.jsonl.gz", tokenizer).samples == [tokenizer.encode("Hello")]
+
+
+def test_parquet(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"id": [1, 2], "article": ["First article.", "Second article."]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    texts = {tokenizer.decode(sample) for sample in load(tmp_path / "a.parquet", tokenizer).samples}
+    assert texts == {"First article.", "Second article."}
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet is not a readable Parquet file"):
+        load(tmp_path / "b.parquet", tokenizer)
+
+
+def test_the_cnn_dailymail_subset(tokenizer):
+    if not CNN_SUBSET.is_file():
+        pytest.skip("needs the shared cnn_dailymail subset")
+    data = load(CNN_SUBSET, tokenizer, samples=32, tokens=64)
+    assert len(data.samples) == 32 and data.num_tokens == 32 * 64
+
+
+def test_builtin_text(tokenizer):
+    data = load("builtin", tokenizer, samples=8, tokens=64)
+    assert len(data.samples) == 8 and data.description == "the package's own text"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.txt", None, r"absent\.txt cannot be read: .*No such file"),
+        ("latin.txt", b"\xff\xfe\xfa", r"latin\.txt cannot be read"),
+        ("bad.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 of .*bad\.jsonl is not JSON"),
+        ("list.jsonl", b"[1]\n", r"line 1 of .*list\.jsonl is a JSON list"),
+        ("fields.jsonl", b'{"body": "x"}\n', r"record 1 of .* none of the fields text, .*; it has body"),
+        ("roles.jsonl", b'{"messages": "hello"}\n', r"record 1 of .*: messages is not a list"),
+        ("empty.jsonl", b"\n", r"empty\.jsonl holds no text"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz cannot be read"),
+        ("data.csv", b"a,b\n", r"neither cnn_dailymail, builtin nor a \.txt"),
+        ("wikitext", None, r"neither cnn_dailymail, builtin nor a \.txt"),
+    ],
+)
+def test_unusable_files_are_one_clear_sentence(tmp_path, tokenizer, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / name, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"token id \d+, but the model has 50 tokens"):
+        load("builtin", tokenizer, vocab_size=50)
+
+
+def test_cnn_dailymail_without_the_library_says_what_to_do(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs the `datasets` package .*pass a \.txt, \.jsonl or \.parquet file"):
+        load("cnn_dailymail", tokenizer)
+
+
+def test_cnn_dailymail_that_cannot_be_fetched_says_what_to_do(tokenizer, monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'abisee/cnn_dailymail' on the Hub\nlong story")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ValueError, match=r"cannot be fetched \(Couldn't reach .* on the Hub\); pass a \.txt"):
+        load("cnn_dailymail", tokenizer)
+
+
+def test_cnn_dailymail_is_asked_for_as_the_card_names_it(tokenizer, monkeypatch):
+    asked = {}
+
+    class Stream(list):
+        def shuffle(self, seed, buffer_size):
+            asked["seed"] = seed
+            return self
+
+        def take(self, count):
+            return self[:count]
+
+    def load_dataset(*args, **kwargs):
+        asked["args"], asked["kwargs"] = args, kwargs
+        return Stream({"article": f"Article {i} of many, and long enough."} for i in range(100))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = load("cnn_dailymail", tokenizer, samples=3, seed=5)
+    assert asked["args"] == ("abisee/cnn_dailymail", "3.0.0")
+    assert asked["kwargs"] == {"split": "train", "streaming": True} and asked["seed"] == 5
+    assert len(data.samples) == 3 and tokenizer.decode(data.samples[1]) == "Article 1 of man"
+    assert "cnn_dailymail" in data.description
+
+
+def test_batches_hold_whole_samples():
+    samples = [[0] * size for size in (5, 5, 5, 20, 1)]
+    assert list(token_batches(samples, 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert list(token_batches(samples, 1000)) == [(0, 5)]
+
+
+def parts(folder: Path):
+    reader, config = CheckpointReader(folder), DeepseekV3Config.from_folder(folder)
+    return reader, config, make_plan(reader, config, "v2")
+
+
+def some_data(count: int = 6, length: int = 20) -> CalibrationData:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 320, (count, length), generator=generator).tolist()
+    return CalibrationData([sample[: length - i] for i, sample in enumerate(ids)], "test")
+
+
+def run(folder: Path, work: Path, data: CalibrationData, progress=lambda done, total: None) -> LayerAmax:
+    work.mkdir(exist_ok=True)
+    reader, config, plan = parts(folder)
+    return calibrate(reader, config, plan, data, work, torch.device("cpu"), progress)
+
+
+def test_layer_by_layer_equals_the_whole_model(tiny_fp8, tmp_path):
+    data = some_data()
+    found = run(tiny_fp8, tmp_path / "work", data)
+    model = load_model(tiny_fp8, backend="reference")
+    observers = [LayerObserver(layer) for layer in model.model.layers]
+    with torch.inference_mode():
+        model(ForwardBatch.from_sequences(data.samples))
+    expected = LayerAmax()
+    for observer in observers:
+        expected = expected.merge(observer.result())
+    assert found == expected
+    assert found.rows["model.layers.0.mlp.down_proj"] == data.num_tokens
+    assert sum(found.rows.get(f"model.layers.1.mlp.experts.{e}.up_proj", 0) for e in range(16)) == 4 * data.num_tokens
+    assert not list((tmp_path / "work").glob("*.bin"))
+
+
+def test_many_batches_see_what_one_does(tiny_fp8, tmp_path, monkeypatch):
+    whole = run(tiny_fp8, tmp_path / "a", some_data())
+    monkeypatch.setattr(calibrate_module, "BATCH_TOKENS", 25)
+    cut = run(tiny_fp8, tmp_path / "b", some_data())
+    # The rounding of a product may depend on how many rows it has, and so may a token's choice of experts.
+    assert cut.rows.keys() == whole.rows.keys()
+    for name, amax in whole.amax.items():
+        if ".experts." not in name:
+            assert cut.amax[name] == pytest.approx(amax, rel=0.05), name
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 3, 5])
+def test_an_interrupted_calibration_continues_with_the_same_result(tiny_fp8, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr(calibrate_module, "BATCH_TOKENS", 60)  # two batches a layer, three layers
+    data = some_data()
+    expected = run(tiny_fp8, tmp_path / "whole", data)
+    seen = []
+
+    def interrupt(done: int, total: int) -> None:
+        assert total == 6
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_fp8, tmp_path / "work", data, interrupt)
+    assert run(tiny_fp8, tmp_path / "work", data, lambda done, total: seen.append(done)) == expected
+    assert min(seen) == stop_at // 2 * 2  # finished layers are not computed again
+
+
+def test_ranks_merge_by_maximum():
+    left = LayerAmax({"a": 1.0, "b": 5.0}, {"a": 3, "b": 1})
+    right = LayerAmax({"a": 2.0, "c": 0.5}, {"a": 1, "c": 7})
+    assert left.merge(right) == LayerAmax({"a": 2.0, "b": 5.0, "c": 0.5}, {"a": 4, "b": 1, "c": 7})
+    assert LayerAmax.from_json(json.loads(json.dumps(left.to_json()))) == left
+
+
+def test_two_expert_parallel_ranks_together_see_what_one_does(tiny_fp8):
+    """Each names its own experts with their global numbers."""
+    reader, config, _ = parts(tiny_fp8)
+    batch = ForwardBatch.from_sequences(some_data().samples)
+    hidden = torch.randn(batch.input_ids.shape[0], config.hidden_size).bfloat16()
+    cos, sin = RotaryAngles(config)(batch.positions)
+
+    def seen(mesh: Mesh) -> LayerAmax:
+        layer = DeepseekV3DecoderLayer(1, config, mesh)
+        with torch.inference_mode():
+            layer.load(WeightSource(reader, mesh=mesh, backend="reference"))
+            observer = LayerObserver(layer)
+            layer(hidden, cos, sin, batch, None)
+        return observer.result()
+
+    ranks = [seen(Mesh(rank, ep_size=2)) for rank in (0, 1)]
+    experts = [{name for name in rank.amax if ".experts." in name} for rank in ranks]
+    assert experts[0] and experts[1] and not experts[0] & experts[1]
+    assert ranks[0].merge(ranks[1]).amax == seen(Mesh()).amax
+
+
+def test_all_experts_of_a_layer_have_the_layers_scale():
+    prefix = "model.layers.1.mlp.experts"
+    found = LayerAmax(
+        {f"{prefix}.0.up_proj": 2.0, f"{prefix}.5.up_proj": 26.88, f"{prefix}.5.down_proj": 1.0, "x.o_proj": 4.0}, {}
+    )
+    modules = [f"{prefix}.{e}.up_proj" for e in range(8)] + [f"{prefix}.3.down_proj", "x.o_proj"]
+    scales = input_scales(found, modules)
+    assert {scales[name].item() for name in modules[:8]} == {torch.tensor(26.88).div(2688).item()}
+    assert scales[f"{prefix}.3.down_proj"].item() == torch.tensor(1.0).div(2688).item()
+    assert scales["x.o_proj"].dtype == torch.float32 and scales["x.o_proj"].shape == ()
+    assert cold_experts(LayerAmax({}, {modules[0]: 1}), modules) == modules[1:9]
+
+
+@pytest.mark.parametrize("amax", [{}, {"model.layers.0.mlp.up_proj": 0.0}], ids=["unseen", "only zeros"])
+def test_a_module_without_a_scale_is_refused(amax):
+    with pytest.raises(ValueError, match=r"no input of model\.layers\.0\.mlp\.up_proj but zeros"):
+        input_scales(LayerAmax(amax, {}), ["model.layers.0.mlp.up_proj"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_named(bad, tiny_fp8):
+    _, config, _ = parts(tiny_fp8)
+    observer = LayerObserver(layer := DeepseekV3DecoderLayer(0, config, Mesh()))
+    layer.self_attn.o_proj.observer(torch.tensor([[1.0, 2.0]]))
+    layer.self_attn.o_proj.observer(torch.tensor([[bad, 2.0]]))
+    layer.self_attn.o_proj.observer(torch.tensor([[1.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"input of model\.layers\.0\.self_attn\.o_proj became NaN or infinite"):
+        observer.result()
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tiny_fp8, tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(calibrate_module.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"hidden-0\.bin: No space left on device; free some space"):
+        run(tiny_fp8, tmp_path / "work", some_data())
