@@ -160,14 +160,15 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
 }
 
 // Requests [begin, end), whose rows are [row0, row0 + rows).
-inline void attention_group(const AttentionArgs& a, const Rows& queries, int64_t begin, int64_t end, int64_t pieces) {
+inline void attention_group(
+    const AttentionArgs& a, const Rows& queries, int64_t begin, int64_t end, int64_t pieces, int threads) {
   const int64_t row0 = a.query_start[begin] * a.heads, rows = a.query_start[end] * a.heads - row0;
   int64_t group = ROW_GROUP, items = 0;
   for (;; group /= 2) {
     items = 0;
     for (int64_t r = begin; r < end; r++)
       items += ceil_div((a.query_start[r + 1] - a.query_start[r]) * a.heads, group) * ceil_div(a.context_lens[r], SPLIT);
-    if (items >= 2 * a.threads || group <= 8) break;
+    if (items >= 2 * threads || group <= 8) break;
   }
   const int64_t partial = rows * pieces;
   uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_RESULT, partial * (a.latent + 2) * 4 + items * sizeof(Piece)));
@@ -183,13 +184,13 @@ inline void attention_group(const AttentionArgs& a, const Rows& queries, int64_t
         list[n++] = {r, row, last - row < group ? last - row : group, key, left < SPLIT ? left : SPLIT};
       }
   }
-  parallel(a.threads, n, [&](int64_t item) {
+  parallel(threads, n, [&](int64_t item) {
     const Piece& piece = list[item];
     const int64_t at = piece.key / SPLIT * rows + piece.row - row0;
     attend(a, queries, piece, out + at * a.latent, largest + at, total + at);
   });
   constexpr int64_t MERGED = 16;  // rows a task
-  parallel(a.threads, ceil_div(rows, MERGED), [&](int64_t item) {
+  parallel(threads, ceil_div(rows, MERGED), [&](int64_t item) {
     const int64_t stop = (item + 1) * MERGED < rows ? (item + 1) * MERGED : rows;
     int64_t request = begin;
     for (int64_t row = item * MERGED; row < stop; row++) {
@@ -220,7 +221,13 @@ inline void attention(const AttentionArgs& a) {
   const int64_t all = a.query_start[a.requests] * a.heads;
   void* memory = scratch(SCRATCH_INPUT, all * layout_bytes(layout, entries.in));
   const Rows queries = rows_in(static_cast<uint8_t*>(memory), layout, all);
-  parallel(a.threads, ceil_div(all, 16), [&](int64_t item) {
+  int64_t entries_read = 0, pairs = 0;
+  for (int64_t r = 0; r < a.requests; r++) {
+    entries_read += a.context_lens[r];
+    pairs += a.context_lens[r] * (a.query_start[r + 1] - a.query_start[r]) * a.heads;
+  }
+  const int threads = useful_threads(a.threads, entries_read * entries.in * 2, pairs * entries.in * 4);
+  parallel(threads, ceil_div(all, 16), [&](int64_t item) {
     uint16_t* joined = static_cast<uint16_t*>(scratch(SCRATCH_TILE, entries.in * 2));
     for (int64_t row = item * 16; row < (item + 1) * 16 && row < all; row++) {
       const int64_t token = row / a.heads, head = row % a.heads;
@@ -240,7 +247,7 @@ inline void attention(const AttentionArgs& a) {
       pieces = most;
       end++;
     }
-    attention_group(a, queries, begin, end, pieces);
+    attention_group(a, queries, begin, end, pieces, threads);
     begin = end;
   }
 }

@@ -74,13 +74,15 @@ inline void experts(const ExpertsArgs& a) {
   const Weight &gate_up = *a.gate_up, &down = *a.down;
   const int64_t inner = down.in, hidden = down.out;
   const Routing routing = sort_by_expert(a, gate_up.experts);
-  const ExpertInputs x = prepare_expert_inputs(a.x, a.tokens, gate_up, routing, SCRATCH_INPUT, a.threads);
+  const int64_t outputs = gate_up.out * routing.active_count;
+  const int threads = useful_threads(a.threads, outputs * row_bytes(gate_up), routing.slots * gate_up.out * gate_up.in);
+  const ExpertInputs x = prepare_expert_inputs(a.x, a.tokens, gate_up, routing, SCRATCH_INPUT, threads);
   uint16_t* h = static_cast<uint16_t*>(scratch(SCRATCH_RESULT, routing.slots * inner * 2 + 64));
   const bool mostly_few = are_few(routing.most);
 
-  const int64_t width = tile_width(inner * routing.active_count, mostly_few, a.threads);
+  const int64_t width = tile_width(inner * routing.active_count, mostly_few, threads);
   const int64_t tiles = ceil_div(inner, width);
-  parallel(a.threads, routing.active_count * tiles, [&](int64_t item) {
+  parallel(threads, routing.active_count * tiles, [&](int64_t item) {
     const int32_t e = routing.active[item / tiles];
     const int64_t first = item % tiles * width, last = first + width < inner ? first + width : inner;
     const int64_t begin = routing.start[e], count = routing.start[e + 1] - begin;
@@ -104,9 +106,9 @@ inline void experts(const ExpertsArgs& a) {
       gated(gate + r * STRIDE, up + r * STRIDE, last - first, h + (begin + r) * inner + first);
   });
 
-  const ExpertInputs mid = prepare_expert_inputs(h, routing.slots, down, routing, SCRATCH_HIDDEN, a.threads);
-  const int64_t out_width = tile_width(hidden, mostly_few, a.threads);
-  parallel(a.threads, ceil_div(hidden, out_width), [&](int64_t item) {
+  const ExpertInputs mid = prepare_expert_inputs(h, routing.slots, down, routing, SCRATCH_HIDDEN, threads);
+  const int64_t out_width = tile_width(hidden, mostly_few, threads);
+  parallel(threads, ceil_div(hidden, out_width), [&](int64_t item) {
     const int64_t first = item * out_width, last = first + out_width < hidden ? first + out_width : hidden;
     float* result = static_cast<float*>(scratch(SCRATCH_TILE, (routing.most + a.tokens) * STRIDE * 4));
     float* total = result + routing.most * STRIDE;

@@ -45,12 +45,14 @@ inline void linear(const LinearArgs& a) {
   const bool few = are_few(a.rows);
   const Layout layout = layout_for(weight, a.rows);
   void* memory = scratch(SCRATCH_INPUT, a.rows * layout_bytes(layout, weight.in));
-  const Rows rows = prepare_rows(a.x, a.x_stride, a.rows, weight, layout, memory, a.threads);
+  const int threads =
+      useful_threads(a.threads, weight.out * row_bytes(weight), a.rows * weight.out * weight.in);
+  const Rows rows = prepare_rows(a.x, a.x_stride, a.rows, weight, layout, memory, threads);
   int64_t begin = 0;
   for (int part = 0; part < weight.parts; part++) {
     const View v = view_of(weight, part, a.expert);
-    const int64_t width = tile_width(v.out, few, a.threads);
-    parallel(a.threads, ceil_div(v.out, width), [&](int64_t item) {
+    const int64_t width = tile_width(v.out, few, threads);
+    parallel(threads, ceil_div(v.out, width), [&](int64_t item) {
       float* result = static_cast<float*>(scratch(SCRATCH_TILE, rows.count * STRIDE * 4));
       const int64_t first = item * width, last = first + width < v.out ? first + width : v.out;
       tile(v, first, last, rows, few, result);

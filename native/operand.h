@@ -12,6 +12,10 @@ struct View {
   bool fp4;      // activations are FP4
 };
 
+inline int64_t row_bytes(const Weight& weight) {
+  return weight.format == PLAIN ? weight.in * 2 : weight.format == NVFP4 ? weight.in / 2 : weight.in;
+}
+
 inline View view_of(const Weight& weight, int part_index, int64_t expert) {
   const Part& part = weight.part[part_index];
   View v{};
@@ -19,7 +23,7 @@ inline View view_of(const Weight& weight, int part_index, int64_t expert) {
   v.in = weight.in;
   v.out = part.out;
   v.factor = 1.0f;
-  v.row_bytes = weight.format == PLAIN ? weight.in * 2 : weight.format == NVFP4 ? weight.in / 2 : weight.in;
+  v.row_bytes = row_bytes(weight);
   v.values = part.values + expert * part.out * v.row_bytes;
   if (weight.format == NVFP4) {
     v.scale_cols = weight.in / 16;

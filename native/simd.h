@@ -153,4 +153,10 @@ inline void parallel(int threads, int64_t items, const Task& task) {
       const_cast<Task*>(&task));
 }
 
+// Threads that shorten a task of so many bytes read and multiplications: waking one costs several microseconds.
+inline int useful_threads(int threads, int64_t bytes, int64_t products) {
+  const int64_t worth = bytes / 200000 + products / 800000;  // of about 8 microseconds each
+  return worth < threads ? (worth < 1 ? 1 : static_cast<int>(worth)) : threads;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -2,7 +2,7 @@
 
 inline void norm(const NormArgs& a) {
   const int64_t batch = a.n >= 4096 ? 8 : 32768 / (a.n + 1) + 1;
-  parallel(a.threads, ceil_div(a.rows, batch), [&](int64_t item) {
+  parallel(useful_threads(a.threads, a.rows * a.n * 8, 0), ceil_div(a.rows, batch), [&](int64_t item) {
     for (int64_t r = item * batch; r < (item + 1) * batch && r < a.rows; r++) {
       const uint16_t* x = a.x + r * a.x_stride;
       uint16_t* y = a.y + r * a.y_stride;
@@ -89,7 +89,7 @@ inline void route(const RouteArgs& a) {
 }
 
 inline void quantize(const QuantizeArgs& a) {
-  parallel(a.threads, a.rows, [&](int64_t r) {
+  parallel(useful_threads(a.threads, a.rows * a.n * 16, 0), a.rows, [&](int64_t r) {
     for (int64_t b = 0; b < a.n / 16; b++) {
       float block[16];
       int32_t codes[16];
