@@ -30,7 +30,9 @@ class NVFP4Tensor(NamedTuple):
 
 def tensor_scale(amax: Tensor) -> Tensor:
     """`weight_scale_2` or `input_scale` of a tensor whose largest magnitude is `amax`: FP32, one division by 2688."""
-    return amax.float() / AMAX_TO_SCALE
+    amax = amax.float()
+    # On CUDA torch divides by a number by multiplying with its reciprocal, which is not the same to the last bit.
+    return amax / torch.full_like(amax, AMAX_TO_SCALE)
 
 
 def quantize(w: Tensor, scale_2: Tensor | None = None) -> NVFP4Tensor:
@@ -57,7 +59,7 @@ def block_scales(block_amax: Tensor, scale_2: Tensor) -> Tensor:
     block_amax: [..., blocks], any floating dtype.  scale_2: FP32, broadcastable.  Returns E4M3 [..., blocks].
     A zero block gets 1.0; the others are clamped to [2^-9, 448], so no scale byte is zero or NaN.
     """
-    scale = block_amax.float() / (e2m1.MAX * scale_2)
+    scale = block_amax.float() / (e2m1.MAX * scale_2.to(block_amax.device))  # see tensor_scale
     scale = torch.where((scale == 0) | (block_amax == 0), 1.0, scale)
     return scale.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -67,7 +69,7 @@ def encode_blocks(blocks: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 
     blocks: [..., n, 16].  scale: E4M3 [..., n].  scale_2 as in `quantize`.  Returns uint8 [..., n * 8].
     """
-    step = scale.float() * _broadcast(scale_2, scale.ndim)  # the product first, in FP32, then one division
+    step = scale.float() * _broadcast(scale_2, scale.ndim).to(scale.device)  # this product first, then one division
     step = torch.where(step == 0, torch.inf, step)  # zero only in an all-zero tensor, whose quotients are then zero
     return e2m1.pack(e2m1.encode(blocks.float() / step.unsqueeze(-1)).flatten(-2))
 

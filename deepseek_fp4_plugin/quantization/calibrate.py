@@ -60,7 +60,7 @@ def calibrate(
             except CheckpointError:
                 raise
             except ValueError:
-                _blame_weights(reader, plan, index)
+                _blame_weights(reader, plan, index, device)
                 raise
             _save(work / f"layer-{index:03d}.json", found)
             results.append(found)
@@ -196,10 +196,10 @@ def _save(path: Path, found: LayerAmax) -> None:
     os.replace(temporary, path)
 
 
-def _blame_weights(reader: CheckpointReader, plan: Plan, index: int) -> None:
+def _blame_weights(reader: CheckpointReader, plan: Plan, index: int, device: torch.device) -> None:
     """Raise CheckpointError naming the weight whose NaN reached layer `index`, if a weight is the cause."""
     near: Mapping[int | None, bool] = {index: True, index - 1: True, None: index == 0}
     for unit in plan.units:
         if near.get(unit.layer):
             for conversion in unit.conversions:
-                decoded(reader, conversion, torch.bfloat16)
+                decoded(reader, conversion, torch.bfloat16, device)

@@ -58,16 +58,17 @@ def convert(
             for conversion in unit.conversions:
                 if writer.needs(conversion.weight.name):
                     dtype = kept_dtype(conversion, reader.info(conversion.weight.name).dtype)
-                    writer.write(conversion.weight.name, decoded(reader, conversion, dtype))
+                    writer.write(conversion.weight.name, decoded(reader, conversion, dtype, device))
     progress(len(plan.units), len(plan.units))
     return notes.by_module
 
 
-def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype) -> Tensor:
-    """A source weight in `dtype`. Raises CheckpointError naming it when it holds NaN or infinity."""
-    weight = reader.get(conversion.weight.name)
+def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A source weight in `dtype` on `device`. Raises CheckpointError naming it when it holds NaN or infinity."""
+    weight = reader.get(conversion.weight.name).to(device)
     if conversion.source is WeightFormat.FP8_BLOCK:
-        weight = fp8_block.dequantize(weight, reader.get(f"{conversion.weight.module}.weight_scale_inv"), dtype)
+        scale_inv = reader.get(f"{conversion.weight.module}.weight_scale_inv").to(device)
+        weight = fp8_block.dequantize(weight, scale_inv, dtype)
     else:
         weight = weight.to(dtype)
     if not torch.isfinite(weight).all():
@@ -104,7 +105,7 @@ def _convert_nvfp4(
     names = [spec.name for conversion in unit.conversions for spec in result_tensors(conversion, torch.bfloat16)]
     if not any(map(writer.needs, names)):
         return
-    weights = [decoded(reader, conversion, torch.bfloat16).to(device) for conversion in unit.conversions]
+    weights = [decoded(reader, conversion, torch.bfloat16, device) for conversion in unit.conversions]
     scale_2 = nvfp4.tensor_scale(torch.stack([weight.abs().amax() for weight in weights]).amax())
     for conversion, weight in zip(unit.conversions, weights, strict=True):
         quantized, rounding = quantize_weight(weight, scale_2)

@@ -22,6 +22,7 @@ from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader, 
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.numerics.error import first_mismatch
 from deepseek_fp4_plugin.quantization.calibration_data import load_calibration
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.tokenizer import Tokenizer
@@ -367,6 +368,20 @@ def test_cuda_without_a_gpu(source, tmp_path):
         quantize(source, tmp_path / "out", device="cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_writes_the_same_weights(source, quantized, tmp_path):
+    """Every bit of every weight and its scales; input scales come out of another device's matrix products."""
+    quantize(source, tmp_path / "q", device="cuda")
+    cpu, cuda = CheckpointReader(quantized[0]), CheckpointReader(tmp_path / "q")
+    assert list(cpu) == list(cuda)
+    for name in cpu:
+        if name.endswith(".input_scale"):
+            torch.testing.assert_close(cuda.get(name), cpu.get(name), rtol=0.1, atol=0)
+        else:
+            assert (problem := first_mismatch(cpu.get(name), cuda.get(name))) is None, f"{name}: {problem}"
+
+
 def test_a_destination_with_something_in_it(source, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists and is not empty; choose another folder or remove it"):
@@ -425,3 +440,14 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         shutil.rmtree(folder)
     assert size > 150_000_000
     assert peaks[16] < 1.04 * peaks[4], peaks
+
+
+@pytest.mark.slow
+def test_the_example_runs(trained, tmp_path):
+    example = ROOT / "examples" / "quantize.py"
+    done = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "688.6 GB" in done.stdout and "What is 17 plus 25?" in done.stdout
+    assert (tmp_path / "r1_nano-NVFP4" / "hf_quant_config.json").is_file()

@@ -205,7 +205,7 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path):
         statuses, retry = [], []
 
         def send():
-            response = server.complete(max_tokens=400, ignore_eos=True)
+            response = server.complete(max_tokens=200, ignore_eos=True)
             statuses.append(response.status_code)
             if response.status_code == 429:
                 retry.append(response.headers["retry-after"])

@@ -1,5 +1,6 @@
 """Bit for bit nvidia-modelopt 0.47.0: rounding, scales, packing, and every quantized linear of whole checkpoints."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,3 +247,148 @@ def test_the_exporter_writes_the_same_checkpoint(tmp_path):
     assert {k: v for k, v in section.items() if k != "ignore"} == {
         k: v for k, v in theirs_section.items() if k != "ignore"
     }
+
+
+# The rows of docs/format.md's table "Where others differ". 0.31.0 does not import beside this torch (its NVFP4 code is
+# a closed library); its formulas, as that table gives them, are written out here.
+
+
+def test_difference_tensor_scale(theirs):
+    """0.31.0 divides by 6 and then by 448: up to one ulp away from the one division that 0.47.0 and we make."""
+    amax = (1 + torch.arange(128) / 128).bfloat16()  # every BF16 significand
+    ours = torch.stack([nvfp4.tensor_scale(a) for a in amax])
+    assert torch.equal(ours, torch.stack([theirs.get_weights_scaling_factor_2(a) for a in amax]))
+    old = amax.float() / 6.0 / 448.0
+    apart = (ours.view(torch.int32) - old.view(torch.int32)).abs()
+    assert apart.max() == 1 and 0 < (apart == 1).sum() < 128
+
+
+def test_difference_block_scale_formula(theirs):
+    """0.31.0 computes (block amax / 6) / scale_2: rarely the other side of a rounding of E4M3, then one step apart."""
+    block_amax = torch.arange(0x3C00, 0x4000, dtype=torch.int16).view(torch.bfloat16)
+    bytes_apart = []
+    for amax in (1 + torch.arange(128) / 128).bfloat16() * 4:
+        scale_2 = nvfp4.tensor_scale(amax)
+        ours = nvfp4.block_scales(block_amax, scale_2).view(torch.uint8)
+        blocks = torch.nn.functional.pad(block_amax.unsqueeze(1), (0, 15))
+        assert torch.equal(ours, by_modelopt(theirs, blocks, scale_2).scale.flatten().view(torch.uint8))
+        old = ((block_amax.float() / 6.0) / scale_2).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+        bytes_apart.append((ours.int() - old.view(torch.uint8).int()).abs())
+    apart = torch.cat(bytes_apart)
+    assert apart.max() == 1 and (apart == 1).float().mean() < 0.01
+
+
+def test_difference_small_block_scales(theirs):
+    """0.31.0 lets a scale below 2^-10 become 0; 0.47.0 and we keep the smallest subnormal, byte 0x01."""
+    w = torch.zeros(3, 16).bfloat16()
+    w[0, 0], w[1, 0], w[2, 0] = 2688.0, 6 * 2.0**-10, 6 * 2.0**-14  # scale_2 is 1
+    quantized = nvfp4.quantize(w)
+    assert quantized.scale.view(torch.uint8).flatten().tolist() == [0x7E, 0x01, 0x01]
+    assert_same_bits(by_modelopt(theirs, w), quantized)
+    assert (w[:, :1].float().abs() / 6).to(torch.float8_e4m3fn).view(torch.uint8).flatten().tolist() == [0x7E, 0, 0]
+
+
+def test_difference_all_zero_tensor(theirs):
+    """0.47.0 divides 0 by 0: scales NaN, codes 7. We write scale 1.0 and codes 0, and it decodes to zero."""
+    w = torch.zeros(2, 32).bfloat16()
+    by_them = by_modelopt(theirs, w)
+    assert torch.isnan(by_them.scale.float()).all()
+    assert by_them.packed.unique().tolist() == [0x77]
+    ours = nvfp4.quantize(w)
+    assert ours.scale.view(torch.uint8).unique().tolist() == [0x38]
+    assert ours.packed.unique().tolist() == [0] and ours.scale_2 == 0
+    assert nvfp4.dequantize(ours).unique().tolist() == [0]
+
+
+def test_difference_zero_block(theirs):
+    """A zero block of a weight has scale 1.0 everywhere; a zero block of run-time activations has scale byte 0."""
+    w = torch.randn(2, 32).bfloat16()
+    w[:, 16:] = 0
+    quantized = nvfp4.quantize(w)
+    assert_same_bits(by_modelopt(theirs, w), quantized)
+    assert quantized.scale.view(torch.uint8)[:, 1].tolist() == [0x38, 0x38]
+    packed, scale = nvfp4.quantize_activation(w, quantized.scale_2)
+    assert scale.view(torch.uint8)[:, 1].tolist() == [0, 0] and not packed[:, 8:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_difference_nan_and_infinity(theirs, bad):
+    """0.47.0 writes codes whatever comes (NaN becomes 6.0); we refuse."""
+    w = torch.ones(1, 16)
+    w[0, 3] = bad
+    by_modelopt(theirs, w)
+    with pytest.raises(ValueError, match="cannot hold NaN or infinity"):
+        nvfp4.quantize(w)
+
+
+def test_difference_vanishing_tensor_scale(theirs):
+    """FP32 below 2688 * 2^-150: scale_2 is zero. We treat the tensor as zero; 0.47.0 mixes NaN scales and codes 7."""
+    w = torch.zeros(1, 32)
+    w[0, 0] = 1e-43
+    assert nvfp4.tensor_scale(w.abs().amax()) == 0
+    assert torch.isnan(by_modelopt(theirs, w).scale.float()).any()
+    assert nvfp4.dequantize(nvfp4.quantize(w)).unique().tolist() == [0]
+
+
+def test_difference_width(theirs):
+    """0.47.0 pads rows to whole blocks with zeros; we refuse (no DeepSeek weight needs it)."""
+    w = torch.ones(2, 24)
+    assert by_modelopt(theirs, w).scale.shape == (2, 2)
+    with pytest.raises(ValueError, match=r"multiple of 16, got shape \[2, 24\]"):
+        nvfp4.quantize(w)
+
+
+def test_difference_order_of_dequantization(theirs):
+    """Block scale times tensor scale first, as 0.47.0; kernels that go from left to right differ in the last bit."""
+    w = torch.randn(64, 256).bfloat16()
+    data, scale, scale_2 = theirs.quantize(w.clone(), 16)
+    by_them = data.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+    ours = nvfp4.dequantize(nvfp4.quantize(w))
+    assert torch.equal(by_them.reshape(ours.shape), ours)  # as numbers: see minus zero
+    left_to_right = nvfp4.block_values(data._quantized_data, scale) * scale_2
+    assert not torch.equal(left_to_right, ours)
+    torch.testing.assert_close(left_to_right, ours, rtol=3e-7, atol=0)
+
+
+def test_difference_minus_zero(theirs):
+    """Code 8 is stored alike; 0.47.0 decodes it to 0.0 and we to -0.0, the same number."""
+    w = torch.tensor([[6.0, -0.1] * 8]).bfloat16()
+    quantized = nvfp4.quantize(w)
+    assert_same_bits(by_modelopt(theirs, w), quantized)
+    assert e2m1.unpack(quantized.packed)[0, 1] == 8
+    data, scale, scale_2 = theirs.quantize(w.clone(), 16)
+    by_them = data.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+    assert [torch.signbit(t.flatten()[1]).item() for t in (by_them, nvfp4.dequantize(quantized))] == [False, True]
+
+
+def test_difference_run_time_activations():
+    """Ours is the kernels' precise variant; their fast one and the weight formula round a few values otherwise."""
+    x = torch.randn(512, 256).bfloat16()
+    input_scale = nvfp4.tensor_scale(x.abs().amax() * 1.3)
+    packed, scale = nvfp4.quantize_activation(x, input_scale)
+    blocks = x.float().unflatten(-1, (-1, 16))
+    amax, factor = blocks.abs().amax(-1), 1 / input_scale
+    precise = (amax * (factor * torch.tensor(1 / 6))).to(torch.float8_e4m3fn)
+    assert torch.equal(precise.view(torch.uint8), scale.view(torch.uint8))
+    codes = e2m1.encode(blocks * (1 / (precise.float() * (1 / factor))).unsqueeze(-1)).flatten(-2)
+    assert torch.equal(e2m1.pack(codes), packed)
+
+    fast = (factor * (amax * torch.tensor(1 / 6))).to(torch.float8_e4m3fn)
+    as_weight = nvfp4.quantize(x, input_scale)
+    for other in (fast, as_weight.scale):
+        apart = (other.view(torch.uint8).int() - scale.view(torch.uint8).int()).abs()
+        assert apart.max() <= 1 and (apart == 1).float().mean() < 0.01
+    differing = (e2m1.unpack(as_weight.packed).int() - codes.int()).abs()
+    assert differing.max() <= 1 and (differing == 1).float().mean() < 0.01
+
+
+def test_every_row_of_the_differences_has_its_test():
+    """docs/format.md names the test that proves each row; the names are those of tests that exist."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "format.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    defined = set()
+    for path in (root / "tests").rglob("test_*.py"):
+        defined |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
+    assert named <= defined, named - defined
+    assert {name for name in globals() if name.startswith("test_difference_")} <= named

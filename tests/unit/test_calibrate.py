@@ -171,6 +171,27 @@ def test_cnn_dailymail_is_asked_for_as_the_card_names_it(tokenizer, monkeypatch)
     assert "cnn_dailymail" in data.description
 
 
+def test_cnn_dailymail_through_the_real_library(tokenizer, tmp_path, monkeypatch):
+    """A folder laid out as the data set's repository and named as it: the library prefers it to the hub."""
+    pytest.importorskip("datasets", reason="needs datasets")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+
+    folder = tmp_path / "abisee" / "cnn_dailymail"
+    (folder / "3.0.0").mkdir(parents=True)
+    rows = [f"Article {i:03d} says something." for i in range(50)]
+    table = pyarrow.table({"article": rows, "highlights": rows, "id": rows})
+    parquet.write_table(table, folder / "3.0.0" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: 3.0.0\n  data_files:\n  - split: train\n    path: 3.0.0/train-*\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = [load("cnn_dailymail", tokenizer, samples=5, tokens=64, seed=seed).samples for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    texts = {tokenizer.decode(sample) for sample in found[0]}
+    assert len(texts) == 5 and texts <= set(rows)
+
+
 def test_batches_hold_whole_samples():
     samples = [[0] * size for size in (5, 5, 5, 20, 1)]
     assert list(token_batches(samples, 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
