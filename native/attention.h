@@ -23,10 +23,10 @@ inline void weighted_sum(const float* p, const float* const* entry, int64_t keys
 }
 
 #if defined(__AVX512BF16__)
-// The same for latent % 32 == 0, BF16 entries and probabilities; keys even (the last may be a row of zeros).
+// The same for latent % 32 == 0, rows of p p_stride apart, BF16 entries and probabilities; keys even (the last may be a row of zeros).
 template <int M>
 inline void weighted_sum_rows(
-    const uint16_t* p, const uint16_t* const* entry, int64_t keys, int64_t latent, float* total) {
+    const uint16_t* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t latent, float* total) {
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (int64_t d = 0; d < latent; d += 32) {
@@ -36,7 +36,7 @@ inline void weighted_sum_rows(
       __m512i pairs_low = _mm512_unpacklo_epi16(a, b), pairs_high = _mm512_unpackhi_epi16(a, b);
       for (int m = 0; m < M; m++) {
         int32_t pair;
-        __builtin_memcpy(&pair, p + m * SPLIT + key, 4);
+        __builtin_memcpy(&pair, p + m * p_stride + key, 4);
         __m512i weight = _mm512_set1_epi32(pair);
         low[m] = dot(low[m], pairs_low, weight);
         high[m] = dot(high[m], pairs_high, weight);
@@ -150,9 +150,9 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
   if (halves) {
     const uint16_t* const* entries = reinterpret_cast<const uint16_t* const*>(entry);
     int64_t r = 0;
-    for (; r + 8 <= piece.rows; r += 8) weighted_sum_rows<8>(p + r * SPLIT, entries, even, a.latent, out + r * a.latent);
-    for (; r + 2 <= piece.rows; r += 2) weighted_sum_rows<2>(p + r * SPLIT, entries, even, a.latent, out + r * a.latent);
-    for (; r < piece.rows; r++) weighted_sum_rows<1>(p + r * SPLIT, entries, even, a.latent, out + r * a.latent);
+    for (; r + 8 <= piece.rows; r += 8) weighted_sum_rows<8>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
+    for (; r + 2 <= piece.rows; r += 2) weighted_sum_rows<2>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
+    for (; r < piece.rows; r++) weighted_sum_rows<1>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
     return;
   }
 #endif

@@ -21,8 +21,11 @@ namespace {
 #include "experts.h"
 #include "attention.h"
 #include "small.h"
+#include "heads.h"
 }  // namespace
 }  // namespace ISA
 
-const Kernels TABLE = {ISA::linear, ISA::experts,  ISA::attention, ISA::norm,
-                       ISA::rotary, ISA::route, ISA::quantize,  ISA::read};
+const Kernels TABLE = {ISA::linear,         ISA::experts,       ISA::attention,   ISA::norm,
+                       ISA::rotary,         ISA::route,         ISA::quantize,    ISA::absorb,
+                       ISA::per_head,       ISA::latent_entries, ISA::store_entries, ISA::linear_fp32,
+                       ISA::read};

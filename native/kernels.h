@@ -72,7 +72,6 @@ struct NormArgs {
   const uint16_t* weight;
   float eps;
   uint16_t* y;
-  int64_t y_stride;
   int threads;
 };
 
@@ -103,6 +102,43 @@ struct QuantizeArgs {
   int threads;
 };
 
+// x: BF16 [tokens, heads, in] with strides in elements.  weight: BF16 [heads, ., .] dense.  y: BF16 [tokens, heads, out].
+struct HeadArgs {
+  const uint16_t* x;
+  int64_t token_stride, head_stride, tokens, heads, in, out;
+  const uint16_t* weight;
+  uint16_t* y;
+  int threads;
+};
+
+// x: BF16 [tokens, latent + rope].  weight: the latents' norm.  cos, sin: FP32 [tokens, rope / 2].  y: like x, dense.
+struct EntryArgs {
+  const uint16_t* x;
+  int64_t x_stride, tokens, latent, rope;
+  const uint16_t* weight;
+  float eps;
+  const float *cos, *sin;
+  uint16_t* y;
+};
+
+// entries: BF16 [tokens, width].  cache: BF16 or E4M3 [slots, width].
+struct StoreArgs {
+  const uint16_t* entries;
+  int64_t tokens, width;
+  const int64_t* slots;
+  uint8_t* cache;
+  bool fp8;
+};
+
+// x: BF16 [rows, in].  weight: FP32 [out, in].  y: FP32 [rows, out].
+struct Fp32Args {
+  const uint16_t* x;
+  int64_t x_stride, rows, in, out;
+  const float* weight;
+  float* y;
+  int threads;
+};
+
 struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
@@ -111,6 +147,11 @@ struct Kernels {
   void (*rotary)(const RotaryArgs&);
   void (*route)(const RouteArgs&);
   void (*quantize)(const QuantizeArgs&);
+  void (*absorb)(const HeadArgs&);
+  void (*per_head)(const HeadArgs&);
+  void (*latent_entries)(const EntryArgs&);
+  void (*store_entries)(const StoreArgs&);
+  void (*linear_fp32)(const Fp32Args&);
   uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof
 };
 

@@ -56,13 +56,8 @@ inline void linear(const LinearArgs& a) {
       float* result = static_cast<float*>(scratch(SCRATCH_TILE, rows.count * STRIDE * 4));
       const int64_t first = item * width, last = first + width < v.out ? first + width : v.out;
       tile(v, first, last, rows, few, result);
-      for (int64_t r = 0; r < rows.count; r++) {
-        uint16_t* to = a.y + r * weight.out + begin + first;
-        const float* from = result + r * STRIDE;
-        int64_t i = 0;
-        for (; i + W <= last - first; i += W) store_bf16(to + i, load(from + i));
-        for (; i < last - first; i++) to[i] = to_bf16(from[i]);
-      }
+      for (int64_t r = 0; r < rows.count; r++)
+        round_row(result + r * STRIDE, last - first, a.y + r * weight.out + begin + first);
     });
     begin += v.out;
   }

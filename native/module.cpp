@@ -139,9 +139,9 @@ NB_MODULE(_native, m) {
   m.def(
       "norm",
       [](uintptr_t x, int64_t x_stride, int64_t rows, int64_t n, uintptr_t weight, float eps, uintptr_t y,
-         int64_t y_stride, int threads) {
+         int threads) {
         kernels->norm(
-            {at<const uint16_t>(x), x_stride, rows, n, at<const uint16_t>(weight), eps, at<uint16_t>(y), y_stride, threads});
+            {at<const uint16_t>(x), x_stride, rows, n, at<const uint16_t>(weight), eps, at<uint16_t>(y), threads});
       },
       Unlocked());
   m.def(
@@ -166,6 +166,42 @@ NB_MODULE(_native, m) {
          int threads) {
         kernels->quantize({at<const uint16_t>(x), x_stride, rows, n, input_scale, at<uint8_t>(packed),
                            at<uint8_t>(scale), threads});
+      },
+      Unlocked());
+  using HeadKernel = void (*Kernels::*)(const HeadArgs&);
+  auto head_product = [&m](const char* name, HeadKernel kernel) {
+    m.def(
+        name,
+        [kernel](uintptr_t x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads, int64_t in,
+                 int64_t out, uintptr_t weight, uintptr_t y, int threads) {
+          (kernels->*kernel)({at<const uint16_t>(x), token_stride, head_stride, tokens, heads, in, out,
+                              at<const uint16_t>(weight), at<uint16_t>(y), threads});
+        },
+        Unlocked());
+  };
+  head_product("absorb", &Kernels::absorb);
+  head_product("per_head", &Kernels::per_head);
+  m.def(
+      "latent_entries",
+      [](uintptr_t x, int64_t x_stride, int64_t tokens, int64_t latent, int64_t rope, uintptr_t weight, float eps,
+         uintptr_t cos, uintptr_t sin, uintptr_t y) {
+        kernels->latent_entries({at<const uint16_t>(x), x_stride, tokens, latent, rope, at<const uint16_t>(weight), eps,
+                                 at<const float>(cos), at<const float>(sin), at<uint16_t>(y)});
+      },
+      Unlocked());
+  m.def(
+      "store_entries",
+      [](uintptr_t entries, int64_t tokens, int64_t width, uintptr_t slots, uintptr_t cache, bool fp8) {
+        kernels->store_entries(
+            {at<const uint16_t>(entries), tokens, width, at<const int64_t>(slots), at<uint8_t>(cache), fp8});
+      },
+      Unlocked());
+  m.def(
+      "linear_fp32",
+      [](uintptr_t x, int64_t x_stride, int64_t rows, int64_t in, int64_t out, uintptr_t weight, uintptr_t y,
+         int threads) {
+        kernels->linear_fp32(
+            {at<const uint16_t>(x), x_stride, rows, in, out, at<const float>(weight), at<float>(y), threads});
       },
       Unlocked());
   m.def(

@@ -63,6 +63,12 @@ inline void store_bf16(uint16_t* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_b
 
 inline vf round_bf16(vf x) { return (vf)(__builtin_convertvector(to_bf16(x), vu) << 16); }
 
+inline void round_row(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_bf16(y + i, load(x + i));
+  for (; i < n; i++) y[i] = to_bf16(x[i]);
+}
+
 inline float sum(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);

@@ -1,40 +1,42 @@
 // Operations on a few kilobytes: norm, rotary, routing, FP4 rounding. Worth a kernel because a decode step has many.
 
+inline void norm_row(const uint16_t* x, int64_t n, const uint16_t* weight, float eps, uint16_t* y) {
+  vf squares[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W)
+    for (int j = 0; j < 2; j++) {
+      vf value = load_bf16(x + i + j * W);
+      squares[j] = fma(value, value, squares[j]);
+    }
+  float total = sum(squares[0] + squares[1]);
+  for (; i < n; i++) total += from_bf16(x[i]) * from_bf16(x[i]);
+  const float inverse = 1.0f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
+  for (i = 0; i + W <= n; i += W) store_bf16(y + i, load_bf16(weight + i) * round_bf16(load_bf16(x + i) * inverse));
+  for (; i < n; i++) y[i] = to_bf16(from_bf16(weight[i]) * from_bf16(to_bf16(from_bf16(x[i]) * inverse)));
+}
+
 inline void norm(const NormArgs& a) {
   const int64_t batch = a.n >= 4096 ? 8 : 32768 / (a.n + 1) + 1;
   parallel(useful_threads(a.threads, a.rows * a.n * 8, 0), ceil_div(a.rows, batch), [&](int64_t item) {
-    for (int64_t r = item * batch; r < (item + 1) * batch && r < a.rows; r++) {
-      const uint16_t* x = a.x + r * a.x_stride;
-      uint16_t* y = a.y + r * a.y_stride;
-      vf squares[2] = {};
-      int64_t i = 0;
-      for (; i + 2 * W <= a.n; i += 2 * W)
-        for (int j = 0; j < 2; j++) {
-          vf value = load_bf16(x + i + j * W);
-          squares[j] = fma(value, value, squares[j]);
-        }
-      float total = sum(squares[0] + squares[1]);
-      for (; i < a.n; i++) total += from_bf16(x[i]) * from_bf16(x[i]);
-      const float inverse = 1.0f / __builtin_sqrtf(total / static_cast<float>(a.n) + a.eps);
-      for (i = 0; i + W <= a.n; i += W)
-        store_bf16(y + i, load_bf16(a.weight + i) * round_bf16(load_bf16(x + i) * inverse));
-      for (; i < a.n; i++) y[i] = to_bf16(from_bf16(a.weight[i]) * from_bf16(to_bf16(from_bf16(x[i]) * inverse)));
-    }
+    for (int64_t r = item * batch; r < (item + 1) * batch && r < a.rows; r++)
+      norm_row(a.x + r * a.x_stride, a.n, a.weight, a.eps, a.y + r * a.n);
   });
+}
+
+// Adjacent pairs of d values, turned by d / 2 angles.
+inline void rotate(const uint16_t* x, int64_t d, const float* cos, const float* sin, uint16_t* y) {
+  for (int64_t i = 0; i < d / 2; i++) {
+    const float even = from_bf16(x[2 * i]), odd = from_bf16(x[2 * i + 1]);
+    y[2 * i] = to_bf16(even * cos[i] - odd * sin[i]);
+    y[2 * i + 1] = to_bf16(even * sin[i] + odd * cos[i]);
+  }
 }
 
 inline void rotary(const RotaryArgs& a) {
   for (int64_t t = 0; t < a.tokens; t++)
-    for (int64_t h = 0; h < a.heads; h++) {
-      const uint16_t* x = a.x + t * a.token_stride + h * a.head_stride;
-      const float *cos = a.cos + t * (a.d / 2), *sin = a.sin + t * (a.d / 2);
-      uint16_t* y = a.y + (t * a.heads + h) * a.d;
-      for (int64_t i = 0; i < a.d / 2; i++) {
-        const float even = from_bf16(x[2 * i]), odd = from_bf16(x[2 * i + 1]);
-        y[2 * i] = to_bf16(even * cos[i] - odd * sin[i]);
-        y[2 * i + 1] = to_bf16(even * sin[i] + odd * cos[i]);
-      }
-    }
+    for (int64_t h = 0; h < a.heads; h++)
+      rotate(a.x + t * a.token_stride + h * a.head_stride, a.d, a.cos + t * (a.d / 2), a.sin + t * (a.d / 2),
+             a.y + (t * a.heads + h) * a.d);
 }
 
 // Index of the largest of n values; the first of equal ones. A NaN counts as the largest, as in torch.topk.

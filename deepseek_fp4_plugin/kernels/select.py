@@ -51,7 +51,7 @@ def attention(device: torch.device) -> ModuleType:
 
 
 def small(device: torch.device) -> ModuleType:
-    """The backend whose norm, rotary embedding and routing run on `device`."""
+    """The backend whose operations without a prepared weight run on `device`."""
     return cpu if device.type == "cpu" and _native() else reference
 
 

@@ -306,3 +306,52 @@ def test_wrong_input_is_refused():
         cpu.linear(torch.randn(2, 32), native)
     with pytest.raises(ValueError, match="no kernel path"), cpu.use_path("sse9"):
         pass
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9])
+@pytest.mark.parametrize(("nope", "latent", "v"), [(16, 32, 16), (128, 512, 128), (7, 40, 11)])
+def test_per_head_products(path, tokens, nope, latent, v):
+    q = torch.randn(tokens, 3, nope + 5).to(BF16)[..., :nope]
+    w_uk, w_uv = torch.randn(3, nope, latent).to(BF16), torch.randn(3, v, latent).to(BF16)
+    assert error(cpu.absorb(q, w_uk), reference.absorb(q, w_uk)) <= TWO_STEPS
+    attended = torch.randn(tokens, 3, latent).to(BF16)
+    values = cpu.values_from_latent(attended, w_uv)
+    assert error(values, reference.values_from_latent(attended, w_uv)) <= TWO_STEPS
+    assert torch.equal(values[:1], cpu.values_from_latent(attended[:1], w_uv))
+    assert torch.equal(cpu.absorb(q, w_uk)[:1], cpu.absorb(q[:1], w_uk))
+
+
+@pytest.mark.parametrize("weight_dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("rows", "out", "width"), [(0, 5, 8), (1, 1, 1), (3, 37, 259), (16, 256, 512), (30, 8, 64)])
+def test_plain_linear(path, weight_dtype, rows, out, width):
+    x, weight = torch.randn(rows, width + 3).to(BF16)[:, 3:], torch.randn(out, width, dtype=weight_dtype)
+    limit = TWO_STEPS if weight_dtype is BF16 else 1e-5
+    assert error(cpu.plain_linear(x, weight), reference.plain_linear(x, weight)) <= limit
+
+
+@pytest.mark.parametrize(("weight_format", "activations"), FORMATS[:3], ids=FORMAT_IDS[:3])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gated_mlp(path, weight_format, activations, rows):
+    (a, b), (c, d) = (
+        both([random_part(weight_format, out, width) for _ in range(parts)], activations)
+        for parts, out, width in ((2, 80, 272), (1, 272, 80))
+    )
+    x = torch.randn(rows, 272).to(BF16) * 0.1
+    assert error(cpu.gated_mlp(x, a, c), reference.gated_mlp(x, b, d)) <= 2 * TWO_STEPS
+
+
+def test_latent_entries(path):
+    kv, weight, angle = torch.randn(5, 56).to(BF16), torch.randn(40).to(BF16), torch.randn(5, 8)
+    arguments = (kv, weight, 1e-6, angle.cos(), angle.sin())
+    assert error(cpu.latent_entries(*arguments), reference.latent_entries(*arguments)) <= TWO_STEPS
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def test_store_entries(path, dtype):
+    entries = (torch.randn(7, 24) * 10.0 ** torch.randint(-5, 5, (7, 1))).to(BF16)
+    entries[0, :3] = torch.tensor([0.0, -0.0, 1e30])
+    slots = torch.randperm(32)[:7]
+    caches = [torch.zeros(4, 8, 24, dtype=torch.float32).to(dtype) for _ in range(2)]
+    cpu.store_entries(caches[0], slots, entries)
+    reference.store_entries(caches[1], slots, entries)
+    assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import decoded
+from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cpu.extension import native
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
@@ -72,6 +72,24 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     y = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
     native.linear(weight.data.handle, expert or 0, x.data_ptr(), x.stride(0), rows, y.data_ptr(), threads)
+    return y
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See kernels/reference/linear.py. A few BF16 rows by BF16 or FP32 weights here, the rest by the platform."""
+    rows, (out, width) = x.shape[0], weight.shape
+    if x.dtype is not torch.bfloat16 or rows > _FEW_ROWS or not weight.is_contiguous() or x.shape[1] != width:
+        return reference.plain_linear(x, weight)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty(rows, out, dtype=weight.dtype)
+    threads = torch.get_num_threads()
+    if weight.dtype is torch.float32:
+        native.linear_fp32(x.data_ptr(), x.stride(0), rows, width, out, weight.data_ptr(), y.data_ptr(), threads)
+    elif weight.dtype is torch.bfloat16:
+        handle = native.weight(_FORMATS[WeightFormat.PLAIN], width, 1, 1, 1, 0.0, [(weight.data_ptr(), 0, 0, out)])
+        native.linear(handle, 0, x.data_ptr(), x.stride(0), rows, y.data_ptr(), threads)
+    else:
+        return reference.plain_linear(x, weight)
     return y
 
 

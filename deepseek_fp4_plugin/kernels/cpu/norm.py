@@ -23,7 +23,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight.data_ptr(),
         eps,
         y.data_ptr(),
-        n,
         torch.get_num_threads(),
     )
     return y
