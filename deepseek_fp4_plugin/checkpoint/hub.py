@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 
 EMBEDDED = "r1_nano"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
 def embedded_folder() -> Path:
@@ -59,7 +60,7 @@ def _download(model_id: str, revision: str | None) -> Path:
             f"{model_id} is not a folder here and huggingface.co cannot be reached; "
             "check the connection, or download the checkpoint elsewhere and give its folder"
         ) from None
-    wanted = [f for f in info.siblings or [] if Path(f.rfilename).suffix in {Path(p).suffix for p in _PATTERNS}]
+    wanted = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, pattern) for pattern in _PATTERNS)]
     size = sum(f.size or 0 for f in wanted)
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)

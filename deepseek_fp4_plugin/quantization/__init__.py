@@ -1,0 +1,1 @@
+"""FP8 checkpoint in, calibrated NVFP4 checkpoint out."""

@@ -188,7 +188,10 @@ def _finished(work: Path) -> list[LayerAmax]:
 def _save(path: Path, found: LayerAmax) -> None:
     temporary = path.with_suffix(".partial")
     try:
-        temporary.write_text(json.dumps(found.to_json()))
+        with open(temporary, "w") as file:
+            file.write(json.dumps(found.to_json()))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(
             f"cannot write {temporary}: {error.strerror}; free some space and run again to continue"

@@ -31,7 +31,7 @@ def source_facts(source: str, folder: Path) -> dict[str, Any]:
 
 def model_card(facts: dict[str, Any], report: QuantizationReport, config: DeepseekV3Config, version: str) -> str:
     """facts: of `source_facts`.  version: of this package."""
-    name, source = Path(report.destination).name, facts["base_model"][0]
+    name, source = Path(report.destination).resolve().name, facts["base_model"][0]
     front = {
         **facts,
         "library_name": "deepseek_fp4_plugin",

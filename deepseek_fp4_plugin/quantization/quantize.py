@@ -11,7 +11,7 @@ from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.hub import resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
-from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader, read_json
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_taken
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.loading import checked_device, without_absent_mtp
@@ -34,7 +34,7 @@ CALIBRATE, CONVERT = "calibrate", "convert"
 _KV_CACHES = {"fp8": "FP8", "bf16": None}
 # What comes along unchanged; weights, indexes and quantization files are this program's to write.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
-_WRITTEN = ("config.json", HF_QUANT_CONFIG, INDEX_NAME)
+_WRITTEN = ("config.json", HF_QUANT_CONFIG)
 
 
 def quantize_checkpoint(
@@ -130,7 +130,8 @@ def _files(folder: Path, plan: Plan, report: QuantizationReport, config: Deepsee
     files: dict[str, str | bytes] = {}
     for path in sorted(folder.iterdir()):
         copied = path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and copied and path.name not in _WRITTEN and not path.name.startswith("."):
+        ours = path.name in _WRITTEN or path.name.endswith(".index.json") or path.name.startswith(".")
+        if path.is_file() and copied and not ours:
             try:
                 files[path.name] = path.read_bytes()
             except OSError as error:

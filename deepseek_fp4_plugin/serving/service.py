@@ -46,7 +46,7 @@ class Service:
         self.llm, self.options, self.tokenizer = llm, options, llm.tokenizer
         local = Path(model).name if Path(model).exists() else model
         self.names = options.served_model_name or (local,)
-        self.root, self.created = model, int(time.time())
+        self.root, self.created = local, int(time.time())  # no path of this machine
         self._noted_system = False
         self.metrics = Metrics(llm.get_stats)
         self.admission = Admission(llm.config.max_batch_size, options.max_queue, self.metrics)

@@ -112,33 +112,40 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def merge(streams: list[AsyncIterator[Any]]) -> AsyncIterator[tuple[int, Any]]:
-    """Items of all streams as they come, with the stream's number. An exception in one ends them all."""
+    """Items of all streams as they come, with the stream's number. An exception in one ends them all.
+
+    A stream goes on only when its item has been dealt with: the engine's outputs are updated in place.
+    """
     if len(streams) == 1:
         async for item in streams[0]:
             yield 0, item
         return
-    queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Any, asyncio.Event]] = asyncio.Queue()
     end = object()
 
     async def pump(number: int, stream: AsyncIterator[Any]) -> None:
+        dealt_with = asyncio.Event()
         try:
             async for item in stream:
-                queue.put_nowait((number, item))
-            queue.put_nowait((number, end))
+                queue.put_nowait((number, item, dealt_with))
+                await dealt_with.wait()
+                dealt_with.clear()
+            queue.put_nowait((number, end, dealt_with))
         except Exception as error:
-            queue.put_nowait((number, error))
+            queue.put_nowait((number, error, dealt_with))
 
     tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
     try:
         running = len(tasks)
         while running:
-            number, item = await queue.get()
+            number, item, dealt_with = await queue.get()
             if item is end:
                 running -= 1
             elif isinstance(item, Exception):
                 raise item
             else:
                 yield number, item
+                dealt_with.set()
     finally:
         for task in tasks:
             task.cancel()

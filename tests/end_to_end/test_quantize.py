@@ -50,6 +50,7 @@ def source(tiny_with_tokenizer, tmp_path_factory) -> Path:
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n# Tiny\n")
     (folder / "modeling_deepseek.py").write_text("# code\n")
     (folder / "old-weights.bin").write_bytes(b"0" * 10)
+    (folder / "old-weights.bin.index.json").write_text("{}")
     (folder / ".gitattributes").write_text("x\n")
     return folder
 
@@ -98,7 +99,9 @@ def test_the_folder_is_as_published(source, quantized):
     names = set(contents(folder))
     expected = {"config.json", "hf_quant_config.json", INDEX_NAME, "README.md", "tokenizer.json"}
     assert expected | {"tokenizer_config.json", "LICENSE", "modeling_deepseek.py"} <= names
-    assert not [n for n in names if n.endswith((".bin", ".partial")) or n.startswith(".") or "job" in n or "work" in n]
+    assert not [
+        n for n in names if n.endswith(".partial") or "old" in n or n.startswith(".") or "job" in n or "work" in n
+    ]
     assert not folder.with_name(folder.name + ".incomplete").exists()
     for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
