@@ -12,21 +12,24 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
-from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
-from deepseek_fp4_plugin.kernels.reference.rotary import rotary
-from deepseek_fp4_plugin.kernels.reference.routing import route
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 
 __all__ = [
+    "absorb",
     "absorbed_attention",
     "dense",
     "expanded_attention",
     "experts_mlp",
+    "gated_mlp",
+    "latent_entries",
     "linear",
+    "plain_linear",
     "prepare",
     "rms_norm",
     "rotary",
     "route",
+    "store_entries",
+    "values_from_latent",
 ]
 
 
@@ -84,6 +87,59 @@ def experts_mlp(
     observe: see kernels/reference/moe.py; for calibration.  Returns [T, hidden].
     """
     return gate_up.backend.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., n].  weight: [n].  Returns x's shape and dtype; statistics FP32."""
+    return select.small(x.device).rms_norm(x, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs.  x: [T, heads, d].  cos, sin: FP32 [T, d / 2].  Returns [T, heads, d] in x's dtype."""
+    return select.small(x.device).rotary(x, cos, sin)
+
+
+def route(
+    logits: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Choose k experts of each token: logits FP32 [T, experts] to ids int64 [T, k] and weights FP32 [T, k].
+
+    bias: FP32 [experts], for the choice only. Within each token the experts come in any order.
+    """
+    return select.small(logits.device).route(logits, bias, k, n_group, topk_group, normalize, scaling)
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [rows, in] by an unquantized weight [out, in], in the weight's dtype (FP32 for the router): [rows, out]."""
+    return select.small(x.device).plain_linear(x, weight)
+
+
+def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """Queries into latent space: [T, heads, nope] and [heads, nope, latent] to [T, heads, latent]."""
+    return select.small(q_nope.device).absorb(q_nope, w_uk)
+
+
+def values_from_latent(attended: Tensor, w_uv: Tensor) -> Tensor:
+    """Attended latents to values: [T, heads, latent] and [heads, v, latent] to [T, heads, v]."""
+    return select.small(attended.device).values_from_latent(attended, w_uv)
+
+
+def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """What the cache holds for each token: the normed latent and the rotated key, [T, latent + rope].
+
+    kv: [T, latent + rope], kv_a_proj's output.  weight: [latent], the norm's.  cos, sin: FP32 [T, rope / 2].
+    """
+    return select.small(kv.device).latent_entries(kv, weight, eps, cos, sin)
+
+
+def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
+    """Write entries [T, width] at their slots int64 [T] of cache [blocks, block_size, width]; FP8 saturates at 448."""
+    select.small(cache.device).store_entries(cache, slots, entries)
+
+
+def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
+    """down(silu(gate x) * up x): x [rows, hidden] to [rows, hidden]."""
+    return gate_up.backend.gated_mlp(x, gate_up, down)
 
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -60,7 +60,8 @@ class MLA(nn.Module):
         q_nope, q_rope = self._queries(x, cos, sin)
         entries = self._latents(x, cos, sin)
         if cache is not None:
-            _store(cache, batch.slot_mapping, entries)
+            assert batch.slot_mapping is not None
+            ops.store_entries(cache, batch.slot_mapping, entries)
         split = batch.num_decode_tokens
         outputs = []
         if split:
@@ -82,8 +83,8 @@ class MLA(nn.Module):
 
     def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What the cache holds for each token: [T, latent + rope]."""
-        latent, rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        return torch.cat((self.kv_a_layernorm(latent), ops.rotary(rope.unsqueeze(1), cos, sin).squeeze(1)), -1)
+        norm = self.kv_a_layernorm
+        return ops.latent_entries(self.kv_a_proj_with_mqa(x), norm.weight, norm.eps, cos, sin)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
         latent, rope = context.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
@@ -93,7 +94,7 @@ class MLA(nn.Module):
         return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, self.config.softmax_scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        q_latent = torch.einsum("thn,hnl->thl", q_nope, self.w_uk)
+        q_latent = ops.absorb(q_nope, self.w_uk)
         assert batch.block_tables is not None and batch.query_start is not None and batch.context_lens is not None
         requests = batch.num_decode_requests
         attended = ops.absorbed_attention(
@@ -107,7 +108,7 @@ class MLA(nn.Module):
             batch.max_context,
             self.config.softmax_scale,
         )
-        return torch.einsum("thl,hvl->thv", attended, self.w_uv)
+        return ops.values_from_latent(attended, self.w_uv)
 
 
 def _gather(cache: Tensor, batch: ForwardBatch, chunk: Chunk, dtype: torch.dtype) -> Tensor:
@@ -116,13 +117,3 @@ def _gather(cache: Tensor, batch: ForwardBatch, chunk: Chunk, dtype: torch.dtype
     blocks = batch.block_tables[chunk.request, : -(-chunk.context // cache.shape[1])]
     raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache  # FP8 tensors cannot be indexed
     return raw[blocks].flatten(0, 1)[: chunk.context].view(cache.dtype).to(dtype)
-
-
-def _store(cache: Tensor, slots: Tensor | None, entries: Tensor) -> None:
-    """Write entries [T, latent + rope] at their slots; an FP8 cache saturates instead of overflowing to NaN."""
-    assert slots is not None
-    if cache.dtype == torch.float8_e4m3fn:
-        entries = entries.float().clamp(-448.0, 448.0).to(cache.dtype)
-        cache.view(torch.uint8).flatten(0, 1)[slots] = entries.view(torch.uint8)
-    else:
-        cache.flatten(0, 1)[slots] = entries.to(cache.dtype)

@@ -29,7 +29,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden] to expert ids int64 [T, k] and weights FP32 [T, k]."""
         c = self.config
-        logits = torch.nn.functional.linear(x.float(), self.weight)
+        logits = ops.plain_linear(x, self.weight)
         return ops.route(
             logits, self.bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor
         )

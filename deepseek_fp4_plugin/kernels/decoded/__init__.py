@@ -6,6 +6,6 @@ bits, so they are exact in BF16; the tensor scale multiplies the result. It cost
 
 from deepseek_fp4_plugin.kernels.decoded.attention import absorbed_attention, expanded_attention
 from deepseek_fp4_plugin.kernels.decoded.linear import dense, linear, prepare
-from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp
+from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
 
-__all__ = ["absorbed_attention", "dense", "expanded_attention", "experts_mlp", "linear", "prepare"]
+__all__ = ["absorbed_attention", "dense", "expanded_attention", "experts_mlp", "gated_mlp", "linear", "prepare"]

@@ -1,7 +1,33 @@
 """Plain torch for every operation, written to be read: keeps the checkpoint's bytes, decodes in FP32 on every call."""
 
-from deepseek_fp4_plugin.kernels.reference.attention import absorbed_attention, expanded_attention
-from deepseek_fp4_plugin.kernels.reference.linear import dense, linear, prepare
-from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp
+from deepseek_fp4_plugin.kernels.reference.attention import (
+    absorb,
+    absorbed_attention,
+    expanded_attention,
+    latent_entries,
+    store_entries,
+    values_from_latent,
+)
+from deepseek_fp4_plugin.kernels.reference.linear import dense, linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
+from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
+from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.reference.routing import route
 
-__all__ = ["absorbed_attention", "dense", "expanded_attention", "experts_mlp", "linear", "prepare"]
+__all__ = [
+    "absorb",
+    "absorbed_attention",
+    "dense",
+    "expanded_attention",
+    "experts_mlp",
+    "gated_mlp",
+    "latent_entries",
+    "linear",
+    "plain_linear",
+    "prepare",
+    "rms_norm",
+    "rotary",
+    "route",
+    "store_entries",
+    "values_from_latent",
+]

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
+from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of one request's newest tokens over its whole context.
@@ -45,6 +48,34 @@ def absorbed_attention(
         scores = scores.masked_fill(_future(q.shape[0], context, q.device), float("-inf"))
         output[rows] = torch.einsum("hts,sd->thd", scores.softmax(-1), entries[:, :latent]).to(output.dtype)
     return output
+
+
+def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """Queries into latent space: [T, heads, nope] and [heads, nope, latent] to [T, heads, latent]."""
+    return torch.einsum("thn,hnl->thl", q_nope, w_uk)
+
+
+def values_from_latent(attended: Tensor, w_uv: Tensor) -> Tensor:
+    """Attended latents to values: [T, heads, latent] and [heads, v, latent] to [T, heads, v]."""
+    return torch.einsum("thl,hvl->thv", attended, w_uv)
+
+
+def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """What the cache holds for each token: the normed latent and the rotated key, [T, latent + rope].
+
+    kv: [T, latent + rope], kv_a_proj's output.  weight: [latent], the norm's.  cos, sin: FP32 [T, rope / 2].
+    """
+    latent, rope = kv.split([weight.shape[0], kv.shape[1] - weight.shape[0]], -1)
+    return torch.cat((rms_norm(latent, weight, eps), rotary(rope.unsqueeze(1), cos, sin).squeeze(1)), -1)
+
+
+def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
+    """Write entries [T, width] at their slots int64 [T] of cache [blocks, block_size, width]; FP8 saturates at 448."""
+    if cache.dtype == torch.float8_e4m3fn:
+        entries = entries.float().clamp(-448.0, 448.0).to(cache.dtype)
+        cache.view(torch.uint8).flatten(0, 1)[slots] = entries.view(torch.uint8)
+    else:
+        cache.flatten(0, 1)[slots] = entries.to(cache.dtype)
 
 
 def _future(length: int, context: int, device: torch.device) -> Tensor:

@@ -37,6 +37,11 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     return torch.cat(outputs, -1).to(x.dtype)
 
 
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [rows, in] by an unquantized weight [out, in], in the weight's dtype (FP32 for the router): [rows, out]."""
+    return torch.nn.functional.linear(x.to(weight.dtype), weight)
+
+
 def dense(weight: PreparedWeight) -> Tensor:
     """The weight's values, [(E,) out, in] in its compute dtype."""
     return torch.cat([dequantized(part) for part in weight.data], -2).to(weight.dtype)

@@ -10,6 +10,12 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 Observe = Callable[[str, int, Tensor], None]
 
 
+def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
+    """down(silu(gate x) * up x): x [rows, hidden] to [rows, hidden]."""
+    gate, up = gate_up.backend.linear(x, gate_up).chunk(2, -1)
+    return down.backend.linear(torch.nn.functional.silu(gate) * up, down)
+
+
 def experts_mlp(
     x: Tensor,
     expert_ids: Tensor,

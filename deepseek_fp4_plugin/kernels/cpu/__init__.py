@@ -1,0 +1,45 @@
+"""Native kernels for BF16 activations on a CPU. Weights stay the checkpoint's bytes; see docs/cpu_kernels.md.
+
+`_native` is built from native/ when the package is installed with a C++ compiler at hand; without it `available()` is
+False and kernels.select stays with the portable backends. Which instruction set runs is decided by the processor;
+`use_path` overrides it in tests.
+"""
+
+from deepseek_fp4_plugin.kernels.cpu.attention import (
+    absorb,
+    absorbed_attention,
+    latent_entries,
+    store_entries,
+    values_from_latent,
+)
+from deepseek_fp4_plugin.kernels.cpu.extension import available, path, paths, use_path
+from deepseek_fp4_plugin.kernels.cpu.linear import dense, linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.cpu.moe import experts_mlp, gated_mlp
+from deepseek_fp4_plugin.kernels.cpu.norm import rms_norm
+from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
+from deepseek_fp4_plugin.kernels.cpu.rotary import rotary
+from deepseek_fp4_plugin.kernels.cpu.routing import route
+from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
+
+__all__ = [
+    "absorb",
+    "absorbed_attention",
+    "available",
+    "dense",
+    "expanded_attention",
+    "experts_mlp",
+    "gated_mlp",
+    "latent_entries",
+    "linear",
+    "path",
+    "paths",
+    "plain_linear",
+    "prepare",
+    "quantize_activation",
+    "rms_norm",
+    "rotary",
+    "route",
+    "store_entries",
+    "use_path",
+    "values_from_latent",
+]

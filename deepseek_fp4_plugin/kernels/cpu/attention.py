@@ -1,0 +1,113 @@
+"""Absorbed attention over the paged latent cache, and the steps around it."""
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.kernels import decoded, reference
+from deepseek_fp4_plugin.kernels.cpu.extension import native
+
+
+def absorbed_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+) -> Tensor:
+    """See kernels/reference/attention.py. Scores and sums FP32, probabilities BF16; other dtypes take another path.
+
+    A query's result does not depend on the other queries, on those behind it in its request, or on threads.
+    """
+    fp8 = cache.dtype is torch.float8_e4m3fn
+    if q_latent.dtype is not torch.bfloat16 or not (fp8 or cache.dtype is torch.bfloat16):
+        return decoded.absorbed_attention(
+            q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
+        )
+    q_latent = q_latent if q_latent.stride(2) == 1 else q_latent.contiguous()
+    q_rope = q_rope if q_rope.stride(2) == 1 else q_rope.contiguous()
+    block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
+    tokens, heads, latent = q_latent.shape
+    if not cache.is_contiguous():
+        raise ValueError(f"one layer's latent cache must be contiguous; strides are {cache.stride()}")
+    output = torch.empty(tokens, heads, latent, dtype=torch.bfloat16)
+    native.attention(
+        q_latent.data_ptr(),
+        q_latent.stride()[:2],
+        q_rope.data_ptr(),
+        q_rope.stride()[:2],
+        (heads, latent, q_rope.shape[2]),
+        cache.data_ptr(),
+        fp8,
+        cache.shape[1],
+        block_tables.data_ptr(),
+        block_tables.stride(0),
+        context_lens.shape[0],
+        query_start.contiguous().data_ptr(),
+        context_lens.contiguous().data_ptr(),
+        scale,
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """See kernels/reference/attention.py; BF16 here, other dtypes there."""
+    if not _is_native(q_nope, w_uk):
+        return reference.absorb(q_nope, w_uk)
+    return _per_head(native.absorb, q_nope, w_uk, w_uk.shape[2])
+
+
+def values_from_latent(attended: Tensor, w_uv: Tensor) -> Tensor:
+    """See kernels/reference/attention.py; BF16 here, other dtypes there."""
+    if not _is_native(attended, w_uv):
+        return reference.values_from_latent(attended, w_uv)
+    return _per_head(native.per_head, attended, w_uv, w_uv.shape[1])
+
+
+def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """See kernels/reference/attention.py; BF16 here, other dtypes there."""
+    if kv.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16 or kv.stride(1) != 1:
+        return reference.latent_entries(kv, weight, eps, cos, sin)
+    tokens, width = kv.shape
+    latent = weight.shape[0]
+    cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty(tokens, width, dtype=torch.bfloat16)
+    native.latent_entries(
+        kv.data_ptr(),
+        kv.stride(0),
+        tokens,
+        latent,
+        width - latent,
+        weight.data_ptr(),
+        eps,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
+
+
+def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
+    """See kernels/reference/attention.py; BF16 entries into a BF16 or FP8 cache here, others there."""
+    fp8 = cache.dtype is torch.float8_e4m3fn
+    if entries.dtype is not torch.bfloat16 or not (fp8 or cache.dtype is torch.bfloat16) or not cache.is_contiguous():
+        return reference.store_entries(cache, slots, entries)
+    entries, slots = entries.contiguous(), slots.contiguous()
+    native.store_entries(entries.data_ptr(), *entries.shape, slots.data_ptr(), cache.data_ptr(), fp8)
+
+
+def _is_native(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16 and weight.is_contiguous()
+
+
+def _per_head(kernel, x: Tensor, weight: Tensor, out: int) -> Tensor:
+    x = x if x.stride(2) == 1 else x.contiguous()
+    y = torch.empty(x.shape[0], x.shape[1], out, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    kernel(x.data_ptr(), x.stride(0), x.stride(1), *x.shape, out, weight.data_ptr(), y.data_ptr(), threads)
+    return y

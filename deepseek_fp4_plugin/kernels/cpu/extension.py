@@ -1,0 +1,35 @@
+"""The compiled extension, if this installation has one, and the instruction-set path it takes."""
+
+from contextlib import contextmanager
+from typing import Any
+
+native: Any
+try:
+    from deepseek_fp4_plugin.kernels.cpu import _native as native  # type: ignore[attr-defined,no-redef]
+except ImportError:
+    native = None
+
+
+def available() -> bool:
+    """Whether the extension was built."""
+    return native is not None
+
+
+def paths() -> list[str]:
+    """Instruction-set paths that this processor can run, fastest first: of avx512, avx2, portable."""
+    return native.paths() if native is not None else []
+
+
+def path() -> str:
+    """The path in use."""
+    return native.path()
+
+
+@contextmanager
+def use_path(name: str):
+    """Run the block on another path; for tests and measurements. Raises ValueError for one this processor lacks."""
+    before = native.use_path(name)
+    try:
+        yield
+    finally:
+        native.use_path(before)

@@ -1,0 +1,123 @@
+"""y = x W^T on the checkpoint's bytes.
+
+Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; FP4
+activations give exact integers for each block of 16. Up to 16 rows a row's result does not depend on the others.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import decoded, reference
+from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.reference.linear import dequantized
+from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
+
+_FORMATS = {WeightFormat.PLAIN: 0, WeightFormat.FP8_BLOCK: 1, WeightFormat.NVFP4: 2}
+_ALIGNED_COLUMNS = 64  # FP8 scale blocks must be whole multiples of this many columns
+_FEW_ROWS = 16  # up to this many rows of BF16 weights our product beats the platform's
+
+
+class NativeWeight(NamedTuple):
+    """handle: the extension's description.  parts: owners of the memory that it points into."""
+
+    handle: Any
+    parts: tuple[WeightTensors, ...]
+
+
+def prepare(
+    parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
+) -> PreparedWeight:
+    """Keep the parts' bytes. What the extension has no kernel for is decoded once: other dtypes than BF16, and FP8
+    slices that cut through scale blocks."""
+    fp8 = parts[0].format is WeightFormat.FP8_BLOCK
+    if dtype is not torch.bfloat16 or (fp8 and any(part.fp8_block[1] % _ALIGNED_COLUMNS for part in parts)):
+        return decoded.prepare(parts, dtype, activations, input_scale)
+    kept = tuple(_contiguous(part) for part in parts)
+    experts = kept[0].weight.shape[0] if kept[0].weight.ndim == 3 else 1
+    handle = native.weight(
+        _FORMATS[kept[0].format],
+        kept[0].in_features,
+        experts,
+        *kept[0].fp8_block,
+        float(input_scale) if activations == "fp4" else 0.0,
+        [(_address(part.weight), _address(part.scale), _address(part.scale_2), part.out_features) for part in kept],
+    )
+    return PreparedWeight(
+        backend=sys.modules["deepseek_fp4_plugin.kernels.cpu"],
+        format=kept[0].format,
+        out_features=sum(part.out_features for part in kept),
+        in_features=kept[0].in_features,
+        dtype=dtype,
+        activations=activations,
+        input_scale=input_scale,
+        data=NativeWeight(handle, kept),
+    )
+
+
+def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
+    """x: BF16 [rows, in].  Returns BF16 [rows, out]; `expert` picks one of a stack."""
+    if x.dtype is not torch.bfloat16:
+        raise ValueError(f"the CPU kernels multiply BF16 activations, not {x.dtype}")
+    rows = x.shape[0]
+    if weight.format is WeightFormat.PLAIN and rows > _FEW_ROWS:
+        values = [part.weight if expert is None else part.weight[expert] for part in weight.data.parts]
+        return torch.cat([torch.nn.functional.linear(x, value) for value in values], -1)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    native.linear(weight.data.handle, expert or 0, x.data_ptr(), x.stride(0), rows, y.data_ptr(), threads)
+    return y
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See kernels/reference/linear.py. A few BF16 rows by BF16 or FP32 weights here, the rest by the platform."""
+    rows, (out, width) = x.shape[0], weight.shape
+    if x.dtype is not torch.bfloat16 or rows > _FEW_ROWS or not weight.is_contiguous() or x.shape[1] != width:
+        return reference.plain_linear(x, weight)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty(rows, out, dtype=weight.dtype)
+    threads = torch.get_num_threads()
+    if weight.dtype is torch.float32:
+        native.linear_fp32(x.data_ptr(), x.stride(0), rows, width, out, weight.data_ptr(), y.data_ptr(), threads)
+    elif weight.dtype is torch.bfloat16:
+        handle = native.weight(_FORMATS[WeightFormat.PLAIN], width, 1, 1, 1, 0.0, [(weight.data_ptr(), 0, 0, out)])
+        native.linear(handle, 0, x.data_ptr(), x.stride(0), rows, y.data_ptr(), threads)
+    else:
+        return reference.plain_linear(x, weight)
+    return y
+
+
+def dense(weight: PreparedWeight) -> Tensor:
+    """The weight's values, BF16 [(E,) out, in]."""
+    return torch.cat([dequantized(part) for part in weight.data.parts], -2).to(weight.dtype)
+
+
+def _contiguous(part: WeightTensors) -> WeightTensors:
+    weight, scale, scale_2 = part.weight, part.scale, part.scale_2
+    if part.format is WeightFormat.PLAIN:
+        weight = weight.to(torch.bfloat16)
+    if part.format is WeightFormat.FP8_BLOCK:
+        scale = scale.float()
+    if part.format is WeightFormat.NVFP4:
+        if weight.shape[-1] * 2 != scale.shape[-1] * 16:
+            raise ValueError(f"weight_scale {list(scale.shape)} does not fit packed weights {list(weight.shape)}")
+        experts = weight.shape[0] if weight.ndim == 3 else 1
+        scale_2 = scale_2.float().expand(experts).contiguous() if scale_2.ndim else scale_2.float().repeat(experts)
+    return WeightTensors(
+        part.format,
+        weight.contiguous(),
+        None if scale is None else scale.contiguous(),
+        scale_2,
+        part.input_scale,
+        part.fp8_block,
+    )
+
+
+def _address(tensor: OptionalTensor) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

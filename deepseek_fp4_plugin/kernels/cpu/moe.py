@@ -1,0 +1,57 @@
+"""Gated MLPs in one call: the routed experts, the shared one, the dense layers."""
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.reference.moe import Observe
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+
+_FEW_ROWS = 16
+
+
+def experts_mlp(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: PreparedWeight,
+    down: PreparedWeight,
+    observe: Observe | None = None,
+) -> Tensor:
+    """See kernels/reference/moe.py; the same rounding points."""
+    if observe or down.backend is not gate_up.backend:
+        return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+    if x.dtype is not torch.bfloat16:
+        raise ValueError(f"the CPU kernels multiply BF16 activations, not {x.dtype}")
+    ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
+    return _run(x.contiguous(), ids, weights, gate_up, down)
+
+
+def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
+    """See kernels/reference/moe.py: the grouped kernel with one expert."""
+    if gate_up.backend is not down.backend or x.dtype is not torch.bfloat16 or _is_large(gate_up, x.shape[0]):
+        return reference.gated_mlp(x, gate_up, down)
+    rows = x.shape[0]
+    return _run(x.contiguous(), torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1), gate_up, down)
+
+
+def _is_large(weight: PreparedWeight, rows: int) -> bool:
+    """Many rows of BF16 weights are the platform's."""
+    return weight.format is WeightFormat.PLAIN and rows > _FEW_ROWS
+
+
+def _run(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
+    y = torch.empty(x.shape[0], down.out_features, dtype=torch.bfloat16)
+    native.experts(
+        gate_up.data.handle,
+        down.data.handle,
+        x.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        *ids.shape,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y

@@ -1,0 +1,253 @@
+// Absorbed multi-head latent attention over the paged cache: every (query, head) is a row that attends to the same
+// entries. Keys are cut at fixed multiples of SPLIT, each piece gives a partial softmax, and pieces are merged in order;
+// so a row's result depends on its own position alone, not on the batch, on drafts behind it or on threads.
+
+constexpr int64_t SPLIT = 512;
+constexpr int64_t ROW_GROUP = 64;
+constexpr int64_t PARTIAL_BYTES = int64_t{32} << 20;  // requests are taken in groups whose partial results fit
+
+// total[r * latent + d] = sum over keys of p[r * SPLIT + key] * entry[key][d]. Entries are FP32 here.
+inline void weighted_sum(const float* p, const float* const* entry, int64_t keys, int64_t rows, int64_t latent, float* total) {
+  for (int64_t r = 0; r < rows; r++) {
+    float* to = total + r * latent;
+    for (int64_t d = 0; d < latent; d++) to[d] = 0;
+    for (int64_t key = 0; key < keys; key++) {
+      const float weight = p[r * SPLIT + key];
+      if (weight == 0) continue;  // masked, or lost in FP32 anyway
+      const float* from = entry[key];
+      int64_t d = 0;
+      for (; d + W <= latent; d += W) store(to + d, fma(splat(weight), load(from + d), load(to + d)));
+      for (; d < latent; d++) to[d] += weight * from[d];
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same for latent % 32 == 0, rows of p p_stride apart, BF16 entries and probabilities; keys even (the last may be a row of zeros).
+template <int M>
+inline void weighted_sum_rows(
+    const uint16_t* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t latent, float* total) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t d = 0; d < latent; d += 32) {
+    __m512 low[M] = {}, high[M] = {};
+    for (int64_t key = 0; key < keys; key += 2) {
+      __m512i a = _mm512_loadu_si512(entry[key] + d), b = _mm512_loadu_si512(entry[key + 1] + d);
+      __m512i pairs_low = _mm512_unpacklo_epi16(a, b), pairs_high = _mm512_unpackhi_epi16(a, b);
+      for (int m = 0; m < M; m++) {
+        int32_t pair;
+        __builtin_memcpy(&pair, p + m * p_stride + key, 4);
+        __m512i weight = _mm512_set1_epi32(pair);
+        low[m] = dot(low[m], pairs_low, weight);
+        high[m] = dot(high[m], pairs_high, weight);
+      }
+    }
+    for (int m = 0; m < M; m++) {
+      _mm512_storeu_ps(total + m * latent + d, _mm512_permutex2var_ps(low[m], first, high[m]));
+      _mm512_storeu_ps(total + m * latent + d + 16, _mm512_permutex2var_ps(low[m], second, high[m]));
+    }
+  }
+}
+#endif
+
+struct Piece {  // of one request: rows [row, row + rows) of the batch's (query, head) rows, keys [key, key + keys)
+  int64_t request, row, rows, key, keys;
+};
+
+// Scores become probabilities relative to the row's largest one; returns that and their sum. Masked keys get zero.
+inline void soften(float* s, int64_t visible, int64_t keys, float scale, float* largest, float* total) {
+  vf top = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + W <= visible; i += W) top = maximum(top, load(s + i));
+  float m = -__builtin_inff();
+  for (int j = 0; j < W; j++) m = top[j] > m ? top[j] : m;
+  for (; i < visible; i++) m = s[i] > m ? s[i] : m;
+  m *= scale;
+  vf sums{};
+  float buffer[W];
+  for (i = 0; i < visible; i += W) {
+    const int64_t left = visible - i;
+    if (left >= W) {
+      vf e = exponential(load(s + i) * scale - m);
+      store(s + i, e);
+      sums += e;
+    } else {
+      for (int j = 0; j < W; j++) buffer[j] = j < left ? s[i + j] * scale - m : -1000.0f;
+      vf e = exponential(load(buffer));
+      sums += e;
+      store(buffer, e);
+      for (int j = 0; j < left; j++) s[i + j] = buffer[j];
+    }
+  }
+  for (i = visible > 0 ? visible : 0; i < keys; i++) s[i] = 0;
+  *largest = m;
+  *total = sum(sums);
+}
+
+inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& piece, float* out, float* largest, float* total) {
+  const int64_t width = a.latent + a.rope, padded = ceil_div(width, 128) * 128;
+  const int64_t keys = piece.keys, even = (keys + 1) / 2 * 2;
+  View v{};
+  v.format = a.fp8 ? FP8_BLOCK : PLAIN;
+  v.in = width;
+  v.out = a.block_size;
+  v.row_bytes = a.fp8 ? width : 2 * width;
+  v.factor = 1.0f;
+  Rows rows = queries;
+  rows.base += piece.row * rows.row_bytes;
+  rows.count = piece.rows;
+
+  float* s = static_cast<float*>(scratch(SCRATCH_TILE, piece.rows * SPLIT * 6 + SPLIT * 8 + SPLIT * padded * 4));
+  uint16_t* p = reinterpret_cast<uint16_t*>(s + piece.rows * SPLIT);
+  const void** entry = reinterpret_cast<const void**>(p + piece.rows * SPLIT);
+  uint8_t* decoded = reinterpret_cast<uint8_t*>(entry + SPLIT);
+
+#if defined(__AVX512BF16__)
+  const bool halves = a.latent % 32 == 0;
+#else
+  const bool halves = false;
+#endif
+  const int64_t* table = a.block_tables + piece.request * a.table_stride;
+  for (int64_t key = 0; key < keys;) {
+    const int64_t block = table[(piece.key + key) / a.block_size], at = (piece.key + key) % a.block_size;
+    const int64_t count = a.block_size - at < keys - key ? a.block_size - at : keys - key;
+    v.values = a.cache + block * a.block_size * v.row_bytes;
+    dot_product(v, at, at + count, rows, s + key, SPLIT);
+    for (int64_t i = 0; i < count; i++) {
+      const uint8_t* from = v.values + (at + i) * v.row_bytes;
+      if (halves && !a.fp8) entry[key + i] = from;
+      else if (halves) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(decoded) + (key + i) * padded;
+        for (int64_t d = 0; d < a.latent; d++) to[d] = to_bf16(from_e4m3(from[d]));
+        entry[key + i] = to;
+      } else {
+        float* to = reinterpret_cast<float*>(decoded) + (key + i) * padded;
+        for (int64_t d = 0; d < a.latent; d++)
+          to[d] = a.fp8 ? from_e4m3(from[d]) : from_bf16(reinterpret_cast<const uint16_t*>(from)[d]);
+        entry[key + i] = to;
+      }
+    }
+    key += count;
+  }
+  if (even > keys) {
+    uint8_t* zeros = decoded + (SPLIT - 1) * padded * 4;  // keys is odd, so the last entry is free
+    __builtin_memset(zeros, 0, padded * 4);
+    entry[keys] = zeros;
+  }
+  const int64_t first_query = a.query_start[piece.request];
+  const int64_t position0 = a.context_lens[piece.request] - (a.query_start[piece.request + 1] - first_query);
+  for (int64_t r = 0; r < piece.rows; r++) {
+    const int64_t position = position0 + (piece.row + r) / a.heads - first_query;
+    int64_t visible = position + 1 - piece.key;
+    visible = visible < 0 ? 0 : visible > keys ? keys : visible;
+    soften(s + r * SPLIT, visible, keys, a.scale, largest + r, total + r);
+    if (halves) {
+      for (int64_t i = 0; i < keys; i++) p[r * SPLIT + i] = to_bf16(s[r * SPLIT + i]);
+      if (even > keys) p[r * SPLIT + keys] = 0;
+    }
+  }
+#if defined(__AVX512BF16__)
+  if (halves) {
+    const uint16_t* const* entries = reinterpret_cast<const uint16_t* const*>(entry);
+    int64_t r = 0;
+    for (; r + 8 <= piece.rows; r += 8) weighted_sum_rows<8>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
+    for (; r + 2 <= piece.rows; r += 2) weighted_sum_rows<2>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
+    for (; r < piece.rows; r++) weighted_sum_rows<1>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
+    return;
+  }
+#endif
+  weighted_sum(s, reinterpret_cast<const float* const*>(entry), keys, piece.rows, a.latent, out);
+}
+
+// Requests [begin, end), whose rows are [row0, row0 + rows).
+inline void attention_group(
+    const AttentionArgs& a, const Rows& queries, int64_t begin, int64_t end, int64_t pieces, int threads) {
+  const int64_t row0 = a.query_start[begin] * a.heads, rows = a.query_start[end] * a.heads - row0;
+  int64_t group = ROW_GROUP, items = 0;
+  for (;; group /= 2) {
+    items = 0;
+    for (int64_t r = begin; r < end; r++)
+      items += ceil_div((a.query_start[r + 1] - a.query_start[r]) * a.heads, group) * ceil_div(a.context_lens[r], SPLIT);
+    if (items >= 2 * threads || group <= 8) break;
+  }
+  const int64_t partial = rows * pieces;
+  uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_RESULT, partial * (a.latent + 2) * 4 + items * sizeof(Piece)));
+  Piece* list = reinterpret_cast<Piece*>(memory);
+  float* out = reinterpret_cast<float*>(list + items);
+  float *largest = out + partial * a.latent, *total = largest + partial;
+  int64_t n = 0;
+  for (int64_t r = begin; r < end; r++) {
+    const int64_t first = a.query_start[r] * a.heads, last = a.query_start[r + 1] * a.heads;
+    for (int64_t key = 0; key < a.context_lens[r]; key += SPLIT)
+      for (int64_t row = first; row < last; row += group) {
+        const int64_t left = a.context_lens[r] - key;
+        list[n++] = {r, row, last - row < group ? last - row : group, key, left < SPLIT ? left : SPLIT};
+      }
+  }
+  parallel(threads, n, [&](int64_t item) {
+    const Piece& piece = list[item];
+    const int64_t at = piece.key / SPLIT * rows + piece.row - row0;
+    attend(a, queries, piece, out + at * a.latent, largest + at, total + at);
+  });
+  constexpr int64_t MERGED = 16;  // rows a task
+  parallel(threads, ceil_div(rows, MERGED), [&](int64_t item) {
+    const int64_t stop = (item + 1) * MERGED < rows ? (item + 1) * MERGED : rows;
+    int64_t request = begin;
+    for (int64_t row = item * MERGED; row < stop; row++) {
+      while ((row + row0) >= a.query_start[request + 1] * a.heads) request++;
+      const int64_t splits = ceil_div(a.context_lens[request], SPLIT);
+      float top = largest[row], sum_of_all = 0;
+      for (int64_t i = 1; i < splits; i++) top = largest[i * rows + row] > top ? largest[i * rows + row] : top;
+      float* result = out + row * a.latent;
+      for (int64_t i = 0; i < splits; i++) {
+        const int64_t at = i * rows + row;
+        const float weight = splits == 1 ? 1.0f : exponential(splat(largest[at] - top))[0];
+        sum_of_all += weight * total[at];
+        if (splits == 1) break;
+        if (i == 0) for (int64_t d = 0; d < a.latent; d++) result[d] *= weight;
+        else if (weight > 0) for (int64_t d = 0; d < a.latent; d++) result[d] += weight * out[at * a.latent + d];
+      }
+      const float inverse = 1.0f / sum_of_all;
+      for (int64_t d = 0; d < a.latent; d++) a.output[(row0 + row) * a.latent + d] = to_bf16(result[d] * inverse);
+    }
+  });
+}
+
+inline void attention(const AttentionArgs& a) {
+  Weight entries{};
+  entries.format = a.fp8 ? FP8_BLOCK : PLAIN;
+  entries.in = a.latent + a.rope;
+  const Layout layout = dot_layout(entries);
+  const int64_t all = a.query_start[a.requests] * a.heads;
+  void* memory = scratch(SCRATCH_INPUT, all * layout_bytes(layout, entries.in));
+  const Rows queries = rows_in(static_cast<uint8_t*>(memory), layout, all);
+  int64_t entries_read = 0, pairs = 0;
+  for (int64_t r = 0; r < a.requests; r++) {
+    entries_read += a.context_lens[r];
+    pairs += a.context_lens[r] * (a.query_start[r + 1] - a.query_start[r]) * a.heads;
+  }
+  const int threads = useful_threads(a.threads, entries_read * entries.in * 2, pairs * entries.in * 4);
+  parallel(threads, ceil_div(all, 16), [&](int64_t item) {
+    uint16_t* joined = static_cast<uint16_t*>(scratch(SCRATCH_TILE, entries.in * 2));
+    for (int64_t row = item * 16; row < (item + 1) * 16 && row < all; row++) {
+      const int64_t token = row / a.heads, head = row % a.heads;
+      const uint16_t* latent = a.q_latent + token * a.latent_strides[0] + head * a.latent_strides[1];
+      const uint16_t* rope = a.q_rope + token * a.rope_strides[0] + head * a.rope_strides[1];
+      __builtin_memcpy(joined, latent, a.latent * 2);
+      __builtin_memcpy(joined + a.latent, rope, a.rope * 2);
+      prepare_row(joined, entries.in, entries, layout, queries.at(row), queries.step);
+    }
+  });
+  for (int64_t begin = 0; begin < a.requests;) {
+    int64_t end = begin, pieces = 0;
+    while (end < a.requests) {
+      const int64_t more = ceil_div(a.context_lens[end], SPLIT), most = more > pieces ? more : pieces;
+      const int64_t rows = (a.query_start[end + 1] - a.query_start[begin]) * a.heads;
+      if (end > begin && rows * most * a.latent * 4 > PARTIAL_BYTES) break;
+      pieces = most;
+      end++;
+    }
+    attention_group(a, queries, begin, end, pieces, threads);
+    begin = end;
+  }
+}

@@ -1,0 +1,3 @@
+#define ISA avx2
+#define TABLE avx2_kernels
+#include "isa.h"

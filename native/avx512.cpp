@@ -1,0 +1,3 @@
+#define ISA avx512
+#define TABLE avx512_kernels
+#include "isa.h"

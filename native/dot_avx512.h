@@ -1,0 +1,513 @@
+// Products with AVX-512 BF16, VNNI and VBMI, in two variants.
+//
+// Few rows: weights are decoded in registers as they stream from memory, and a result is the sum over one vector's
+// lanes. Each result is computed in the same order whatever the number of rows.
+// Many rows: 64 outputs' weights are decoded into a panel with outputs in lanes, which many rows then share.
+
+#define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
+
+constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t TILE = 64;          // outputs of a panel
+constexpr int64_t PANEL_DEPTH = 256;  // inputs of a panel
+constexpr int64_t ROW_BLOCK = 192;    // rows that share a decoded panel while their sums stay in cache
+
+inline Layout dot_layout(const Weight& weight) {
+  if (weight.format == NVFP4) return weight.input_scale > 0 ? CODES : QUADS;
+  return weight.format == FP8_BLOCK ? UNPACKED : HALVES;
+}
+
+inline Layout layout_for(const Weight& weight, int64_t rows) {
+  Layout layout = dot_layout(weight);
+  return rows <= FEW_ROWS || layout == CODES ? layout : HALVES;
+}
+
+// E2M1 as BF16, twice: the index's fifth bit is a neighbour's and must not matter.
+inline __m512i e2m1_halves() {
+  const __m512i table = _mm512_castsi256_si512(_mm256_setr_epi16(
+      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<short>(0x8000),
+      static_cast<short>(0xbf00), static_cast<short>(0xbf80), static_cast<short>(0xbfc0), static_cast<short>(0xc000),
+      static_cast<short>(0xc040), static_cast<short>(0xc080), static_cast<short>(0xc0c0)));
+  return _mm512_shuffle_i64x2(table, table, 0x44);
+}
+
+// 12 plus twice the E2M1 value, four times: the index's bits 4 and 5 are a neighbour's.
+inline __m512i e2m1_bytes() {
+  return _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+}
+
+// 16 E4M3 scales as FP32, times 2^-8: the bits are those of an FP16 number.
+constexpr float SCALE_SHIFT = 256.0f;
+inline __m512 scales16(__m128i bytes) {
+  __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(static_cast<short>(0xbfff))));
+}
+
+// BF16 bits of every E4M3 magnitude: high and low bytes.
+struct E4m3Tables {
+  __m512i high[2], low[2];
+};
+struct E4m3Bytes {
+  alignas(64) uint8_t high[128], low[128];
+};
+constexpr E4m3Bytes e4m3_bytes() {
+  E4m3Bytes t{};
+  for (int code = 0; code < 128; code++) {
+    int exponent = code >> 3, mantissa = code & 7, bits = 0;
+    if (code == 127) bits = 0x7fc0;
+    else if (exponent > 0) bits = (exponent + 120) << 7 | mantissa << 4;
+    else if (mantissa) {
+      int shift = mantissa >= 4 ? 2 : mantissa >= 2 ? 1 : 0;  // mantissa * 2^-9
+      bits = (118 + shift) << 7 | ((mantissa << (7 - shift)) & 127);
+    }
+    t.high[code] = static_cast<uint8_t>(bits >> 8);
+    t.low[code] = static_cast<uint8_t>(bits & 255);
+  }
+  return t;
+}
+alignas(64) inline constexpr E4m3Bytes E4M3_BYTES = e4m3_bytes();
+inline E4m3Tables e4m3_tables() {
+  return {{_mm512_load_si512(E4M3_BYTES.high), _mm512_load_si512(E4M3_BYTES.high + 64)},
+          {_mm512_load_si512(E4M3_BYTES.low), _mm512_load_si512(E4M3_BYTES.low + 64)}};
+}
+// The high byte carries the sign: bit 7 of the code.
+inline __m512i e4m3_high(const E4m3Tables& t, __m512i v) {
+  __m512i magnitude = _mm512_permutex2var_epi8(t.high[0], v, t.high[1]);
+  return _mm512_ternarylogic_epi32(magnitude, v, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | (b & c)
+}
+inline __m512i e4m3_low(const E4m3Tables& t, __m512i v) { return _mm512_permutex2var_epi8(t.low[0], v, t.low[1]); }
+
+inline __m512 dot(__m512 total, __m512i a, __m512i b) { return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
+
+// dot() with its last operand in memory. Left to itself the compiler loads all rows' vectors first and then has no
+// registers for the sums.
+inline __m512 dot_at(__m512 total, __m512i a, const uint8_t* p) {
+#if defined(__SANITIZE_ADDRESS__)
+  return dot(total, a, _mm512_loadu_si512(p));
+#else
+  asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "m"(*reinterpret_cast<const uint8_t(*)[64]>(p)));
+  return total;
+#endif
+}
+inline __m512i code_dot_at(__m512i total, __m512i a, const uint8_t* p) {
+#if defined(__SANITIZE_ADDRESS__)
+  return _mm512_dpbusd_epi32(total, a, _mm512_loadu_si512(p));
+#else
+  asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "m"(*reinterpret_cast<const uint8_t(*)[64]>(p)));
+  return total;
+#endif
+}
+
+// ---- few rows ----
+
+// A step of NVFP4: 128 inputs. w: 64 bytes.  s: 8 block scales, each in two lanes.  x + at: the rows at this step.
+template <int R>
+inline void nvfp4_step(__m512i w, __m512 s, __m512i table, const uint8_t* const* x, int64_t at, __m512* total) {
+  __m512i d0 = _mm512_permutexvar_epi16(w, table);
+  __m512i d1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), table);
+  __m512i d2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), table);
+  __m512i d3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), table);
+  __m512 t[R] = {};
+  const __m512i d[4] = {d0, d1, d2, d3};
+  UNROLL for (int j = 0; j < 4; j++)
+    UNROLL for (int r = 0; r < R; r++) t[r] = dot_at(t[r], d[j], x[r] + at + j * 64);
+  UNROLL for (int r = 0; r < R; r++) total[r] = _mm512_fmadd_ps(t[r], s, total[r]);
+}
+
+template <int R>
+inline void fp4_step(__m512i w, __m512 s, __m512i table, const uint8_t* const* x, int64_t at, __m512* total) {
+  __m512i even = _mm512_permutexvar_epi8(w, table);
+  __m512i odd = _mm512_permutexvar_epi8(_mm512_srli_epi16(w, 4), table);
+  UNROLL
+  for (int r = 0; r < R; r++) {
+    const uint8_t* p = x[r] + at;
+    // (w + 12) x - 12 x: the unsigned operand needs the offset, the sums' start takes it out again.
+    __m512i t = code_dot_at(_mm512_loadu_si512(p + CODES_HALF_SUM), even, p);
+    t = code_dot_at(t, odd, p + 64);
+    __m512 scale = _mm512_mul_ps(s, _mm512_loadu_ps(p + CODES_SCALE));
+    total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), scale, total[r]);
+  }
+}
+
+// O weight rows from `row` on, times R rows of activations: out[r * stride + o].
+template <int O, int R, bool FP4>
+inline void nvfp4_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
+  const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
+  const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const uint8_t* w = v.values + row * v.row_bytes;
+  const uint8_t* scale = v.scale + row * v.scale_cols;
+  __m512 total[O][R] = {};
+  auto step = [&](__m512i values, __m512 s, int64_t chunk, __m512* sums) {
+    if constexpr (FP4) fp4_step<R>(values, s, table, x, chunk * x_step, sums);
+    else nvfp4_step<R>(values, s, table, x, chunk * x_step, sums);
+  };
+  int64_t chunk = 0, whole = v.in / 256 * 2;
+  for (; chunk < whole; chunk += 2)
+    UNROLL
+    for (int o = 0; o < O; o++) {
+      const uint8_t* p = w + o * v.row_bytes + chunk * 64;
+      _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p + 2112), _MM_HINT_T0);
+      __m512 s = scales16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + o * v.scale_cols + chunk * 8)));
+      step(_mm512_loadu_si512(p), _mm512_permutexvar_ps(first, s), chunk, total[o]);
+      step(_mm512_loadu_si512(p + 64), _mm512_permutexvar_ps(second, s), chunk + 1, total[o]);
+    }
+  if (int64_t rest = v.in - chunk * 128; rest > 0)
+    UNROLL
+    for (int o = 0; o < O; o++) {
+      const uint8_t* p = w + o * v.row_bytes + chunk * 64;
+      uint64_t bytes = rest / 2;
+      __mmask64 low = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+      __mmask64 high = bytes <= 64 ? 0 : (1ull << (bytes - 64)) - 1;
+      __mmask16 blocks = static_cast<__mmask16>((1u << (rest / 16)) - 1);
+      __m512 s = scales16(_mm_maskz_loadu_epi8(blocks, scale + o * v.scale_cols + chunk * 8));
+      step(_mm512_maskz_loadu_epi8(low, p), _mm512_permutexvar_ps(first, s), chunk, total[o]);
+      if (high) step(_mm512_maskz_loadu_epi8(high, p + 64), _mm512_permutexvar_ps(second, s), chunk + 1, total[o]);
+    }
+  const float factor = v.factor * SCALE_SHIFT * (FP4 ? 0.25f : 1.0f);
+  UNROLL
+  for (int o = 0; o < O; o++)
+    UNROLL
+    for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * factor;
+}
+
+template <int O, int R>
+inline void fp8_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
+  const E4m3Tables tables = e4m3_tables();
+  const uint8_t* w = v.values + row * v.row_bytes;
+  const int64_t width = v.scale ? v.block_cols : v.in;
+  __m512 total[O][R] = {};
+  for (int64_t c = 0; c < v.in; c += width) {
+    const int64_t stop = c + width < v.in ? c + width : v.in;
+    UNROLL
+    for (int o = 0; o < O; o++) {
+      __m512 part[R] = {};
+      for (int64_t k = c; k < stop; k += 64) {
+        const uint8_t* p = w + o * v.row_bytes + k;
+        const int64_t at = k / CHUNK * x_step + k % CHUNK * 2;
+        __mmask64 mask = stop - k >= 64 ? ~0ull : (1ull << (stop - k)) - 1;
+        __m512i bytes = _mm512_maskz_loadu_epi8(mask, p);
+        _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
+        __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
+        __m512i d0 = _mm512_unpacklo_epi8(low, high), d1 = _mm512_unpackhi_epi8(low, high);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+          part[r] = dot_at(part[r], d0, x[r] + at);
+          part[r] = dot_at(part[r], d1, x[r] + at + 64);
+        }
+      }
+      __m512 s = _mm512_set1_ps(block_scale(v, row + o, c / width));
+      UNROLL
+      for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(part[r], s, total[o][r]);
+    }
+  }
+  UNROLL
+  for (int o = 0; o < O; o++)
+    UNROLL
+    for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
+}
+
+template <int O, int R>
+inline void plain_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
+  const uint8_t* w = v.values + row * v.row_bytes;
+  __m512 total[O][R] = {};
+  for (int64_t k = 0; k < v.in; k += 32) {
+    __mmask32 mask = v.in - k >= 32 ? ~0u : (1u << (v.in - k)) - 1;
+    UNROLL
+    for (int o = 0; o < O; o++) {
+      const uint8_t* p = w + o * v.row_bytes + k * 2;
+      const int64_t at = k / CHUNK * x_step + k % CHUNK * 2;
+      __m512i d = _mm512_maskz_loadu_epi16(mask, p);
+      _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
+      UNROLL
+      for (int r = 0; r < R; r++) total[o][r] = dot_at(total[o][r], d, x[r] + at);
+    }
+  }
+  UNROLL
+  for (int o = 0; o < O; o++)
+    UNROLL
+    for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
+}
+
+template <int O, int R>
+inline void dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
+  if (v.format == NVFP4 && v.fp4) nvfp4_dots<O, R, true>(v, row, x, x_step, out, stride);
+  else if (v.format == NVFP4) nvfp4_dots<O, R, false>(v, row, x, x_step, out, stride);
+  else if (v.format == FP8_BLOCK) fp8_dots<O, R>(v, row, x, x_step, out, stride);
+  else plain_dots<O, R>(v, row, x, x_step, out, stride);
+}
+
+template <int O>
+inline void dots_of_rows(const View& v, int64_t row, const Rows& rows, float* out, int64_t stride) {
+  for (int64_t r = 0; r < rows.count;) {
+    const uint8_t* x[4];
+    int64_t count = rows.count - r < 4 ? rows.count - r : 4;
+    for (int64_t i = 0; i < count; i++) x[i] = rows.at(r + i);
+    float* to = out + r * stride;
+    if (count == 1) dots<O, 1>(v, row, x, rows.step, to, stride);
+    else if (count == 2) dots<O, 2>(v, row, x, rows.step, to, stride);
+    else if (count == 3) dots<O, 3>(v, row, x, rows.step, to, stride);
+    else dots<O, 4>(v, row, x, rows.step, to, stride);
+    r += count;
+  }
+}
+
+// out[r * stride + o - first], o in [first, last), rows in dot_layout.
+inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
+  int64_t o = first;
+  for (; o + 4 <= last; o += 4) dots_of_rows<4>(v, o, rows, out + o - first, stride);
+  for (; o < last; o++) dots_of_rows<1>(v, o, rows, out + o - first, stride);
+}
+
+// ---- many rows ----
+
+// 16 x 16 dwords.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  UNROLL
+  for (int j = 0; j < 4; j++) {
+    __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+  for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+// 16 weight rows' next `bytes` <= 64 bytes, transposed: dword d of row i in lane i of r[d]. Rows past `last` repeat.
+inline void gather16(const View& v, int64_t row, int64_t last, int64_t offset, int64_t bytes, __m512i* r) {
+  __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+  for (int i = 0; i < 16; i++) {
+    int64_t at = row + i < last ? row + i : last - 1;
+    r[i] = _mm512_maskz_loadu_epi8(mask, v.values + at * v.row_bytes + offset);
+  }
+  transpose(r);
+}
+
+// FP32 scales of 16 rows' blocks [block, block + count): out[b * 16 + i], count <= 8, times 2^-8.
+inline void gather_scales(const View& v, int64_t row, int64_t last, int64_t block, int64_t count, float* out) {
+  alignas(16) uint8_t bytes[8][16];
+  for (int i = 0; i < 16; i++) {
+    const uint8_t* p = v.scale + (row + i < last ? row + i : last - 1) * v.scale_cols + block;
+    if (count == 8) for (int b = 0; b < 8; b++) bytes[b][i] = p[b];
+    else for (int b = 0; b < 8; b++) bytes[b][i] = b < count ? p[b] : 0;
+  }
+  for (int b = 0; b < 8; b++)
+    _mm512_store_ps(out + b * 16, scales16(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[b]))));
+}
+
+// Panels of BF16 pairs: dword (pair p, output o) at panel[p * 64 + o]. Inputs past the row's end are zero.
+inline void decode_nvfp4_panel(const View& v, int64_t row, int64_t last, int64_t k0, int64_t depth, uint32_t* panel) {
+  const __m512i table = e2m1_halves();
+  for (int group = 0; group < 4; group++)
+    for (int64_t k = 0; k < depth; k += 128) {
+      __m512i r[16];
+      alignas(64) float scales[8 * 16];
+      int64_t left = v.in - k0 - k, from = row + group * 16;
+      gather16(v, from, last, (k0 + k) / 2, left / 2, r);
+      gather_scales(v, from, last, (k0 + k) / 16, left / 16 < 8 ? left / 16 : 8, scales);
+      for (int d = 0; d < 16; d++) {  // 8 inputs
+        __m512 s = _mm512_mul_ps(_mm512_load_ps(scales + d / 2 * 16), _mm512_set1_ps(SCALE_SHIFT));
+        __m512i word = r[d];
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+          __m512i index = _mm512_mask_blend_epi16(0xaaaaaaaau, word, _mm512_slli_epi32(word, 12));
+          __m512i pair = _mm512_permutexvar_epi16(index, table);
+          __m512i even = (__m512i)_mm512_mul_ps((__m512)_mm512_slli_epi32(pair, 16), s);
+          __m512i odd = (__m512i)_mm512_mul_ps(
+              (__m512)_mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000))), s);
+          // Code value times block scale is exact in BF16.
+          _mm512_storeu_si512(panel + (k / 2 + d * 4 + j) * TILE + group * 16,
+                              _mm512_or_si512(odd, _mm512_srli_epi32(even, 16)));
+          word = _mm512_srli_epi32(word, 8);
+        }
+      }
+    }
+}
+
+inline void decode_plain_panel(const View& v, int64_t row, int64_t last, int64_t k0, int64_t depth, uint32_t* panel) {
+  for (int group = 0; group < 4; group++)
+    for (int64_t k = 0; k < depth; k += 32) {
+      __m512i r[16];
+      int64_t left = (v.in - k0 - k) * 2;
+      gather16(v, row + group * 16, last, (k0 + k) * 2, left > 0 ? left : 0, r);
+      for (int d = 0; d < 16; d++) _mm512_storeu_si512(panel + (k / 2 + d) * TILE + group * 16, r[d]);
+    }
+}
+
+inline void decode_fp8_panel(const View& v, int64_t row, int64_t last, int64_t k0, int64_t depth, uint32_t* panel) {
+  const E4m3Tables tables = e4m3_tables();
+  alignas(64) uint8_t low_index[64], high_index[64];  // bytes l0 h0 l1 h1 of each dword; l2 h2 l3 h3
+  for (int i = 0; i < 64; i++) {
+    low_index[i] = static_cast<uint8_t>(i / 4 * 4 + i % 4 / 2 + (i & 1) * 64);
+    high_index[i] = static_cast<uint8_t>(low_index[i] + 2);
+  }
+  const __m512i first = _mm512_load_si512(low_index), second = _mm512_load_si512(high_index);
+  for (int group = 0; group < 4; group++)
+    for (int64_t k = 0; k < depth; k += 64) {
+      __m512i r[16];
+      int64_t left = v.in - k0 - k;
+      gather16(v, row + group * 16, last, k0 + k, left > 0 ? left : 0, r);
+      for (int d = 0; d < 16; d++) {
+        __m512i high = e4m3_high(tables, r[d]), low = e4m3_low(tables, r[d]);
+        uint32_t* to = panel + (k / 2 + d * 2) * TILE + group * 16;
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi8(low, first, high));
+        _mm512_storeu_si512(to + TILE, _mm512_permutex2var_epi8(low, second, high));
+      }
+    }
+}
+
+// c[m * TILE + o] += (scale[o] or 1) * sum of pairs.
+template <int M>
+inline void panel_rows(
+    const uint8_t* const* x, int64_t x_step, const uint32_t* panel, int64_t pairs, const float* scale, float* c) {
+  __m512 total[M][4];
+  UNROLL for (int m = 0; m < M; m++)
+    UNROLL for (int j = 0; j < 4; j++)
+      total[m][j] = scale ? _mm512_setzero_ps() : _mm512_loadu_ps(c + m * TILE + j * 16);
+  for (int64_t begin = 0; begin < pairs; begin += CHUNK / 2) {
+    const int64_t offset = begin / (CHUNK / 2) * x_step, stop = begin + CHUNK / 2 < pairs ? begin + CHUNK / 2 : pairs;
+    for (int64_t p = begin; p < stop; p++) {
+      __m512i w[4];
+      UNROLL for (int j = 0; j < 4; j++) w[j] = _mm512_load_si512(panel + p * TILE + j * 16);
+      UNROLL for (int m = 0; m < M; m++) {
+        int32_t pair;
+        __builtin_memcpy(&pair, x[m] + offset + (p - begin) * 4, 4);
+        __m512i a = _mm512_set1_epi32(pair);
+        UNROLL for (int j = 0; j < 4; j++) total[m][j] = dot(total[m][j], w[j], a);
+      }
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++)
+    UNROLL for (int j = 0; j < 4; j++) {
+      float* to = c + m * TILE + j * 16;
+      if (scale) total[m][j] = _mm512_fmadd_ps(total[m][j], _mm512_loadu_ps(scale + j * 16), _mm512_loadu_ps(to));
+      _mm512_storeu_ps(to, total[m][j]);
+    }
+}
+
+// FP4 panels: for each block of 16 inputs four dwords an output, code values plus 12 as bytes, and FP32 block scales.
+struct CodePanel {
+  alignas(64) uint32_t words[PANEL_DEPTH / 16][4][TILE];
+  alignas(64) float scales[PANEL_DEPTH / 16][TILE];
+};
+
+inline void decode_code_panel(const View& v, int64_t row, int64_t last, int64_t k0, int64_t depth, CodePanel& panel) {
+  const __m512i table = e2m1_bytes();
+  for (int group = 0; group < 4; group++)
+    for (int64_t k = 0; k < depth; k += 128) {
+      __m512i r[16];
+      alignas(64) float scales[8 * 16];
+      int64_t left = v.in - k0 - k, from = row + group * 16;
+      gather16(v, from, last, (k0 + k) / 2, left / 2, r);
+      gather_scales(v, from, last, (k0 + k) / 16, left / 16 < 8 ? left / 16 : 8, scales);
+      for (int d = 0; d < 16; d++) {
+        int64_t block = k / 16 + d / 2;
+        uint32_t* to = panel.words[block][d % 2 * 2] + group * 16;
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi8(r[d], table));
+        _mm512_storeu_si512(to + TILE, _mm512_permutexvar_epi8(_mm512_srli_epi16(r[d], 4), table));
+        if (d % 2 == 0) _mm512_storeu_ps(panel.scales[block] + group * 16, _mm512_load_ps(scales + d / 2 * 16));
+      }
+    }
+}
+
+template <int M>
+inline void code_rows(const uint8_t* const* x, int64_t x_step, const CodePanel& panel, int64_t blocks, float* c) {
+  __m512 total[M][4];
+  UNROLL
+  for (int m = 0; m < M; m++)
+    UNROLL
+    for (int j = 0; j < 4; j++) total[m][j] = _mm512_loadu_ps(c + m * TILE + j * 16);
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t chunk = b / 8 * x_step, at = b % 8;
+    UNROLL
+    for (int m = 0; m < M; m++) {
+      const uint8_t* p = x[m] + chunk;
+      __m512i start = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(p + CODES_BLOCK_SUM)[at]);
+      __m512i t[4] = {start, start, start, start};
+      for (int d = 0; d < 4; d++) {
+        __m512i a = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(p + d % 2 * 64 + at * 8)[d / 2]);
+        UNROLL
+        for (int j = 0; j < 4; j++) t[j] = _mm512_dpbusd_epi32(t[j], _mm512_load_si512(panel.words[b][d] + j * 16), a);
+      }
+      __m512 s = _mm512_set1_ps(reinterpret_cast<const float*>(p + CODES_SCALE)[at * 2]);
+      UNROLL
+      for (int j = 0; j < 4; j++) {
+        __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(t[j]), s);  // exact
+        total[m][j] = _mm512_fmadd_ps(scaled, _mm512_load_ps(panel.scales[b] + j * 16), total[m][j]);
+      }
+    }
+  }
+  UNROLL
+  for (int m = 0; m < M; m++)
+    UNROLL
+    for (int j = 0; j < 4; j++) _mm512_storeu_ps(c + m * TILE + j * 16, total[m][j]);
+}
+
+inline void code_panel_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out) {
+  CodePanel& panel = *static_cast<CodePanel*>(scratch(SCRATCH_PANEL, sizeof(CodePanel)));
+  for (int64_t begin = 0; begin < rows.count; begin += ROW_BLOCK) {
+    const int64_t end = begin + ROW_BLOCK < rows.count ? begin + ROW_BLOCK : rows.count;
+    for (int64_t k = 0; k < v.in; k += PANEL_DEPTH) {
+      const int64_t depth = v.in - k < PANEL_DEPTH ? v.in - k : PANEL_DEPTH;
+      decode_code_panel(v, first, last, k, depth, panel);
+      for (int64_t r = begin; r < end;) {
+        const uint8_t* x[4];
+        const int64_t left = end - r;
+        for (int64_t i = 0; i < 4 && i < left; i++) x[i] = rows.at(r + i) + k / CHUNK * rows.step;
+        if (left >= 4) code_rows<4>(x, rows.step, panel, depth / 16, out + r * TILE), r += 4;
+        else if (left >= 2) code_rows<2>(x, rows.step, panel, depth / 16, out + r * TILE), r += 2;
+        else code_rows<1>(x, rows.step, panel, depth / 16, out + r * TILE), r += 1;
+      }
+    }
+  }
+  const float factor = v.factor * SCALE_SHIFT * 0.25f;
+  for (int64_t i = 0; i < rows.count * TILE; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(out + i), _mm512_set1_ps(factor)));
+}
+
+// Rows in HALVES, or CODES for FP4 activations; last - first <= TILE. out: [rows, TILE].
+inline void panel_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out) {
+  __builtin_memset(out, 0, rows.count * TILE * 4);
+  if (v.fp4) return code_panel_product(v, first, last, rows, out);
+  uint32_t* panel = static_cast<uint32_t*>(scratch(SCRATCH_PANEL, PANEL_DEPTH / 2 * TILE * 4));
+  const bool scaled = v.format == FP8_BLOCK && v.scale;
+  const int64_t step = scaled && v.block_cols < PANEL_DEPTH ? v.block_cols : PANEL_DEPTH;
+  for (int64_t begin = 0; begin < rows.count; begin += ROW_BLOCK) {
+    const int64_t end = begin + ROW_BLOCK < rows.count ? begin + ROW_BLOCK : rows.count;
+    for (int64_t k = 0; k < v.in; k += step) {
+      const int64_t depth = v.in - k < step ? v.in - k : step;
+      float scales[TILE];
+      if (v.format == NVFP4) decode_nvfp4_panel(v, first, last, k, depth, panel);
+      else if (v.format == PLAIN) decode_plain_panel(v, first, last, k, depth, panel);
+      else decode_fp8_panel(v, first, last, k, depth, panel);
+      if (scaled)
+        for (int64_t o = 0; o < TILE; o++)
+          scales[o] = block_scale(v, first + o < last ? first + o : last - 1, k / v.block_cols);
+      for (int64_t r = begin; r < end;) {
+        const uint8_t* x[6];
+        const int64_t left = end - r, pairs = (depth + 1) / 2;
+        for (int64_t i = 0; i < 6 && i < left; i++) x[i] = rows.at(r + i) + k / CHUNK * rows.step + k % CHUNK * 2;
+        const float* s = scaled ? scales : nullptr;
+        if (left >= 6) panel_rows<6>(x, rows.step, panel, pairs, s, out + r * TILE), r += 6;
+        else if (left >= 4) panel_rows<4>(x, rows.step, panel, pairs, s, out + r * TILE), r += 4;
+        else if (left >= 2) panel_rows<2>(x, rows.step, panel, pairs, s, out + r * TILE), r += 2;
+        else panel_rows<1>(x, rows.step, panel, pairs, s, out + r * TILE), r += 1;
+      }
+    }
+  }
+  if (v.factor != 1.0f)
+    for (int64_t i = 0; i < rows.count * TILE; i += 16)
+      _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(out + i), _mm512_set1_ps(v.factor)));
+}

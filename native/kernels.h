@@ -1,0 +1,158 @@
+// What the bindings and the instruction sets' translation units share: plain data and tables of functions.
+//
+// Those units are compiled with different -m flags, so they must not instantiate anything that another unit could be
+// linked against: no standard library templates in them, and all of their own code in a namespace of their own.
+#pragma once
+#include <cstdint>
+
+enum Format : int { PLAIN = 0, FP8_BLOCK = 1, NVFP4 = 2 };
+constexpr int MAX_PARTS = 4;
+
+// One projection, [experts, out, in]. values: BF16, E4M3 or packed E2M1. scale: FP8_BLOCK FP32 [experts, row blocks,
+// column blocks]; NVFP4 E4M3 [experts, out, in / 16]. scale_2: NVFP4 FP32 [experts].
+struct Part {
+  const uint8_t* values;
+  const uint8_t* scale;
+  const float* scale_2;
+  int64_t out;
+};
+
+// Projections with one input whose outputs follow each other. input_scale: of FP4 activations, else 0.
+struct Weight {
+  Format format;
+  int64_t in, out, experts;
+  int64_t block_rows, block_cols;  // FP8_BLOCK
+  float input_scale;
+  int parts;
+  Part part[MAX_PARTS];
+};
+
+// x: BF16 [rows, in], row r at x + r * x_stride elements.  y: BF16 [rows, out], dense.  expert: of a stack, else 0.
+struct LinearArgs {
+  const Weight* weight;
+  int64_t expert;
+  const uint16_t* x;
+  int64_t x_stride, rows;
+  uint16_t* y;
+  int threads;
+};
+
+// y[t] = sum over k of weights[t, k] * down(silu(gate x) * up x). x, y: BF16 [tokens, hidden].  ids: int64 [tokens, k],
+// -1 for none.  weights: FP32 [tokens, k].  gate_up: the first half of its outputs is gate.
+struct ExpertsArgs {
+  const Weight *gate_up, *down;
+  const uint16_t* x;
+  const int64_t* ids;
+  const float* weights;
+  int64_t tokens, k;
+  uint16_t* y;
+  int threads;
+};
+
+// See kernels/reference/attention.py. q_latent, q_rope: BF16 [T, heads, .] with the given strides in elements.
+struct AttentionArgs {
+  const uint16_t *q_latent, *q_rope;
+  int64_t latent_strides[2], rope_strides[2];
+  int64_t heads, latent, rope;
+  const uint8_t* cache;
+  bool fp8;
+  int64_t block_size;
+  const int64_t* block_tables;
+  int64_t table_stride, requests;
+  const int64_t *query_start, *context_lens;
+  float scale;
+  uint16_t* output;
+  int threads;
+};
+
+// x: [rows, n], y: dense [rows, n], BF16.
+struct NormArgs {
+  const uint16_t* x;
+  int64_t x_stride, rows, n;
+  const uint16_t* weight;
+  float eps;
+  uint16_t* y;
+  int threads;
+};
+
+// x: BF16 [tokens, heads, d] with strides in elements; cos, sin: FP32 [tokens, d / 2] dense; y: dense.
+struct RotaryArgs {
+  const uint16_t* x;
+  int64_t token_stride, head_stride, tokens, heads, d;
+  const float *cos, *sin;
+  uint16_t* y;
+};
+
+// See kernels/reference/routing.py. logits: FP32 [tokens, experts].
+struct RouteArgs {
+  const float *logits, *bias;
+  int64_t tokens, experts, k, groups, kept_groups;
+  bool normalize;
+  float scaling;
+  int64_t* ids;
+  float* weights;
+};
+
+// See numerics/nvfp4.py, quantize_activation. packed: uint8 [rows, n / 2], scale: E4M3 [rows, n / 16].
+struct QuantizeArgs {
+  const uint16_t* x;
+  int64_t x_stride, rows, n;
+  float input_scale;
+  uint8_t *packed, *scale;
+  int threads;
+};
+
+// x: BF16 [tokens, heads, in] with strides in elements.  weight: BF16 [heads, ., .] dense.  y: BF16 [tokens, heads, out].
+struct HeadArgs {
+  const uint16_t* x;
+  int64_t token_stride, head_stride, tokens, heads, in, out;
+  const uint16_t* weight;
+  uint16_t* y;
+  int threads;
+};
+
+// x: BF16 [tokens, latent + rope].  weight: the latents' norm.  cos, sin: FP32 [tokens, rope / 2].  y: like x, dense.
+struct EntryArgs {
+  const uint16_t* x;
+  int64_t x_stride, tokens, latent, rope;
+  const uint16_t* weight;
+  float eps;
+  const float *cos, *sin;
+  uint16_t* y;
+};
+
+// entries: BF16 [tokens, width].  cache: BF16 or E4M3 [slots, width].
+struct StoreArgs {
+  const uint16_t* entries;
+  int64_t tokens, width;
+  const int64_t* slots;
+  uint8_t* cache;
+  bool fp8;
+};
+
+// x: BF16 [rows, in].  weight: FP32 [out, in].  y: FP32 [rows, out].
+struct Fp32Args {
+  const uint16_t* x;
+  int64_t x_stride, rows, in, out;
+  const float* weight;
+  float* y;
+  int threads;
+};
+
+struct Kernels {
+  void (*linear)(const LinearArgs&);
+  void (*experts)(const ExpertsArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*norm)(const NormArgs&);
+  void (*rotary)(const RotaryArgs&);
+  void (*route)(const RouteArgs&);
+  void (*quantize)(const QuantizeArgs&);
+  void (*absorb)(const HeadArgs&);
+  void (*per_head)(const HeadArgs&);
+  void (*latent_entries)(const EntryArgs&);
+  void (*store_entries)(const StoreArgs&);
+  void (*linear_fp32)(const Fp32Args&);
+  uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof
+};
+
+extern const Kernels avx512_kernels, avx2_kernels, portable_kernels;

@@ -1,0 +1,189 @@
+// Weights as a dot product sees them, and activations in the order that its decoder yields weights in.
+
+// One projection of one expert.
+struct View {
+  Format format;
+  const uint8_t* values;
+  const uint8_t* scale;  // null: 1
+  int64_t row_bytes;
+  int64_t in, out;
+  int64_t block_rows, block_cols, scale_cols;
+  float factor;  // on every result
+  bool fp4;      // activations are FP4
+};
+
+inline int64_t row_bytes(const Weight& weight) {
+  return weight.format == PLAIN ? weight.in * 2 : weight.format == NVFP4 ? weight.in / 2 : weight.in;
+}
+
+inline View view_of(const Weight& weight, int part_index, int64_t expert) {
+  const Part& part = weight.part[part_index];
+  View v{};
+  v.format = weight.format;
+  v.in = weight.in;
+  v.out = part.out;
+  v.factor = 1.0f;
+  v.row_bytes = row_bytes(weight);
+  v.values = part.values + expert * part.out * v.row_bytes;
+  if (weight.format == NVFP4) {
+    v.scale_cols = weight.in / 16;
+    v.scale = part.scale + expert * part.out * v.scale_cols;
+    v.factor = part.scale_2[expert];
+    v.fp4 = weight.input_scale > 0;
+    if (v.fp4) v.factor *= weight.input_scale;
+  } else if (weight.format == FP8_BLOCK) {
+    v.block_rows = weight.block_rows;
+    v.block_cols = weight.block_cols;
+    v.scale_cols = ceil_div(weight.in, v.block_cols);
+    v.scale = part.scale + expert * ceil_div(part.out, v.block_rows) * v.scale_cols * 4;
+  }
+  return v;
+}
+
+inline float block_scale(const View& v, int64_t row, int64_t column_block) {
+  return v.scale ? reinterpret_cast<const float*>(v.scale)[row / v.block_rows * v.scale_cols + column_block] : 1.0f;
+}
+
+// How prepared activations are laid out. Rows are padded with zeros to a multiple of 128 elements.
+//   FLOATS   FP32, natural order (FP4 activations: code value times block scale)
+//   HALVES   BF16, natural order
+//   QUADS    (AVX-512) BF16; of each 128 elements: those at 0, 4, 8 ..., then 1, 5 ..., 2, 6 ..., 3, 7 ...
+//   UNPACKED BF16; of each 64 elements: the low, then the high 8 of each 16
+//   CODES    (AVX-512) of each 128 elements: twice the FP4 value of even elements, int8; of odd ones; block scale FP32, each twice;
+//            -12 times the sum of the codes of half blocks, int32 (elements 8j .. 8j + 7); the same of blocks; padding
+enum Layout { FLOATS, HALVES, QUADS, UNPACKED, CODES };
+constexpr int64_t CODES_BYTES = 320, CODES_SCALE = 128, CODES_HALF_SUM = 192, CODES_BLOCK_SUM = 256;
+
+constexpr int64_t CHUNK = 128;  // elements
+inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS ? 512 : 256; }
+inline int64_t layout_bytes(Layout layout, int64_t n) { return ceil_div(n, CHUNK) * chunk_bytes(layout); }
+
+// Prepared activations, chunk after chunk of 128 elements, in each chunk row after row: a product reads them in this
+// order. Row r's part of chunk c at at(r) + c * step.
+struct Rows {
+  uint8_t* base;
+  int64_t row_bytes, step;
+  const int32_t* index;  // which prepared row is row r; null: the r-th
+  int64_t count;
+  uint8_t* at(int64_t r) const { return base + (index ? index[r] : r) * row_bytes; }
+};
+
+// Rounds one block of 16 to FP4, as numerics/nvfp4.py does operation by operation. codes: 0 .. 15. Returns the E4M3
+// scale's byte.
+inline uint8_t quantize_block(const float* x, float input_scale, int32_t* codes) {
+  const float global_factor = 1.0f / input_scale;
+  vf largest{};
+  vi nan{};
+  for (int i = 0; i < 16; i += W) {
+    vf magnitude = (vf)((vi)load(x + i) & 0x7fffffff);
+    nan |= magnitude != magnitude;
+    largest = maximum(largest, magnitude);
+  }
+  float scale = maximum_lane(largest) * (global_factor * 0.16666666666666666f);
+  scale = scale > 448.0f ? 448.0f : scale;
+  if (any(nan)) scale = __builtin_nanf("");
+  const uint8_t byte = to_e4m3(scale);
+  float out_scale = 1.0f / (from_e4m3(byte) * (1.0f / global_factor));
+  out_scale = out_scale > 3.4028234663852886e38f ? 3.4028234663852886e38f : out_scale;
+  for (int i = 0; i < 16; i += W) {
+    const vf q = load(x + i) * out_scale, m = (vf)((vi)q & 0x7fffffff);
+    // Midpoints between neighbouring values; a tie goes to the even code. A comparison gives 0 or -1.
+    vi code = -((m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + (m > 5.0f));
+    code |= (m != m) & 7;
+    code |= (q < 0.0f) & 8;
+    __builtin_memcpy(codes + i, &code, sizeof(code));
+  }
+  return byte;
+}
+
+inline constexpr int8_t TWICE_E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+#if defined(__AVX512VNNI__)
+// One chunk of FP4 activations in CODES: n <= 128 values, into zeroed memory.
+inline void prepare_code_vectors(const float* x, int64_t n, float input_scale, uint8_t* out) {
+  const __m512i table = _mm512_setr_epi32(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m512i even_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  for (int b = 0; b * 16 < n; b++) {
+    int32_t codes[16];
+    const float scale = from_e4m3(quantize_block(x + b * 16, input_scale, codes));
+    __m512i values = _mm512_permutexvar_epi32(_mm512_loadu_si512(codes), table);
+    __m128i bytes = _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(even_odd, values));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + b * 8), bytes);
+    _mm_storeh_pd(reinterpret_cast<double*>(out + 64 + b * 8), _mm_castsi128_pd(bytes));
+    float* scales = reinterpret_cast<float*>(out + CODES_SCALE);
+    scales[2 * b] = scales[2 * b + 1] = scale;
+  }
+  const __m512i twelve = _mm512_set1_epi8(12);
+  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), twelve, _mm512_loadu_si512(out));
+  sums = _mm512_dpbusd_epi32(sums, twelve, _mm512_loadu_si512(out + 64));
+  sums = _mm512_sub_epi32(_mm512_setzero_si512(), sums);
+  _mm512_storeu_si512(out + CODES_HALF_SUM, sums);
+  __m512i pairs = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + CODES_BLOCK_SUM), _mm512_cvtepi64_epi32(pairs));
+}
+
+// out[32 j + w] = x[4 w + j]
+inline void split_quads(const uint16_t* x, uint16_t* out) {
+  __m512i v[4];
+  for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_si512(x + 32 * i);
+  alignas(64) uint16_t index[32];
+  for (int i = 0; i < 32; i++) index[i] = static_cast<uint16_t>(i % 16 * 4);
+  __m512i at = _mm512_load_si512(index);
+  for (int j = 0; j < 4; j++) {
+    __m512i low = _mm512_permutex2var_epi16(v[0], at, v[1]), high = _mm512_permutex2var_epi16(v[2], at, v[3]);
+    _mm512_storeu_si512(out + 32 * j, _mm512_mask_blend_epi32(0xff00, low, high));
+    at = _mm512_add_epi16(at, _mm512_set1_epi16(1));
+  }
+}
+#endif
+
+// One chunk of FP4 activations: n <= 128 values, into zeroed memory.
+inline void prepare_codes(const float* x, int64_t n, float input_scale, [[maybe_unused]] Layout layout, uint8_t* out) {
+#if defined(__AVX512VNNI__)
+  if (layout == CODES) return prepare_code_vectors(x, n, input_scale, out);
+#endif
+  for (int b = 0; b * 16 < n; b++) {
+    int32_t codes[16];
+    const float scale = from_e4m3(quantize_block(x + b * 16, input_scale, codes));
+    float* values = reinterpret_cast<float*>(out) + b * 16;
+    for (int i = 0; i < 16; i++) values[i] = TWICE_E2M1[codes[i]] * 0.5f * scale;
+  }
+}
+
+// n <= 128 BF16 activations into one chunk of a layout.
+inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, Layout layout, uint8_t* out) {
+  uint16_t padded[CHUNK];
+  if (n < CHUNK) {
+    __builtin_memset(padded, 0, sizeof(padded));
+    __builtin_memcpy(padded, x, n * 2);
+    x = padded;
+  }
+  uint16_t* o = reinterpret_cast<uint16_t*>(out);
+  if (layout == FLOATS || layout == CODES) {
+    const bool codes = weight.format == NVFP4 && weight.input_scale > 0;
+    float values[CHUNK];
+    for (int64_t i = 0; i < CHUNK; i += W) store(values + i, load_bf16(x + i));
+    if (!codes || n < CHUNK) __builtin_memset(out, 0, chunk_bytes(layout));
+    if (codes) prepare_codes(values, n, weight.input_scale, layout, out);
+    else __builtin_memcpy(out, values, sizeof(values));
+  } else if (layout == QUADS) {
+#if defined(__AVX512VNNI__)
+    split_quads(x, o);
+#endif
+  } else if (layout == UNPACKED) {
+    for (int piece = 0; piece < 16; piece++)  // of 8 elements
+      __builtin_memcpy(o + piece / 8 * 64 + piece % 2 * 32 + piece % 8 / 2 * 8, x + piece * 8, 16);
+  } else {
+    __builtin_memcpy(o, x, CHUNK * 2);
+  }
+}
+
+inline void prepare_row(const uint16_t* x, int64_t n, const Weight& weight, Layout layout, uint8_t* out, int64_t step) {
+  for (int64_t c = 0; c * CHUNK < n; c++)
+    prepare_chunk(x + c * CHUNK, n - c * CHUNK < CHUNK ? n - c * CHUNK : CHUNK, weight, layout, out + c * step);
+}
+
+// Memory laid out for `count` rows.
+inline Rows rows_in(uint8_t* memory, Layout layout, int64_t count) {
+  return {memory, chunk_bytes(layout), count * chunk_bytes(layout), nullptr, count};
+}

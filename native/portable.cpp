@@ -1,0 +1,3 @@
+#define ISA portable
+#define TABLE portable_kernels
+#include "isa.h"

@@ -1,0 +1,168 @@
+// Vectors of floats as wide as the instruction set, and conversions between the formats. Included inside a namespace.
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+inline vf splat(float x) { return x - vf{}; }
+inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline vf load_bf16(const uint16_t* p) {
+  vh half = *reinterpret_cast<const vh_any*>(p);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+inline float from_bf16(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline vh to_bf16(vf x) {
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  vu nan = (bits >> 16) | 0x40;
+  vu is_nan = (vu)(x != x);
+  return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+}
+
+inline void store_bf16(uint16_t* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_bf16(x); }
+
+inline vf round_bf16(vf x) { return (vf)(__builtin_convertvector(to_bf16(x), vu) << 16); }
+
+inline void round_row(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_bf16(y + i, load(x + i));
+  for (; i < n; i++) y[i] = to_bf16(x[i]);
+}
+
+inline float sum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float total = 0;
+  for (int i = 0; i < W; i++) total += x[i];
+  return total;
+#endif
+}
+
+inline vf maximum(vf a, vf b) {
+  vi greater = a > b;
+  return (vf)(((vi)a & greater) | ((vi)b & ~greater));
+}
+
+inline float maximum_lane(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float largest = x[0];
+  for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+
+inline bool any(vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < W; i++) bits |= x[i];
+  return bits != 0;
+#endif
+}
+
+// e^x to about 2 units in the last place of FP32; 0 below -87, infinity above 88.7.
+inline vf exponential(vf x) {
+  vf clamped = maximum(x, splat(-87.3f));
+  clamped = -maximum(-clamped, splat(-88.8f));
+  vf n = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low mantissa bits
+  vi exponent = (vi)n - 0x4B400000;
+  n = n - 12582912.0f;
+  vf r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  // Two factors, so that the exponent 128 is reached by way of a finite number.
+  vi half = exponent >> 1;
+  vf result = p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+  vi tiny = x < -87.3f, nan = x != x;
+  result = (vf)((vi)result & ~tiny);
+  return (vf)(((vi)result & ~nan) | ((vi)x & nan));
+}
+
+inline float from_e4m3(uint8_t code) {
+  int exponent = code >> 3 & 15, mantissa = code & 7;
+  float magnitude;
+  if (exponent == 15 && mantissa == 7) magnitude = __builtin_nanf("");
+  else if (exponent == 0) magnitude = mantissa * 0.001953125f;
+  else {
+    uint32_t bits = static_cast<uint32_t>(exponent + 120) << 23 | static_cast<uint32_t>(mantissa) << 20;
+    __builtin_memcpy(&magnitude, &bits, 4);
+  }
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
+// Nearest E4M3 of a value in [0, 448], ties to even.
+inline uint8_t to_e4m3(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (x != x) return 0x7f;
+  if (x < 0.015625f) return static_cast<uint8_t>(__builtin_lrintf(x * 512.0f));  // subnormal; 8 is the first normal
+  uint32_t rounded = bits + 0x7ffff + (bits >> 20 & 1);
+  return static_cast<uint8_t>((rounded >> 20) - (120 << 3));
+}
+
+// A closure of this unit's own for every item, on the pool.
+template <class Task>
+inline void parallel(int threads, int64_t items, const Task& task) {
+  if (items <= 0) return;
+  run_parallel(
+      threads, items, [](void* context, int64_t item) { (*static_cast<const Task*>(context))(item); },
+      const_cast<Task*>(&task));
+}
+
+// Threads that shorten a task of so many bytes read and multiplications: waking one costs several microseconds.
+inline int useful_threads(int threads, int64_t bytes, int64_t products) {
+  const int64_t worth = bytes / 200000 + products / 800000;  // of about 8 microseconds each
+  return worth < threads ? (worth < 1 ? 1 : static_cast<int>(worth)) : threads;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

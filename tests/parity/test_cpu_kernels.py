@@ -1,0 +1,357 @@
+"""The CPU kernels against the reference, on every instruction-set path this processor has.
+
+Tolerances: products are exact and sums FP32 on both sides, so before rounding results differ by the order of at most a
+few thousand additions (about 1e-5 of the largest result), and after it by one BF16 step where that tips a rounding:
+2^-8 of a value, at most 2^-8 of the largest. Two steps are allowed.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import cpu, decoded, ops, reference
+from deepseek_fp4_plugin.kernels.weights import WeightTensors
+from deepseek_fp4_plugin.numerics import e2m1, fp8_block, nvfp4
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
+
+PATHS = cpu.paths()
+TWO_STEPS = 2.0**-7
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    with cpu.use_path(request.param):
+        yield request.param
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference in units of the largest expected value."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise AssertionError(f"{actual.shape} {actual.dtype} instead of {expected.shape} {expected.dtype}")
+    if not expected.numel():
+        return 0.0
+    return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-37)).item()
+
+
+def random_part(
+    weight_format: WeightFormat,
+    out: int,
+    width: int,
+    experts: int = 0,
+    scale_2: float = 2e-3,
+    input_scale: float = 2e-3,
+) -> WeightTensors:
+    """Random codes and scales, every legal code with some probability."""
+    lead = (experts,) if experts else ()
+    if weight_format is WeightFormat.PLAIN:
+        return WeightTensors(weight_format, torch.randn(*lead, out, width).to(BF16))
+    if weight_format is WeightFormat.FP8_BLOCK:
+        codes = torch.randint(0, 256, (*lead, out, width), dtype=torch.uint8)
+        codes[(codes & 127) == 127] = 0  # NaN
+        scale = torch.rand(*lead, -(-out // 128), -(-width // 128)) + 0.5
+        return WeightTensors(weight_format, codes.view(torch.float8_e4m3fn), scale)
+    packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
+    scale = torch.randint(0, 127, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    factor = torch.rand(experts) * scale_2 if experts else torch.tensor(scale_2)
+    return WeightTensors(weight_format, packed, scale, factor, torch.tensor(input_scale))
+
+
+FORMATS = [
+    (WeightFormat.PLAIN, "bf16"),
+    (WeightFormat.FP8_BLOCK, "bf16"),
+    (WeightFormat.NVFP4, "bf16"),
+    (WeightFormat.NVFP4, "fp4"),
+]
+FORMAT_IDS = ["bf16", "fp8", "w4a16", "w4a4"]
+
+
+def both(parts, activations, input_scale=2e-3):
+    scale = torch.tensor(input_scale) if activations == "fp4" else None
+    return [backend.prepare(parts, BF16, activations, scale) for backend in (cpu, reference)]
+
+
+@pytest.mark.parametrize(("weight_format", "activations"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("out", "width"), [(1, 16), (7, 48), (64, 128), (67, 144), (130, 1040), (200, 4112)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 16, 17, 23, 200])
+def test_linear(path, weight_format, activations, out, width, rows):
+    parts = [random_part(weight_format, n, width) for n in (out, out + 3)]
+    native, law = both(parts, activations)
+    x = torch.randn(rows, width).to(BF16)
+    assert native.backend is cpu
+    assert error(cpu.linear(x, native), reference.linear(x, law)) <= TWO_STEPS
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_linear_of_any_shape_alignment_and_scale(data):
+    """Odd shapes, rows cut out of wider ones, weights at any address, poison around them, extreme scales."""
+    draw = data.draw
+    weight_format, activations = draw(st.sampled_from(FORMATS))
+    blocks, out, rows = draw(st.integers(1, 40)), draw(st.integers(1, 90)), draw(st.integers(0, 40))
+    # Scale blocks of FP8 and single values of BF16 may end anywhere; NVFP4 ends with a block.
+    width = blocks * 16 - (0 if weight_format is WeightFormat.NVFP4 else draw(st.integers(0, 15)))
+    exponent = draw(st.integers(-12, 8))
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    scale = 2.0**exponent
+    part = random_part(weight_format, out, width, scale_2=scale, input_scale=scale)
+    shift = draw(st.integers(0, 70))
+    part = WeightTensors(
+        part.format,
+        shifted(part.weight, shift * (2 if weight_format is WeightFormat.PLAIN else 1)),
+        part.scale,
+        part.scale_2,
+        part.input_scale,
+    )
+    native, law = both([part], activations, scale)
+    left, right = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    poisoned = torch.full((rows, left + width + right), float("nan"), dtype=BF16)
+    poisoned[:, left : left + width] = torch.randn(rows, width) * scale
+    x = poisoned[:, left : left + width]
+    expected = reference.linear(x, law)
+    for name in PATHS:
+        with cpu.use_path(name):
+            assert error(cpu.linear(x, native), expected) <= TWO_STEPS, name
+
+
+def shifted(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy whose memory starts `offset` bytes into a larger one, filled with 0xff: NaN in every format here."""
+    raw = tensor.contiguous().view(torch.uint8).flatten()
+    memory = torch.full((offset + raw.numel() + 64,), 255, dtype=torch.uint8)
+    memory[offset : offset + raw.numel()] = raw
+    cut = memory[offset : offset + raw.numel()]
+    if tensor.dtype is BF16:
+        return cut.view(BF16).view(tensor.shape)
+    return cut.view(tensor.dtype).view(tensor.shape)
+
+
+def test_w4a4_integers_are_exact(path):
+    """With unit scales a result is a sum of products of small integers over four: exact in FP32, so bit-equal."""
+    for rows in (1, 3, 16, 17, 60):
+        width, out = 784, 75
+        packed = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8)
+        ones = torch.ones(out, width // 16).to(torch.float8_e4m3fn)
+        part = WeightTensors(WeightFormat.NVFP4, packed, ones, torch.tensor(1.0), torch.tensor(1.0))
+        native, _ = both([part], "fp4", 1.0)
+        x = e2m1.decode(torch.randint(0, 16, (rows, width), dtype=torch.uint8))
+        x[:, ::16] = 6.0  # so that each block's scale is exactly 1
+        values = e2m1.decode(e2m1.unpack(packed))
+        exact = (2 * x).to(torch.int64) @ (2 * values).to(torch.int64).T
+        assert torch.equal(cpu.linear(x.to(BF16), native), (exact.double() / 4).float().to(BF16))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 2e-3, 1.0, 1e4])
+def test_quantize_activation_is_bit_equal(path, scale):
+    for magnitude in (1e-20, 1e-3, 1.0, 1e3, 1e30):
+        x = (torch.randn(9, 160) * magnitude).to(BF16)
+        x[0], x[1, 3], x[2, 5], x[3, :16], x[4, 20] = 0, float("inf"), -0.0, 1e-38, float("nan")
+        x[5, :16] = torch.tensor(e2m1.VALUES) * scale * 1.25  # ties
+        packed, scales = cpu.quantize_activation(x, torch.tensor(scale))
+        expected_packed, expected_scales = nvfp4.quantize_activation(x, torch.tensor(scale))
+        assert torch.equal(scales.view(torch.uint8), expected_scales.view(torch.uint8))
+        assert torch.equal(packed, expected_packed)
+
+
+@pytest.mark.parametrize(("weight_format", "activations"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("tokens", "k"), [(0, 2), (1, 1), (1, 4), (5, 3), (70, 4)])
+def test_experts(path, weight_format, activations, tokens, k):
+    experts, hidden, inner = 6, 272, 144
+    gate_up = [random_part(weight_format, inner, hidden, experts) for _ in range(2)]
+    down = [random_part(weight_format, hidden, inner, experts)]
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.empty(0, k).long()
+    if tokens > 2:
+        ids[1] = -1  # a token none of whose experts are here
+        ids[:, 0] = torch.where(torch.arange(tokens) > 4, 2, ids[:, 0])  # one expert with many rows
+        ids[2, -1] = -1
+    weights, x = torch.rand(tokens, k), torch.randn(tokens, hidden).to(BF16) * 0.1
+    # Intermediate roundings to BF16 (or FP4) may tip: compare with the same formula on the decoded backend, too.
+    (a, b), (c, d) = both(gate_up, activations), both(down, activations)
+    if activations == "fp4":  # a hidden value that tips moves by up to a quarter: bound the mean instead
+        actual, expected = cpu.experts_mlp(x, ids, weights, a, c), reference.experts_mlp(x, ids, weights, b, d)
+        if tokens:
+            assert (actual - expected).float().norm() <= 0.02 * expected.float().norm()
+        return
+    assert error(cpu.experts_mlp(x, ids, weights, a, c), reference.experts_mlp(x, ids, weights, b, d)) <= 2 * TWO_STEPS
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11])
+def test_a_row_does_not_depend_on_its_company(path, rows):
+    """Bit-equal alone and in a batch of up to 16 rows: what makes greedy decoding the same with and without drafts."""
+    for weight_format, activations in FORMATS:
+        native, _ = both([random_part(weight_format, 70, 400)], activations)
+        x = torch.randn(16, 400).to(BF16)
+        assert torch.equal(cpu.linear(x, native)[:rows], cpu.linear(x[:rows], native))
+        gate_up, _ = both([random_part(weight_format, 48, 400, 4) for _ in range(2)], activations)
+        down, _ = both([random_part(weight_format, 400, 48, 4)], activations)
+        ids, weights = torch.randint(0, 4, (16, 2)), torch.rand(16, 2)
+        whole = cpu.experts_mlp(x, ids, weights, gate_up, down)
+        assert torch.equal(whole[:rows], cpu.experts_mlp(x[:rows], ids[:rows], weights[:rows], gate_up, down))
+
+
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("queries", "contexts", "heads", "latent", "rope"),
+    [
+        ((1,), (1,), 4, 32, 16),
+        ((1, 1, 1), (5, 32, 513), 3, 64, 8),
+        ((4, 1, 2), (9, 1600, 2), 16, 512, 64),
+        ((2, 3), (1025, 700), 5, 40, 10),  # latent no multiple of a vector
+    ],
+)
+def test_absorbed_attention(path, cache_dtype, queries, contexts, heads, latent, rope):
+    arguments, _ = attention_case(cache_dtype, queries, contexts, heads, latent, rope)
+    expected = reference.absorbed_attention(*arguments)
+    assert error(cpu.absorbed_attention(*arguments), expected) <= 2 * TWO_STEPS  # probabilities are BF16 as well
+
+
+def attention_case(cache_dtype, queries, contexts, heads, latent, rope, block=16):
+    blocks_each = [-(-context // block) for context in contexts]
+    total = sum(blocks_each) + 1
+    cache = torch.randn(total, block, latent + rope).to(cache_dtype)
+    order = torch.randperm(total).tolist()
+    poison = cache.view(torch.uint8) if cache_dtype == torch.float8_e4m3fn else cache
+    nan = 127 if cache_dtype == torch.float8_e4m3fn else float("nan")
+    tables = torch.full((len(contexts), max(blocks_each) + 1), order[-1])
+    for row, (count, context) in enumerate(zip(blocks_each, contexts, strict=True)):
+        mine = [order.pop(0) for _ in range(count)]
+        tables[row, :count] = torch.tensor(mine)
+        if context % block:
+            poison[mine[-1], context % block :] = nan
+    poison[order[-1]] = nan
+    q = torch.randn(sum(queries), heads, latent + rope).to(BF16)
+    arguments = (
+        q[..., :latent],
+        q[..., latent:],
+        cache,
+        tables,
+        torch.tensor([0, *queries]).cumsum(0),
+        torch.tensor(contexts),
+        max(queries),
+        max(contexts),
+        (latent + rope) ** -0.5,
+    )
+    return arguments, q
+
+
+def test_attention_of_a_query_ignores_drafts_behind_it_and_other_requests(path):
+    arguments, q = attention_case(BF16, (4, 2), (600, 70), 8, 64, 16)
+    whole = cpu.absorbed_attention(*arguments)
+    _, _, cache, tables, _, _, _, _, scale = arguments
+    for row, context in enumerate((597, 598, 599, 600)):
+        one = q[row : row + 1]
+        alone = cpu.absorbed_attention(
+            one[..., :64],
+            one[..., 64:],
+            cache,
+            tables[:1],
+            torch.tensor([0, 1]),
+            torch.tensor([context]),
+            1,
+            context,
+            scale,
+        )
+        assert torch.equal(whole[row : row + 1], alone)
+
+
+def test_small_operations(path):
+    for shape in ((3, 7), (1, 128), (40, 1536), (2, 3, 24)):
+        x, weight = torch.randn(shape).to(BF16), torch.randn(shape[-1]).to(BF16)
+        assert error(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) <= TWO_STEPS
+    wide = torch.randn(5, 90).to(BF16)
+    assert (
+        error(
+            cpu.rms_norm(wide[:, 3:53], weight[:1].expand(50).contiguous(), 1e-6),
+            reference.rms_norm(wide[:, 3:53], weight[:1].expand(50), 1e-6),
+        )
+        <= TWO_STEPS
+    )
+    x, angle = torch.randn(6, 5, 40).to(BF16), torch.randn(6, 8)
+    cut = x[..., 20:36]
+    assert (
+        error(cpu.rotary(cut, angle.cos(), angle.sin()), reference.rotary(cut, angle.cos(), angle.sin())) <= TWO_STEPS
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "groups", "kept"), [(16, 4, 8, 4), (256, 8, 8, 4), (10, 3, 1, 1), (12, 12, 3, 3)]
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route(path, experts, k, groups, kept, normalize):
+    logits, bias = torch.randn(33, experts) * 3, torch.randn(experts) * 0.1
+    ids, weights = cpu.route(logits, bias, k, groups, kept, normalize, 2.5)
+    expected_ids, expected_weights = reference.route(logits, bias, k, groups, kept, normalize, 2.5)
+    order, expected_order = ids.argsort(-1), expected_ids.argsort(-1)
+    assert torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order))
+    assert (weights.gather(1, order) - expected_weights.gather(1, expected_order)).abs().max() < 1e-5
+
+
+def test_what_has_no_kernel_is_decoded():
+    part = random_part(WeightFormat.NVFP4, 8, 32)
+    assert ops.prepare([part], torch.device("cpu"), torch.float32).backend is decoded
+    codes, scale = fp8_block.quantize(torch.randn(128, 128))
+    cut = WeightTensors(
+        WeightFormat.FP8_BLOCK, codes[:, :16], scale.repeat_interleave(8, 1)[:, :1], fp8_block=(128, 16)
+    )
+    prepared = ops.prepare([cut], torch.device("cpu"), BF16)
+    assert prepared.backend is decoded
+    assert ops.linear(torch.randn(2, 16).to(BF16), prepared).shape == (2, 128)
+
+
+def test_wrong_input_is_refused():
+    native, _ = both([random_part(WeightFormat.NVFP4, 8, 32)], "bf16")
+    with pytest.raises(ValueError, match="BF16"):
+        cpu.linear(torch.randn(2, 32), native)
+    with pytest.raises(ValueError, match="no kernel path"), cpu.use_path("sse9"):
+        pass
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9])
+@pytest.mark.parametrize(("nope", "latent", "v"), [(16, 32, 16), (128, 512, 128), (7, 40, 11)])
+def test_per_head_products(path, tokens, nope, latent, v):
+    q = torch.randn(tokens, 3, nope + 5).to(BF16)[..., :nope]
+    w_uk, w_uv = torch.randn(3, nope, latent).to(BF16), torch.randn(3, v, latent).to(BF16)
+    assert error(cpu.absorb(q, w_uk), reference.absorb(q, w_uk)) <= TWO_STEPS
+    attended = torch.randn(tokens, 3, latent).to(BF16)
+    values = cpu.values_from_latent(attended, w_uv)
+    assert error(values, reference.values_from_latent(attended, w_uv)) <= TWO_STEPS
+    assert torch.equal(values[:1], cpu.values_from_latent(attended[:1], w_uv))
+    assert torch.equal(cpu.absorb(q, w_uk)[:1], cpu.absorb(q[:1], w_uk))
+
+
+@pytest.mark.parametrize("weight_dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("rows", "out", "width"), [(0, 5, 8), (1, 1, 1), (3, 37, 259), (16, 256, 512), (30, 8, 64)])
+def test_plain_linear(path, weight_dtype, rows, out, width):
+    x, weight = torch.randn(rows, width + 3).to(BF16)[:, 3:], torch.randn(out, width, dtype=weight_dtype)
+    limit = TWO_STEPS if weight_dtype is BF16 else 1e-5
+    assert error(cpu.plain_linear(x, weight), reference.plain_linear(x, weight)) <= limit
+
+
+@pytest.mark.parametrize(("weight_format", "activations"), FORMATS[:3], ids=FORMAT_IDS[:3])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gated_mlp(path, weight_format, activations, rows):
+    (a, b), (c, d) = (
+        both([random_part(weight_format, out, width) for _ in range(parts)], activations)
+        for parts, out, width in ((2, 80, 272), (1, 272, 80))
+    )
+    x = torch.randn(rows, 272).to(BF16) * 0.1
+    assert error(cpu.gated_mlp(x, a, c), reference.gated_mlp(x, b, d)) <= 2 * TWO_STEPS
+
+
+def test_latent_entries(path):
+    kv, weight, angle = torch.randn(5, 56).to(BF16), torch.randn(40).to(BF16), torch.randn(5, 8)
+    arguments = (kv, weight, 1e-6, angle.cos(), angle.sin())
+    assert error(cpu.latent_entries(*arguments), reference.latent_entries(*arguments)) <= TWO_STEPS
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def test_store_entries(path, dtype):
+    entries = (torch.randn(7, 24) * 10.0 ** torch.randint(-5, 5, (7, 1))).to(BF16)
+    entries[0, :3] = torch.tensor([0.0, -0.0, 1e30])
+    slots = torch.randperm(32)[:7]
+    caches = [torch.zeros(4, 8, 24, dtype=torch.float32).to(dtype) for _ in range(2)]
+    cpu.store_entries(caches[0], slots, entries)
+    reference.store_entries(caches[1], slots, entries)
+    assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
