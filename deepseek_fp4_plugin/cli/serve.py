@@ -94,7 +94,6 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
       deepseek-fp4 serve r1_nano --mtp 3 --relaxed --reasoning_parser deepseek-r1-0528 --tool_parser deepseek_v3
     """
     from deepseek_fp4_plugin.serving.options import ServerOptions
-    from deepseek_fp4_plugin.serving.server import serve as run
 
     options = {name: flags[name] for name in _SERVER if flags[name] not in (None, ())}
     if chat_template is not None:
@@ -102,7 +101,10 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
     if api_key_file is not None:
         options["api_keys"] = _keys(api_key_file)
     engine = {name: flags[name] for name in _PARALLEL if flags[name] is not None}
-    return run(model, engine_config(model, flags, **engine), ServerOptions(**options))
+    chosen = engine_config(model, flags, **engine), ServerOptions(**options)
+    from deepseek_fp4_plugin.serving.server import serve as run  # torch comes with it: mistakes are told before
+
+    return run(model, *chosen)
 
 
 def _keys(path: Path) -> tuple[str, ...]:
