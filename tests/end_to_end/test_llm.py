@@ -243,4 +243,4 @@ def test_fp8_cache_changes_little(tiny_with_tokenizer):
     gaps = [
         abs(next(iter(a.values())).logprob - next(iter(b.values())).logprob) for a, b in zip(fp8, bf16, strict=True)
     ]
-    assert 0 < sum(gaps) / len(gaps) < 0.3  # a random model: chaotic, but no catastrophe
+    assert 0 < sum(gaps) / len(gaps) < 0.5  # a random model: chaotic, but no catastrophe
