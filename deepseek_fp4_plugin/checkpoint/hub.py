@@ -3,7 +3,6 @@
 import re
 import shutil
 from fnmatch import fnmatch
-from importlib.resources import files
 from pathlib import Path
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
@@ -15,7 +14,7 @@ _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*
 
 def embedded_folder() -> Path:
     """The folder of the embedded model inside the installed package."""
-    return Path(str(files("deepseek_fp4_plugin"))) / "assets" / EMBEDDED
+    return Path(__file__).parents[1] / "assets" / EMBEDDED
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:

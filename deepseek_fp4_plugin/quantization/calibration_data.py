@@ -8,7 +8,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +79,7 @@ def token_batches(samples: list[list[int]], max_tokens: int) -> Iterator[tuple[i
 
 
 def _builtin() -> Path:
-    return Path(str(files("deepseek_fp4_plugin"))) / "assets" / "calibration.txt"
+    return Path(__file__).parents[1] / "assets" / "calibration.txt"
 
 
 def _cnn_dailymail(samples: int, seed: int) -> Iterator[str]:
