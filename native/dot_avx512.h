@@ -507,6 +507,12 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
         const int64_t left = end - r, most = v.fp4 ? 4 : 6;
         const int64_t count = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         for (int64_t i = 0; i < count; i++) x[i] = rows.at(r + i) + at;
+        // The next rows are far away, and broadcasts of single pairs do not make the processor fetch them in time.
+        for (int64_t i = 0; i < most && r + count + i < end; i++)
+          for (int64_t c = 0; c < depth; c += CHUNK)
+            for (int64_t line = 0; line < rows.row_bytes; line += 64)
+              _mm_prefetch(
+                  reinterpret_cast<const char*>(rows.at(r + count + i) + at + c / CHUNK * rows.step + line), _MM_HINT_T0);
         for (int64_t t = 0; t < tiles; t++) {
           float* to = out + r * stride + t * TILE;
           const uint32_t* panel = halves + t * HALVES_PANEL;

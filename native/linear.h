@@ -7,7 +7,8 @@ constexpr int64_t WIDE = 256;   // of many rows
 inline int64_t tile_width(int64_t outputs, [[maybe_unused]] bool few, int threads, int64_t widest = STRIDE) {
   int64_t width = few ? STRIDE : widest;
   const int64_t narrowest = few ? 8 : STRIDE;
-  while (width > narrowest && ceil_div(outputs, width) < 4 * threads) width /= 2;
+  const int64_t enough = threads == 1 ? 1 : 4 * threads;
+  while (width > narrowest && ceil_div(outputs, width) < enough) width /= 2;
   return width;
 }
 
