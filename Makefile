@@ -26,6 +26,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "not proof"
 
 proof: $(VENV)/.test-installed
+	$(BIN)/pip install -q -e .[proof]
 	$(BIN)/python -m pytest -m proof
 
 lint: $(VENV)/.test-installed

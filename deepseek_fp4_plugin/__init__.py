@@ -1,6 +1,6 @@
 """DeepSeek-R1/V3 in NVFP4: FP8 checkpoint in, calibrated NVFP4 checkpoint out, text out.
 
-    from deepseek_fp4_plugin import LLM, SamplingParams
+from deepseek_fp4_plugin import LLM, SamplingParams
 """
 
 from importlib import import_module

@@ -1,5 +1,6 @@
 """Seeds for every test, and checkpoints made once a session."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 from tests.tiny import tiny_config, write_checkpoint
 from training.tokenizer import write_tokenizer
+
+# A runner started in a shell's background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

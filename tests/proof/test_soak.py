@@ -7,7 +7,9 @@ import random
 import psutil
 import pytest
 
+from deepseek_fp4_plugin.assets.held_out import load_held_out
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_fp4_plugin.tokenizer import Tokenizer
 from tests.end_to_end.test_engine_equalities import differing
 from tests.engine_core import make_engine, make_request, run_all
 
@@ -69,3 +71,45 @@ def test_ten_thousand_requests(tiny_fp8):
         f"{stats.cached_prompt_tokens} of {stats.prompt_tokens} prompt tokens reused, "
         f"memory {memory[0]:.0f} to {memory[-1]:.0f} MiB, {excused} of {total} tokens were near ties"
     )
+
+
+@pytest.mark.proof
+def test_two_hundred_on_r1_nano():
+    """Real answers, three drafts, a cache for a quarter of them: all finish, and a sample equals its solo runs."""
+    model = DeepseekV3ForCausalLM.from_pretrained("r1_nano", dtype="float32")
+    tokenizer = Tokenizer.from_folder(model.path)
+    prompts = {
+        i: tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for i, p in enumerate(load_held_out()[:200])
+    }
+    rng = random.Random(0)
+
+    def request(i: int):
+        made = make_request(i, prompts[i], 96)
+        made.stopping.stop_ids = made.stopping.eos_ids = frozenset({1})
+        return made
+
+    engine = make_engine(model, drafts=3, blocks=100, block_size=16, batch=32)
+    live = {i: request(i) for i in prompts}
+    outputs: dict[int, list[int]] = {i: [] for i in prompts}
+    aborted = set()
+    for made in live.values():
+        engine.add(made)
+    while engine.scheduler.has_work:
+        for emission in engine.step():
+            outputs[emission.request.request_id] += emission.tokens
+            if emission.finish_reason:
+                del live[emission.request.request_id]
+        if live and rng.random() < 0.1:
+            number = rng.choice(list(live))
+            engine.abort(live.pop(number))
+            aborted.add(number)
+        engine.scheduler.blocks.check([made.blocks for made in engine.scheduler.running])
+    engine.scheduler.blocks.check([])
+    assert not live
+    assert engine.stats().preemptions > 0
+    excused = 0
+    for i in [i for i in range(0, 200, 20) if i not in aborted]:
+        alone = run_all(make_engine(model, block_size=16, reuse=False), [request(i)])[i]
+        excused += differing(model, prompts[i], alone, outputs[i])
+    assert excused == 0
+    print(f"200 requests, {len(aborted)} aborted, {engine.stats().preemptions} preemptions")
