@@ -1,11 +1,14 @@
 // y = x W^T, rounded to BF16 once.
 
-constexpr int64_t STRIDE = 64;  // of a result tile's rows
+constexpr int64_t STRIDE = 64;  // of a result tile's rows, and the most outputs a task of few rows computes
+constexpr int64_t WIDE = 256;   // of many rows
 
-// Outputs a task computes: at most STRIDE, and little enough that all threads get some. A panel is always whole.
-inline int64_t tile_width(int64_t outputs, [[maybe_unused]] bool few, int threads) {
-  int64_t width = STRIDE;
-  while (few && width > 8 && ceil_div(outputs, width) < 4 * threads) width /= 2;
+// Outputs a task computes: little enough that all threads get some. Panels are always whole.
+inline int64_t tile_width(int64_t outputs, [[maybe_unused]] bool few, int threads, int64_t widest = STRIDE) {
+  int64_t width = few ? STRIDE : widest;
+  const int64_t narrowest = few ? 8 : STRIDE;
+  const int64_t enough = threads == 1 ? 1 : 4 * threads;
+  while (width > narrowest && ceil_div(outputs, width) < enough) width /= 2;
   return width;
 }
 
@@ -13,23 +16,29 @@ inline int64_t tile_width(int64_t outputs, [[maybe_unused]] bool few, int thread
 inline Rows prepare_rows(
     const uint16_t* x, int64_t x_stride, int64_t count, const Weight& weight, Layout layout, void* memory, int threads) {
   const Rows rows = rows_in(static_cast<uint8_t*>(memory), layout, count);
-  const int64_t chunks = ceil_div(weight.in, CHUNK), batch = 32;  // chunks a task: about a microsecond
-  parallel(threads, ceil_div(count * chunks, batch), [&](int64_t item) {
-    for (int64_t i = item * batch; i < (item + 1) * batch && i < count * chunks; i++) {
-      const int64_t r = i / chunks, c = i % chunks, left = weight.in - c * CHUNK;
-      prepare_chunk(
-          x + r * x_stride + c * CHUNK, left < CHUNK ? left : CHUNK, weight, layout, rows.at(r) + c * rows.step);
-    }
+  // A task copies a block of rows and chunks that lie together on both sides: about a microsecond.
+  const int64_t chunks = ceil_div(weight.in, CHUNK), tall = count < 16 ? count : 16, wide = count < 4 ? 32 : 8;
+  const int64_t across = ceil_div(chunks, wide);
+  parallel(threads, count ? ceil_div(count, tall) * across : 0, [&](int64_t item) {
+    const int64_t r0 = item / across * tall, c0 = item % across * wide;
+    for (int64_t c = c0; c < c0 + wide && c < chunks; c++)
+      for (int64_t r = r0; r < r0 + tall && r < count; r++) {
+        const int64_t left = weight.in - c * CHUNK;
+        prepare_chunk(
+            x + r * x_stride + c * CHUNK, left < CHUNK ? left : CHUNK, weight, layout, rows.at(r) + c * rows.step);
+      }
   });
   return rows;
 }
 
-// out[r * STRIDE + o - first]
-inline void tile(const View& v, int64_t first, int64_t last, const Rows& rows, [[maybe_unused]] bool few, float* out) {
+// out[r * stride + o - first]
+inline void tile(
+    const View& v, int64_t first, int64_t last, const Rows& rows, [[maybe_unused]] bool few, float* out,
+    int64_t stride = STRIDE) {
 #if defined(__AVX512BF16__)
-  if (!few) return panel_product(v, first, last, rows, out);
+  if (!few) return panel_product(v, first, last, rows, out, stride);
 #endif
-  dot_product(v, first, last, rows, out, STRIDE);
+  dot_product(v, first, last, rows, out, stride);
 }
 
 inline bool are_few([[maybe_unused]] int64_t rows) {
@@ -51,13 +60,13 @@ inline void linear(const LinearArgs& a) {
   int64_t begin = 0;
   for (int part = 0; part < weight.parts; part++) {
     const View v = view_of(weight, part, a.expert);
-    const int64_t width = tile_width(v.out, few, threads);
+    const int64_t width = tile_width(v.out, few, threads, WIDE), stride = width < STRIDE ? STRIDE : width;
     parallel(threads, ceil_div(v.out, width), [&](int64_t item) {
-      float* result = static_cast<float*>(scratch(SCRATCH_TILE, rows.count * STRIDE * 4));
+      float* result = static_cast<float*>(scratch(SCRATCH_TILE, rows.count * stride * 4));
       const int64_t first = item * width, last = first + width < v.out ? first + width : v.out;
-      tile(v, first, last, rows, few, result);
+      tile(v, first, last, rows, few, result, stride);
       for (int64_t r = 0; r < rows.count; r++)
-        round_row(result + r * STRIDE, last - first, a.y + r * weight.out + begin + first);
+        round_row(result + r * stride, last - first, a.y + r * weight.out + begin + first);
     });
     begin += v.out;
   }

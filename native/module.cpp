@@ -89,6 +89,7 @@ Weight make_weight(
 
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::set_leak_warnings(false);  // weights that live until the interpreter ends are no leak
 
   nb::class_<Weight>(m, "Weight");
   m.def("weight", make_weight);

@@ -1,0 +1,272 @@
+"""Every CPU operation against this machine's memory and arithmetic, torch's BF16 product and the reference.
+
+    python benchmarks/kernels.py [--json FILE] [--only NAME ...] [--repeats 15] [--threads N]
+
+The roof of a row is the larger of two times: its bytes at the read bandwidth, its operations at the rate of torch's
+BF16 product of 2048 x 2048 x 2048. Both are measured in between the operations' turns, and all sides of a group take
+turns, so that a busy machine slows all of them; medians are printed. Weights rotate over at least 512 MB, and the
+bandwidth is that of reading as much: no cache helps.
+
+groups: products, experts, attention, small, threads
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import cpu, decoded, reference
+from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
+
+ROTATED = 512 << 20  # bytes
+BF16 = torch.bfloat16
+SHAPES = ((7168, 7168), (2048, 7168), (7168, 2048))  # out, in: a square one, and the two of R1's experts
+FP4_SCALE = torch.tensor(2e-3)
+
+
+@dataclass
+class Row:
+    operation: str
+    shape: str
+    rows: int
+    seconds: float
+    bytes: int
+    flops: int
+    fraction_of_roof: float
+    threads: int
+
+
+@dataclass
+class Case:
+    """One side of a group. call() does the operation once, with the next of its weights."""
+
+    operation: str
+    shape: str
+    rows: int
+    bytes: int
+    flops: int
+    call: Callable[[], object]
+    slow: bool = False  # measured twice only
+
+
+class Machine:
+    """The two roofs, measured between other things."""
+
+    def __init__(self) -> None:
+        self.memory = torch.ones(ROTATED, dtype=torch.uint8)
+        self.left, self.right = torch.randn(2048, 2048).to(BF16), torch.randn(2048, 2048).to(BF16)
+        self.bandwidths: list[float] = []
+        self.rates: list[float] = []
+
+    def measure(self, threads: int) -> None:
+        seconds = timed(lambda: native.read(self.memory.data_ptr(), ROTATED, threads), 1)
+        self.bandwidths.append(ROTATED / seconds)
+        self.rates.append(2 * 2048**3 / timed(lambda: self.left @ self.right, 1))
+
+
+def timed(call: Callable[[], object], times: int) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times
+
+
+def run_group(cases: list[Case], repeats: int, threads: int) -> list[Row]:
+    machine = Machine()
+    torch.set_num_threads(threads)
+    seconds: list[list[float]] = [[] for _ in cases]
+    times = [max(1, int(4e-3 / max(timed(case.call, 1), 1e-7))) for case in cases]
+    for turn in range(repeats):
+        machine.measure(threads)
+        for index, case in enumerate(cases):
+            if turn < 2 or not case.slow:
+                seconds[index].append(timed(case.call, times[index]))
+    bandwidth, rate = statistics.median(machine.bandwidths), statistics.median(machine.rates)
+    print(f"\nread bandwidth {bandwidth / 1e9:.1f} GB/s, torch BF16 {rate / 1e9:.0f} GFLOP/s, {threads} threads")
+    print(f"{'operation':<22}{'shape':<22}{'rows':>5}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of roof':>9}")
+    rows = []
+    for case, own in zip(cases, seconds, strict=True):
+        median = statistics.median(own)
+        roof = max(case.bytes / bandwidth, case.flops / rate)
+        row = Row(case.operation, case.shape, case.rows, median, case.bytes, case.flops, roof / median, threads)
+        rows.append(row)
+        print(
+            f"{row.operation:<22}{row.shape:<22}{row.rows:>5}{median * 1e3:>10.3f}{case.bytes / median / 1e9:>8.1f}"
+            f"{case.flops / median / 1e9:>9.0f}{row.fraction_of_roof:>9.2f}",
+            flush=True,
+        )
+    return rows
+
+
+def random_weight(weight_format: WeightFormat, *shape: int) -> WeightTensors:
+    """Random bytes with plausible scales; one projection, or a stack of them."""
+    *lead, out, width = shape
+    if weight_format is WeightFormat.PLAIN:
+        return WeightTensors(
+            weight_format, torch.randn(1 << 16).to(BF16).repeat(-(-out * width >> 16))[: out * width].view(out, width)
+        )
+    if weight_format is WeightFormat.FP8_BLOCK:
+        codes = torch.randint(0, 120, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        return WeightTensors(weight_format, codes, torch.rand(*lead, -(-out // 128), -(-width // 128)))
+    packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
+    scale = torch.randint(40, 90, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return WeightTensors(weight_format, packed, scale, torch.full(lead, 1e-2), FP4_SCALE)
+
+
+def weight_bytes(part: WeightTensors) -> int:
+    scale = 0 if part.scale is None else part.scale.numel() * part.scale.element_size()
+    return part.weight.numel() * part.weight.element_size() + scale
+
+
+def rotating(parts: list[WeightTensors], backend, activations="bf16") -> Iterator[PreparedWeight]:
+    scale = FP4_SCALE if activations == "fp4" else None
+    return itertools.cycle([backend.prepare([part], BF16, activations, scale) for part in parts])
+
+
+def products(shape: tuple[int, int]) -> list[Case]:
+    out, width = shape
+    cases: list[Case] = []
+
+    def weights(weight_format: WeightFormat) -> list[WeightTensors]:
+        first = random_weight(weight_format, out, width)
+        return [first] + [random_weight(weight_format, out, width) for _ in range(ROTATED // weight_bytes(first))]
+
+    def add(name: str, rows: int, part: WeightTensors, call: Callable[[Tensor], object], slow: bool = False) -> None:
+        x = torch.randn(rows, width).to(BF16)
+        moved = weight_bytes(part) + 2 * rows * (out + width)
+        flops = 2 * rows * out * width
+        cases.append(Case(name, f"{out} x {width}", rows, moved, flops, lambda: call(x), slow))
+
+    nvfp4, fp8, plain = (weights(f) for f in (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK, WeightFormat.PLAIN))
+    w4a16, w4a4 = rotating(nvfp4, cpu), rotating(nvfp4, cpu, "fp4")
+    w8a16, law = rotating(fp8, cpu), rotating(nvfp4, reference)
+    bf16 = itertools.cycle([part.weight for part in plain])
+    for rows in (1, 2, 4, 8, 16, 64, 512):
+        add("w4a16", rows, nvfp4[0], lambda x: cpu.linear(x, next(w4a16)))
+        add("w4a4", rows, nvfp4[0], lambda x: cpu.linear(x, next(w4a4)))
+        add("w8a16", rows, fp8[0], lambda x: cpu.linear(x, next(w8a16)))
+        add("torch bf16", rows, plain[0], lambda x: torch.nn.functional.linear(x, next(bf16)))
+    add("reference w4a16", 1, nvfp4[0], lambda x: reference.linear(x, next(law)), slow=True)
+    return cases
+
+
+def experts() -> list[Case]:
+    """R1's experts, 24 of them (600 MB), 8 a token."""
+    count, hidden, inner, k = 24, 7168, 2048, 8
+    parts = [
+        random_weight(WeightFormat.NVFP4, count, *shape)
+        for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+    ]
+    each = sum(weight_bytes(part) for part in parts) // count
+    cases = []
+    for tokens in (1, 4, 64):
+        choices = [torch.stack([torch.randperm(count)[:k] for _ in range(tokens)]) for _ in range(16)]
+        ids = itertools.cycle(choices)
+        active = round(sum(len(choice.unique()) for choice in choices) / len(choices))
+        weights, x = torch.rand(tokens, k), torch.randn(tokens, hidden).to(BF16)
+        flops = 2 * 3 * tokens * k * hidden * inner
+        for name, activations in (("experts w4a16", "bf16"), ("experts w4a4", "fp4")):
+            scale = FP4_SCALE if activations == "fp4" else None
+            gate_up = cpu.prepare(parts[:2], BF16, activations, scale)
+            down = cpu.prepare(parts[2:], BF16, activations, scale)
+
+            def fused(x=x, weights=weights, ids=ids, gate_up=gate_up, down=down):
+                return cpu.experts_mlp(x, next(ids), weights, gate_up, down)
+
+            def looped(x=x, weights=weights, ids=ids, gate_up=gate_up, down=down):
+                return reference.experts_mlp(x, next(ids), weights, gate_up, down)
+
+            shape = f"{k} of {count}, {inner} x {hidden}"
+            cases.append(Case(name, shape, tokens, active * each, flops, fused))
+            if activations == "bf16":
+                cases.append(Case("the same, one by one", shape, tokens, active * each, flops, looped))
+    return cases
+
+
+def attention() -> list[Case]:
+    """R1's 128 heads over caches of one layer; the caches rotate where they are small."""
+    heads, latent, rope, block = 128, 512, 64, 32
+    cases = []
+    for dtype, name in ((BF16, "bf16"), (torch.float8_e4m3fn, "fp8")):
+        for context in (512, 4096, 32768):
+            blocks = context // block
+            size = context * (latent + rope) * dtype.itemsize
+            copies = max(1, ROTATED // 4 // size)
+            cache = torch.randn(blocks, block, latent + rope).to(dtype).repeat(copies, 1, 1)
+            tables = itertools.cycle([torch.arange(i * blocks, (i + 1) * blocks).unsqueeze(0) for i in range(copies)])
+            for rows in (1, 4):
+                q = torch.randn(rows, heads, latent + rope).to(BF16)
+                lens, start = torch.tensor([context]), torch.tensor([0, rows])
+
+                def attend(
+                    backend, q=q, cache=cache, tables=tables, start=start, lens=lens, rows=rows, context=context
+                ):
+                    return backend.absorbed_attention(
+                        q[..., :latent], q[..., latent:], cache, next(tables), start, lens, rows, context, 0.07
+                    )
+
+                flops = 2 * rows * heads * context * (2 * latent + rope)
+                shape = f"context {context}"
+                cases.append(Case(f"mla {name}", shape, rows, size, flops, lambda f=attend: f(cpu)))
+                cases.append(Case(f"mla {name}, torch", shape, rows, size, flops, lambda f=attend: f(decoded), True))
+    return cases
+
+
+def small() -> list[Case]:
+    cases = []
+    for rows in (1, 16):
+        x, weight = torch.randn(rows, 7168).to(BF16), torch.ones(7168, dtype=BF16)
+        q, angle = torch.randn(rows, 128, 64).to(BF16), torch.randn(rows, 32)
+        logits, bias = torch.randn(rows, 256), torch.zeros(256)
+        sides = [
+            ("norm", "7168", 4 * x.numel(), lambda b, x=x, w=weight: b.rms_norm(x, w, 1e-6)),
+            ("rotary", "128 heads of 64", 4 * q.numel(), lambda b, q=q, a=angle: b.rotary(q, a, a)),
+            ("route", "8 of 256", 4 * logits.numel(), lambda b, x=logits, o=bias: b.route(x, o, 8, 8, 4, True, 2.5)),
+        ]
+        for name, shape, moved, call in sides:
+            cases.append(Case(name, shape, rows, moved, 0, lambda f=call: f(cpu)))
+            cases.append(Case(f"{name}, torch", shape, rows, moved, 0, lambda f=call: f(reference)))
+        cases.append(
+            Case("quantize", "7168", rows, 3 * x.numel(), 0, lambda x=x: cpu.quantize_activation(x, FP4_SCALE))
+        )
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", nargs="+", default=["products", "experts", "attention", "small", "threads"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    if not cpu.available():
+        raise SystemExit("the native CPU kernels are not built; reinstall the package with a C++17 compiler and cmake")
+    print(f"path {cpu.path()} of {', '.join(cpu.paths())}")
+    rows: list[Row] = []
+    with torch.inference_mode():
+        for name in options.only:
+            if name == "products":
+                for shape in SHAPES:
+                    rows += run_group(products(shape), options.repeats, options.threads)
+            elif name == "threads":
+                cases = [case for case in products(SHAPES[0]) if case.operation == "w4a16" and case.rows in (1, 4, 512)]
+                for threads in sorted({1, *(2**i for i in range(1, 8) if 2**i <= options.threads), options.threads}):
+                    rows += run_group(cases, options.repeats, threads)
+            else:
+                cases = {"experts": experts, "attention": attention, "small": small}[name]()
+                rows += run_group(cases, options.repeats, options.threads)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump([asdict(row) for row in rows], file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
