@@ -24,29 +24,44 @@ inline void weighted_sum(const float* p, const float* const* entry, int64_t keys
 
 #if defined(__AVX512BF16__)
 // The same for latent % 32 == 0, rows of p p_stride apart, BF16 entries and probabilities; keys even (the last may be a row of zeros).
+template <int M, int B>  // M rows, B vectors of 32 dimensions at a time: entries are read in pieces of 64 * B bytes
+inline void weighted_sum_block(
+    const uint16_t* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t d, int64_t latent,
+    float* total) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  __m512 low[M][B] = {}, high[M][B] = {};
+  for (int64_t key = 0; key < keys; key += 2) {
+    __m512i weight[M];
+    UNROLL for (int m = 0; m < M; m++) {
+      int32_t pair;
+      __builtin_memcpy(&pair, p + m * p_stride + key, 4);
+      weight[m] = _mm512_set1_epi32(pair);
+    }
+    UNROLL for (int i = 0; i < B; i++) {
+      __m512i a = _mm512_loadu_si512(entry[key] + d + i * 32), b = _mm512_loadu_si512(entry[key + 1] + d + i * 32);
+      __m512i pairs_low = _mm512_unpacklo_epi16(a, b), pairs_high = _mm512_unpackhi_epi16(a, b);
+      UNROLL for (int m = 0; m < M; m++) {
+        low[m][i] = dot(low[m][i], pairs_low, weight[m]);
+        high[m][i] = dot(high[m][i], pairs_high, weight[m]);
+      }
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++)
+    UNROLL for (int i = 0; i < B; i++) {
+      float* to = total + m * latent + d + i * 32;
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[m][i], first, high[m][i]));
+      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[m][i], second, high[m][i]));
+    }
+}
+
 template <int M>
 inline void weighted_sum_rows(
     const uint16_t* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t latent, float* total) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  for (int64_t d = 0; d < latent; d += 32) {
-    __m512 low[M] = {}, high[M] = {};
-    for (int64_t key = 0; key < keys; key += 2) {
-      __m512i a = _mm512_loadu_si512(entry[key] + d), b = _mm512_loadu_si512(entry[key + 1] + d);
-      __m512i pairs_low = _mm512_unpacklo_epi16(a, b), pairs_high = _mm512_unpackhi_epi16(a, b);
-      for (int m = 0; m < M; m++) {
-        int32_t pair;
-        __builtin_memcpy(&pair, p + m * p_stride + key, 4);
-        __m512i weight = _mm512_set1_epi32(pair);
-        low[m] = dot(low[m], pairs_low, weight);
-        high[m] = dot(high[m], pairs_high, weight);
-      }
-    }
-    for (int m = 0; m < M; m++) {
-      _mm512_storeu_ps(total + m * latent + d, _mm512_permutex2var_ps(low[m], first, high[m]));
-      _mm512_storeu_ps(total + m * latent + d + 16, _mm512_permutex2var_ps(low[m], second, high[m]));
-    }
-  }
+  constexpr int B = M >= 8 ? 1 : M >= 4 ? 2 : M >= 2 ? 4 : 8;
+  int64_t d = 0;
+  for (; d + 32 * B <= latent; d += 32 * B) weighted_sum_block<M, B>(p, p_stride, entry, keys, d, latent, total);
+  for (; d < latent; d += 32) weighted_sum_block<M, 1>(p, p_stride, entry, keys, d, latent, total);
 }
 #endif
 
