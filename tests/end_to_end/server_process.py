@@ -65,6 +65,13 @@ class Server:
             assert time.monotonic() < deadline, f"still busy: {gauges}"
             time.sleep(0.05)
 
+    def wait_until_waiting(self, requests: int, seconds: float = 20) -> None:
+        """Until that many requests stand in the engine's queue."""
+        deadline = time.monotonic() + seconds
+        while (waiting := self.gauges()["deepseek_fp4_num_requests_waiting"]) != requests:
+            assert time.monotonic() < deadline, f"{waiting:.0f} requests wait, not {requests}"
+            time.sleep(0.005)
+
     def gauges(self) -> dict[str, float]:
         """Every sample of /metrics, by name and labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()

@@ -2,6 +2,8 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -499,26 +501,28 @@ def test_cache_salt(server):
 
 @field("priority")
 def test_priority(server):
-    import threading
-
+    """With every slot taken and both kinds waiting, the high ones leave the queue first, though they came last."""
     finished = []
 
     def run(name, **fields):
-        ok(server.complete(ignore_eos=True, **fields))
+        ok(server.complete(ignore_eos=True, temperature=0, **fields))
         finished.append(name)
 
-    jobs = [("busy", {"max_tokens": 150})] * 4 + [("low", {"max_tokens": 40, "priority": -1})] * 4
-    jobs += [("high", {"max_tokens": 40, "priority": 1})] * 4
-    threads = []
-    for name, fields in jobs:
-        threads.append(threading.Thread(target=run, args=(name,), kwargs=fields))
-        threads[-1].start()
-        import time
-
-        time.sleep(0.03)
-    for thread in threads:
-        thread.join()
-    assert [name for name in finished if name != "busy"][:4] == ["high"] * 4
+    with ThreadPoolExecutor(8) as threads:
+        # Streams that nobody reads to the end keep the four slots until they are closed.
+        with ExitStack() as busy:
+            for _ in range(4):
+                body = {"model": server.name, "prompt": "abc", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+                stream = busy.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body))
+                next(stream.iter_lines())
+            low = [threads.submit(run, "low", max_tokens=200, priority=-1) for _ in range(4)]
+            server.wait_until_waiting(4)
+            high = [threads.submit(run, "high", max_tokens=40, priority=1) for _ in range(4)]
+            server.wait_until_waiting(8)
+        for job in low + high:
+            job.result()
+    assert finished[:4] == ["high"] * 4
+    assert finished[4:] == ["low"] * 4
 
 
 @field("user")
