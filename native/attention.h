@@ -4,6 +4,7 @@
 
 constexpr int64_t SPLIT = 512;
 constexpr int64_t ROW_GROUP = 64;
+constexpr int64_t ENTRIES_AHEAD = 8192;  // bytes to fetch ahead within a block
 constexpr int64_t PARTIAL_BYTES = int64_t{32} << 20;  // requests are taken in groups whose partial results fit
 
 // total[r * latent + d] = sum over keys of p[r * SPLIT + key] * entry[key][d]. Entries are FP32 here.
@@ -99,23 +100,35 @@ inline void soften(float* s, int64_t visible, int64_t keys, float scale, float* 
   *total = sum(sums);
 }
 
+// Entries as the products take them: E4M3 ones are decoded first where products take BF16.
+inline Format entry_format([[maybe_unused]] bool fp8) {
+#if defined(__AVX512BF16__)
+  return PLAIN;
+#else
+  return fp8 ? FP8_BLOCK : PLAIN;
+#endif
+}
+
 inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& piece, float* out, float* largest, float* total) {
   const int64_t width = a.latent + a.rope, padded = ceil_div(width, 128) * 128;
   const int64_t keys = piece.keys, even = (keys + 1) / 2 * 2;
   View v{};
-  v.format = a.fp8 ? FP8_BLOCK : PLAIN;
+  v.format = entry_format(a.fp8);
   v.in = width;
   v.out = a.block_size;
-  v.row_bytes = a.fp8 ? width : 2 * width;
+  v.row_bytes = v.format == FP8_BLOCK ? width : 2 * width;
   v.factor = 1.0f;
+  v.ahead = ENTRIES_AHEAD;
+  const int64_t cached_bytes = a.fp8 ? width : 2 * width;
   Rows rows = queries;
   rows.base += piece.row * rows.row_bytes;
   rows.count = piece.rows;
 
-  float* s = static_cast<float*>(scratch(SCRATCH_TILE, piece.rows * SPLIT * 6 + SPLIT * 8 + SPLIT * padded * 4));
+  float* s = static_cast<float*>(scratch(SCRATCH_TILE, piece.rows * SPLIT * 6 + SPLIT * 8 + SPLIT * padded * 6));
   uint16_t* p = reinterpret_cast<uint16_t*>(s + piece.rows * SPLIT);
   const void** entry = reinterpret_cast<const void**>(p + piece.rows * SPLIT);
-  uint8_t* decoded = reinterpret_cast<uint8_t*>(entry + SPLIT);
+  float* floats = reinterpret_cast<float*>(entry + SPLIT);
+  uint16_t* decoded = reinterpret_cast<uint16_t*>(floats + SPLIT * padded);
 
 #if defined(__AVX512BF16__)
   const bool halves = a.latent % 32 == 0;
@@ -126,26 +139,27 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
   for (int64_t key = 0; key < keys;) {
     const int64_t block = table[(piece.key + key) / a.block_size], at = (piece.key + key) % a.block_size;
     const int64_t count = a.block_size - at < keys - key ? a.block_size - at : keys - key;
-    v.values = a.cache + block * a.block_size * v.row_bytes;
-    dot_product(v, at, at + count, rows, s + key, SPLIT);
+    v.values = a.cache + (block * a.block_size + at) * cached_bytes;
+#if defined(__AVX512BF16__)
+    if (a.fp8) {
+      for (int64_t i = 0; i < count; i++) decode_e4m3(v.values + i * width, width, decoded + (key + i) * width);
+      v.values = reinterpret_cast<const uint8_t*>(decoded + key * width);
+    }
+#endif
+    dot_product(v, 0, count, rows, s + key, SPLIT);
     for (int64_t i = 0; i < count; i++) {
-      const uint8_t* from = v.values + (at + i) * v.row_bytes;
-      if (halves && !a.fp8) entry[key + i] = from;
-      else if (halves) {
-        uint16_t* to = reinterpret_cast<uint16_t*>(decoded) + (key + i) * padded;
-        for (int64_t d = 0; d < a.latent; d++) to[d] = to_bf16(from_e4m3(from[d]));
-        entry[key + i] = to;
-      } else {
-        float* to = reinterpret_cast<float*>(decoded) + (key + i) * padded;
-        for (int64_t d = 0; d < a.latent; d++)
-          to[d] = a.fp8 ? from_e4m3(from[d]) : from_bf16(reinterpret_cast<const uint16_t*>(from)[d]);
-        entry[key + i] = to;
-      }
+      const uint8_t* from = v.values + i * v.row_bytes;
+      entry[key + i] = from;
+      if (halves) continue;
+      float* to = floats + (key + i) * padded;
+      for (int64_t d = 0; d < a.latent; d++)
+        to[d] = v.format == FP8_BLOCK ? from_e4m3(from[d]) : from_bf16(reinterpret_cast<const uint16_t*>(from)[d]);
+      entry[key + i] = to;
     }
     key += count;
   }
   if (even > keys) {
-    uint8_t* zeros = decoded + (SPLIT - 1) * padded * 4;  // keys is odd, so the last entry is free
+    float* zeros = floats + (SPLIT - 1) * padded;  // keys is odd, so the last entry is free
     __builtin_memset(zeros, 0, padded * 4);
     entry[keys] = zeros;
   }
@@ -230,7 +244,7 @@ inline void attention_group(
 
 inline void attention(const AttentionArgs& a) {
   Weight entries{};
-  entries.format = a.fp8 ? FP8_BLOCK : PLAIN;
+  entries.format = entry_format(a.fp8);
   entries.in = a.latent + a.rope;
   const Layout layout = dot_layout(entries);
   const int64_t all = a.query_start[a.requests] * a.heads;

@@ -77,6 +77,21 @@ inline __m512i e4m3_high(const E4m3Tables& t, __m512i v) {
 }
 inline __m512i e4m3_low(const E4m3Tables& t, __m512i v) { return _mm512_permutex2var_epi8(t.low[0], v, t.low[1]); }
 
+// n values as BF16.
+inline void decode_e4m3(const uint8_t* from, int64_t n, uint16_t* to) {
+  const E4m3Tables tables = e4m3_tables();
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int64_t i = 0; i < n; i += 64) {
+    const __mmask64 mask = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(mask, from + i);
+    const __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
+    const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
+    _mm512_mask_storeu_epi16(to + i, static_cast<__mmask32>(mask), _mm512_permutex2var_epi64(a, first, b));
+    if (n - i > 32)
+      _mm512_mask_storeu_epi16(to + i + 32, static_cast<__mmask32>(mask >> 32), _mm512_permutex2var_epi64(a, second, b));
+  }
+}
+
 inline __m512 dot(__m512 total, __m512i a, __m512i b) { return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
 
 // dot() with its last operand in memory. Left to itself the compiler loads all rows' vectors first and then has no
@@ -98,78 +113,138 @@ inline __m512i code_dot_at(__m512i total, __m512i a, const uint8_t* p) {
 #endif
 }
 
-// ---- few rows ----
-
-// A step of NVFP4: 128 inputs. w: 64 bytes.  s: 8 block scales, each in two lanes.  x + at: the rows at this step.
-template <int R>
-inline void nvfp4_step(__m512i w, __m512 s, __m512i table, const uint8_t* const* x, int64_t at, __m512* total) {
-  __m512i d0 = _mm512_permutexvar_epi16(w, table);
-  __m512i d1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), table);
-  __m512i d2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), table);
-  __m512i d3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), table);
-  __m512 t[R] = {};
-  const __m512i d[4] = {d0, d1, d2, d3};
-  UNROLL for (int j = 0; j < 4; j++)
-    UNROLL for (int r = 0; r < R; r++) t[r] = dot_at(t[r], d[j], x[r] + at + j * 64);
-  UNROLL for (int r = 0; r < R; r++) total[r] = _mm512_fmadd_ps(t[r], s, total[r]);
+// A load that stays where it is written: hoisted ones would take the sums' registers.
+inline __m512i load_now(const uint8_t* p) {
+#if defined(__SANITIZE_ADDRESS__)
+  return _mm512_loadu_si512(p);
+#else
+  __m512i value;
+  asm("vmovdqu64 %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const uint8_t(*)[64]>(p)));
+  return value;
+#endif
 }
 
-template <int R>
-inline void fp4_step(__m512i w, __m512 s, __m512i table, const uint8_t* const* x, int64_t at, __m512* total) {
-  __m512i even = _mm512_permutexvar_epi8(w, table);
-  __m512i odd = _mm512_permutexvar_epi8(_mm512_srli_epi16(w, 4), table);
-  UNROLL
-  for (int r = 0; r < R; r++) {
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// Into the second cache, whose queue of requests to memory is longer than the first one's.
+inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+// ---- few rows ----
+
+// 256 inputs of O weight rows as they are read: the first and the second half of block b's 16 values in dword b, and
+// the blocks' scales.
+template <int O>
+struct Nvfp4Step {
+  __m512i halves[2][O];
+  __m512 scale[O];
+};
+
+template <int O>
+inline void set_step(Nvfp4Step<O>& step, int o, __m512i first, __m512i second, __m128i scales) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  step.halves[0][o] = _mm512_permutex2var_epi32(first, even, second);
+  step.halves[1][o] = _mm512_permutex2var_epi32(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
+  step.scale[o] = scales16(scales);
+}
+
+// x + at: R rows of activations at this step, which all O weight rows share.
+template <int O, int R>
+inline void nvfp4_step(const Nvfp4Step<O>& step, __m512i table, const uint8_t* const* x, int64_t at, __m512 (*total)[R]) {
+  __m512 t[O][R] = {};
+  UNROLL for (int j = 0; j < 8; j++) {
+    __m512i values[R];
+    if constexpr (O > 1)
+      UNROLL for (int r = 0; r < R; r++) values[r] = load_now(x[r] + at + j * 64);
+    UNROLL for (int o = 0; o < O; o++) {
+      const __m512i d = _mm512_permutexvar_epi16(_mm512_srli_epi16(step.halves[j / 4][o], j % 4 * 4), table);
+      UNROLL for (int r = 0; r < R; r++)
+        t[o][r] = O > 1 ? dot(t[o][r], d, values[r]) : dot_at(t[o][r], d, x[r] + at + j * 64);
+    }
+  }
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(t[o][r], step.scale[o], total[o][r]);
+}
+
+template <int O, int R>
+inline void fp4_step(const Nvfp4Step<O>& step, __m512i table, const uint8_t* const* x, int64_t at, __m512 (*total)[R]) {
+  __m512i d[4][O];
+  UNROLL for (int j = 0; j < 4; j++)
+    UNROLL for (int o = 0; o < O; o++)
+      d[j][o] = _mm512_permutexvar_epi8(_mm512_srli_epi16(step.halves[j / 2][o], j % 2 * 4), table);
+  UNROLL for (int r = 0; r < R; r++) {
     const uint8_t* p = x[r] + at;
     // (w + 12) x - 12 x: the unsigned operand needs the offset, the sums' start takes it out again.
-    __m512i t = code_dot_at(_mm512_loadu_si512(p + CODES_HALF_SUM), even, p);
-    t = code_dot_at(t, odd, p + 64);
-    __m512 scale = _mm512_mul_ps(s, _mm512_loadu_ps(p + CODES_SCALE));
-    total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), scale, total[r]);
+    __m512i t[O];
+    UNROLL for (int o = 0; o < O; o++) t[o] = load_now(p + CODES_SUM);
+    UNROLL for (int j = 0; j < 4; j++)
+      UNROLL for (int o = 0; o < O; o++) t[o] = code_dot_at(t[o], d[j][o], p + j * 64);
+    UNROLL for (int o = 0; o < O; o++) {
+      const __m512 scale = _mm512_mul_ps(step.scale[o], _mm512_loadu_ps(p + CODES_SCALE));
+      total[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t[o]), scale, total[o][r]);
+    }
   }
 }
 
+constexpr int64_t GROUP = 8;   // outputs that take turns at a block of inputs
+
+// Inputs of chunks [begin, end), and the sums of earlier ones: sums[o * FEW_ROWS + r].
+struct Part256 {
+  int64_t begin, end;
+  __m512* sums;
+};
+
 // O weight rows from `row` on, times R rows of activations: out[r * stride + o].
 template <int O, int R, bool FP4>
-inline void nvfp4_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
+inline void nvfp4_dots(
+    const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, const Part256& part, float* out,
+    int64_t stride) {
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
-  const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  const uint8_t* w = v.values + row * v.row_bytes;
+  const uint8_t* values = v.values + row * v.row_bytes;
   const uint8_t* scale = v.scale + row * v.scale_cols;
   __m512 total[O][R] = {};
-  auto step = [&](__m512i values, __m512 s, int64_t chunk, __m512* sums) {
-    if constexpr (FP4) fp4_step<R>(values, s, table, x, chunk * x_step, sums);
-    else nvfp4_step<R>(values, s, table, x, chunk * x_step, sums);
+  if (part.begin > 0)
+    UNROLL for (int o = 0; o < O; o++)
+      UNROLL for (int r = 0; r < R; r++) total[o][r] = part.sums[o * FEW_ROWS + r];
+  Nvfp4Step<O> step;
+  auto multiply = [&](int64_t chunk) {
+    if constexpr (FP4) fp4_step<O, R>(step, table, x, chunk * x_step, total);
+    else nvfp4_step<O, R>(step, table, x, chunk * x_step, total);
   };
-  int64_t chunk = 0, whole = v.in / 256 * 2;
-  for (; chunk < whole; chunk += 2)
-    UNROLL
-    for (int o = 0; o < O; o++) {
-      const uint8_t* p = w + o * v.row_bytes + chunk * 64;
-      _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(p + 2112), _MM_HINT_T0);
-      __m512 s = scales16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + o * v.scale_cols + chunk * 8)));
-      step(_mm512_loadu_si512(p), _mm512_permutexvar_ps(first, s), chunk, total[o]);
-      step(_mm512_loadu_si512(p + 64), _mm512_permutexvar_ps(second, s), chunk + 1, total[o]);
+  int64_t chunk = part.begin;
+  for (const int64_t whole = part.end * CHUNK <= v.in ? part.end : part.end - 1; chunk < whole; chunk++) {
+    UNROLL for (int o = 0; o < O; o++) {
+      const uint8_t* p = values + o * v.row_bytes + chunk * 128;
+      const uint8_t* s = scale + o * v.scale_cols + chunk * 16;
+      fetch(p + v.ahead);
+      fetch(p + v.ahead + 64);
+      if (chunk % 4 == 0) fetch(s + v.ahead / 8);
+      set_step(step, o, _mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm_loadu_si128(reinterpret_cast<const __m128i*>(s)));
     }
-  if (int64_t rest = v.in - chunk * 128; rest > 0)
-    UNROLL
-    for (int o = 0; o < O; o++) {
-      const uint8_t* p = w + o * v.row_bytes + chunk * 64;
-      uint64_t bytes = rest / 2;
-      __mmask64 low = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
-      __mmask64 high = bytes <= 64 ? 0 : (1ull << (bytes - 64)) - 1;
-      __mmask16 blocks = static_cast<__mmask16>((1u << (rest / 16)) - 1);
-      __m512 s = scales16(_mm_maskz_loadu_epi8(blocks, scale + o * v.scale_cols + chunk * 8));
-      step(_mm512_maskz_loadu_epi8(low, p), _mm512_permutexvar_ps(first, s), chunk, total[o]);
-      if (high) step(_mm512_maskz_loadu_epi8(high, p + 64), _mm512_permutexvar_ps(second, s), chunk + 1, total[o]);
+    multiply(chunk);
+  }
+  if (chunk < part.end) {
+    const int64_t rest = v.in - chunk * CHUNK, bytes = rest / 2;
+    const __mmask64 low = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+    const __mmask64 high = bytes <= 64 ? 0 : (1ull << (bytes - 64)) - 1;
+    const __mmask16 blocks = static_cast<__mmask16>((1u << (rest / 16)) - 1);
+    UNROLL for (int o = 0; o < O; o++) {
+      const uint8_t* p = values + o * v.row_bytes + chunk * 128;
+      const __m128i s = _mm_maskz_loadu_epi8(blocks, scale + o * v.scale_cols + chunk * 16);
+      set_step(step, o, _mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64), s);
     }
+    multiply(chunk);
+  }
+  if (part.end * CHUNK < v.in) {
+    UNROLL for (int o = 0; o < O; o++)
+      UNROLL for (int r = 0; r < R; r++) part.sums[o * FEW_ROWS + r] = total[o][r];
+    return;
+  }
   const float factor = v.factor * SCALE_SHIFT * (FP4 ? 0.25f : 1.0f);
-  UNROLL
-  for (int o = 0; o < O; o++)
-    UNROLL
-    for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * factor;
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * factor;
 }
 
 template <int O, int R>
@@ -180,32 +255,32 @@ inline void fp8_dots(const View& v, int64_t row, const uint8_t* const* x, int64_
   __m512 total[O][R] = {};
   for (int64_t c = 0; c < v.in; c += width) {
     const int64_t stop = c + width < v.in ? c + width : v.in;
-    UNROLL
-    for (int o = 0; o < O; o++) {
-      __m512 part[R] = {};
-      for (int64_t k = c; k < stop; k += 64) {
+    __m512 part[O][R] = {};
+    for (int64_t k = c; k < stop; k += 64) {
+      const int64_t at = k / CHUNK * x_step + k % CHUNK * 2;
+      const __mmask64 mask = stop - k >= 64 ? ~0ull : (1ull << (stop - k)) - 1;
+      __m512i d[2][O];
+      UNROLL for (int o = 0; o < O; o++) {
         const uint8_t* p = w + o * v.row_bytes + k;
-        const int64_t at = k / CHUNK * x_step + k % CHUNK * 2;
-        __mmask64 mask = stop - k >= 64 ? ~0ull : (1ull << (stop - k)) - 1;
-        __m512i bytes = _mm512_maskz_loadu_epi8(mask, p);
-        _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
-        __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
-        __m512i d0 = _mm512_unpacklo_epi8(low, high), d1 = _mm512_unpackhi_epi8(low, high);
-        UNROLL
-        for (int r = 0; r < R; r++) {
-          part[r] = dot_at(part[r], d0, x[r] + at);
-          part[r] = dot_at(part[r], d1, x[r] + at + 64);
-        }
+        fetch(p + v.ahead);
+        const __m512i bytes = _mm512_maskz_loadu_epi8(mask, p);
+        const __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
+        d[0][o] = _mm512_unpacklo_epi8(low, high);
+        d[1][o] = _mm512_unpackhi_epi8(low, high);
       }
-      __m512 s = _mm512_set1_ps(block_scale(v, row + o, c / width));
-      UNROLL
-      for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(part[r], s, total[o][r]);
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < 2; j++) {
+          const __m512i values = load_now(x[r] + at + j * 64);
+          UNROLL for (int o = 0; o < O; o++) part[o][r] = dot(part[o][r], d[j][o], values);
+        }
+    }
+    UNROLL for (int o = 0; o < O; o++) {
+      const __m512 s = _mm512_set1_ps(block_scale(v, row + o, c / width));
+      UNROLL for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(part[o][r], s, total[o][r]);
     }
   }
-  UNROLL
-  for (int o = 0; o < O; o++)
-    UNROLL
-    for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
 }
 
 template <int O, int R>
@@ -213,51 +288,93 @@ inline void plain_dots(const View& v, int64_t row, const uint8_t* const* x, int6
   const uint8_t* w = v.values + row * v.row_bytes;
   __m512 total[O][R] = {};
   for (int64_t k = 0; k < v.in; k += 32) {
-    __mmask32 mask = v.in - k >= 32 ? ~0u : (1u << (v.in - k)) - 1;
-    UNROLL
-    for (int o = 0; o < O; o++) {
+    const __mmask32 mask = v.in - k >= 32 ? ~0u : (1u << (v.in - k)) - 1;
+    const int64_t at = k / CHUNK * x_step + k % CHUNK * 2;
+    __m512i d[O];
+    UNROLL for (int o = 0; o < O; o++) {
       const uint8_t* p = w + o * v.row_bytes + k * 2;
-      const int64_t at = k / CHUNK * x_step + k % CHUNK * 2;
-      __m512i d = _mm512_maskz_loadu_epi16(mask, p);
-      _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
-      UNROLL
-      for (int r = 0; r < R; r++) total[o][r] = dot_at(total[o][r], d, x[r] + at);
+      fetch(p + v.ahead);
+      d[o] = _mm512_maskz_loadu_epi16(mask, p);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      const __m512i values = load_now(x[r] + at);
+      UNROLL for (int o = 0; o < O; o++) total[o][r] = dot(total[o][r], d[o], values);
     }
   }
-  UNROLL
-  for (int o = 0; o < O; o++)
-    UNROLL
-    for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
+  UNROLL for (int o = 0; o < O; o++)
+    UNROLL for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
 }
 
-template <int O, int R>
-inline void dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
-  if (v.format == NVFP4 && v.fp4) nvfp4_dots<O, R, true>(v, row, x, x_step, out, stride);
-  else if (v.format == NVFP4) nvfp4_dots<O, R, false>(v, row, x, x_step, out, stride);
-  else if (v.format == FP8_BLOCK) fp8_dots<O, R>(v, row, x, x_step, out, stride);
-  else plain_dots<O, R>(v, row, x, x_step, out, stride);
-}
-
-template <int O>
-inline void dots_of_rows(const View& v, int64_t row, const Rows& rows, float* out, int64_t stride) {
+// O outputs by all rows, as many of them at once as the registers hold sums for.
+template <int O, int MOST, Format FORMAT, bool FP4 = false>
+inline void dots_of_rows(const View& v, int64_t row, const Rows& rows, Part256 part, float* out, int64_t stride) {
+  __m512* const sums = part.sums;
   for (int64_t r = 0; r < rows.count;) {
-    const uint8_t* x[4];
-    int64_t count = rows.count - r < 4 ? rows.count - r : 4;
+    const uint8_t* x[MOST];
+    const int64_t left = rows.count - r, count = left >= MOST ? MOST : left >= 4 ? 4 : left;
     for (int64_t i = 0; i < count; i++) x[i] = rows.at(r + i);
-    float* to = out + r * stride;
-    if (count == 1) dots<O, 1>(v, row, x, rows.step, to, stride);
-    else if (count == 2) dots<O, 2>(v, row, x, rows.step, to, stride);
-    else if (count == 3) dots<O, 3>(v, row, x, rows.step, to, stride);
-    else dots<O, 4>(v, row, x, rows.step, to, stride);
+    part.sums = sums + r;
+    auto times = [&](auto number) {
+      constexpr int R = decltype(number)::value;
+      if constexpr (R <= MOST) {
+        if constexpr (FORMAT == NVFP4) nvfp4_dots<O, R, FP4>(v, row, x, rows.step, part, out + r * stride, stride);
+        else if constexpr (FORMAT == FP8_BLOCK) fp8_dots<O, R>(v, row, x, rows.step, out + r * stride, stride);
+        else plain_dots<O, R>(v, row, x, rows.step, out + r * stride, stride);
+      }
+    };
+    if (count == 1) times(Number<1>());
+    else if (count == 2) times(Number<2>());
+    else if (count == 3) times(Number<3>());
+    else if (count == 4) times(Number<4>());
+    else times(Number<MOST>());
     r += count;
+  }
+}
+
+// Sums of O outputs by R rows live in registers, beside O or R operands: O and R are chosen for that, and to be alike,
+// because every load is worth a multiplication.
+inline void dots_of_outputs(
+    const View& v, int64_t first, int64_t last, const Rows& rows, Part256 part, float* out, int64_t stride) {
+  __m512* const sums = part.sums;
+  const bool one = rows.count == 1;
+  for (int64_t o = first; o < last;) {
+    const int64_t left = last - o;
+    part.sums = sums + (o - first) * FEW_ROWS;
+    float* to = out + o - first;
+    if (v.format == NVFP4 && v.fp4) {
+      if (one && left >= 4) dots_of_rows<4, 1, NVFP4, true>(v, o, rows, part, to, stride), o += 4;
+      else if (left >= 2) dots_of_rows<2, 8, NVFP4, true>(v, o, rows, part, to, stride), o += 2;
+      else dots_of_rows<1, 8, NVFP4, true>(v, o, rows, part, to, stride), o++;
+    } else if (v.format == NVFP4) {
+      if (rows.count <= 2 && left >= 4) dots_of_rows<4, 2, NVFP4>(v, o, rows, part, to, stride), o += 4;
+      else if (left >= 2) dots_of_rows<2, 4, NVFP4>(v, o, rows, part, to, stride), o += 2;
+      else dots_of_rows<1, 4, NVFP4>(v, o, rows, part, to, stride), o++;
+    } else if (v.format == FP8_BLOCK) {
+      if (one && left >= 4) dots_of_rows<4, 1, FP8_BLOCK>(v, o, rows, part, to, stride), o += 4;
+      else if (left >= 2) dots_of_rows<2, 4, FP8_BLOCK>(v, o, rows, part, to, stride), o += 2;
+      else dots_of_rows<1, 4, FP8_BLOCK>(v, o, rows, part, to, stride), o++;
+    } else {
+      if (left >= 4) dots_of_rows<4, 4, PLAIN>(v, o, rows, part, to, stride), o += 4;
+      else dots_of_rows<1, 4, PLAIN>(v, o, rows, part, to, stride), o++;
+    }
   }
 }
 
 // out[r * stride + o - first], o in [first, last), rows in dot_layout.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
-  int64_t o = first;
-  for (; o + 4 <= last; o += 4) dots_of_rows<4>(v, o, rows, out + o - first, stride);
-  for (; o < last; o++) dots_of_rows<1>(v, o, rows, out + o - first, stride);
+  const int64_t chunks = ceil_div(v.in, CHUNK), bytes = rows.count * rows.row_bytes;
+  constexpr int64_t NEAR = 16384;  // of activations, so that they stay in the first cache while weights pass by
+  if (v.format != NVFP4 || bytes * chunks <= NEAR + NEAR / 2)
+    return dots_of_outputs(v, first, last, rows, {0, chunks, nullptr}, out, stride);
+  const int64_t length = bytes < NEAR ? NEAR / bytes : 1;
+  __m512 sums[GROUP * FEW_ROWS];
+  View group = v;
+  group.ahead = GROUP * v.row_bytes;
+  for (int64_t o = first; o < last; o += GROUP)
+    for (int64_t c = 0; c < chunks; c += length) {
+      const Part256 part{c, c + length < chunks ? c + length : chunks, sums};
+      dots_of_outputs(group, o, o + GROUP < last ? o + GROUP : last, rows, part, out + o - first, stride);
+    }
 }
 
 // ---- many rows ----
@@ -444,18 +561,18 @@ inline void code_rows(
     UNROLL
     for (int j = 0; j < 4; j++) total[m][j] = _mm512_loadu_ps(c + m * stride + j * 16);
   for (int64_t b = 0; b < blocks; b++) {
-    const int64_t chunk = b / 8 * x_step, at = b % 8;
+    const int64_t chunk = b / 16 * x_step, at = b % 16;
     UNROLL
     for (int m = 0; m < M; m++) {
       const uint8_t* p = x[m] + chunk;
-      __m512i start = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(p + CODES_BLOCK_SUM)[at]);
+      __m512i start = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(p + CODES_SUM)[at]);
       __m512i t[4] = {start, start, start, start};
       for (int d = 0; d < 4; d++) {
-        __m512i a = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(p + d % 2 * 64 + at * 8)[d / 2]);
+        __m512i a = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(p + d * 64)[at]);
         UNROLL
         for (int j = 0; j < 4; j++) t[j] = _mm512_dpbusd_epi32(t[j], _mm512_load_si512(panel.words[b][d] + j * 16), a);
       }
-      __m512 s = _mm512_set1_ps(reinterpret_cast<const float*>(p + CODES_SCALE)[at * 2]);
+      __m512 s = _mm512_set1_ps(reinterpret_cast<const float*>(p + CODES_SCALE)[at]);
       UNROLL
       for (int j = 0; j < 4; j++) {
         __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(t[j]), s);  // exact

@@ -56,7 +56,8 @@ inline void product(const View& v, int64_t first, int64_t last, const Rows& rows
       for (int64_t c = 0; c < padded; c += CHUNK) {
         const float* x = reinterpret_cast<const float*>(rows.at(r) + c / CHUNK * rows.step);
         const float* w = decoded + c;
-        for (int64_t k = 0; k < CHUNK; k += 2 * W)
+        const int64_t width = padded - c < CHUNK ? padded - c : CHUNK;
+        for (int64_t k = 0; k < width; k += 2 * W)
           for (int i = 0; i < O; i++) {
             total[i][0] = fma(load(w + i * padded + k), load(x + k), total[i][0]);
             total[i][1] = fma(load(w + i * padded + k + W), load(x + k + W), total[i][1]);

@@ -80,7 +80,9 @@ inline void experts(const ExpertsArgs& a) {
   uint16_t* h = static_cast<uint16_t*>(scratch(SCRATCH_RESULT, routing.slots * inner * 2 + 64));
   const bool mostly_few = are_few(routing.most);
 
-  const int64_t width = tile_width(inner * routing.active_count, mostly_few, threads);
+  const int64_t widest = mostly_few ? WIDE : STRIDE;  // many rows' sums should stay in cache
+  const int64_t width = tile_width(inner * routing.active_count, mostly_few, threads, widest);
+  const int64_t stride = width < STRIDE ? STRIDE : width;
   const int64_t tiles = ceil_div(inner, width);
   parallel(threads, routing.active_count * tiles, [&](int64_t item) {
     const int32_t e = routing.active[item / tiles];
@@ -90,29 +92,30 @@ inline void experts(const ExpertsArgs& a) {
     Rows rows = few ? x.few : x.many;
     rows.index = routing.token + begin;
     rows.count = count;
-    float* gate = static_cast<float*>(scratch(SCRATCH_TILE, 2 * count * STRIDE * 4));
-    float* up = gate + count * STRIDE;
+    float* gate = static_cast<float*>(scratch(SCRATCH_TILE, 2 * count * stride * 4));
+    float* up = gate + count * stride;
     const View g = view_of(gate_up, 0, e);
-    tile(g, first, last, rows, few, gate);
-    if (gate_up.parts == 2) tile(view_of(gate_up, 1, e), first, last, rows, few, up);
+    tile(g, first, last, rows, few, gate, stride);
+    if (gate_up.parts == 2) tile(view_of(gate_up, 1, e), first, last, rows, few, up, stride);
     else {  // one projection whose rows are gate's, then up's
       View u = g;
       u.values += inner * u.row_bytes;
       if (u.format == NVFP4) u.scale += inner * u.scale_cols;
       if (u.format == FP8_BLOCK) u.scale += inner / u.block_rows * u.scale_cols * 4;
-      tile(u, first, last, rows, few, up);
+      tile(u, first, last, rows, few, up, stride);
     }
     for (int64_t r = 0; r < count; r++)
-      gated(gate + r * STRIDE, up + r * STRIDE, last - first, h + (begin + r) * inner + first);
+      gated(gate + r * stride, up + r * stride, last - first, h + (begin + r) * inner + first);
   });
 
   const ExpertInputs mid = prepare_expert_inputs(h, routing.slots, down, routing, SCRATCH_HIDDEN, threads);
-  const int64_t out_width = tile_width(hidden, mostly_few, threads);
+  const int64_t out_width = tile_width(hidden, mostly_few, threads, widest);
+  const int64_t out_stride = out_width < STRIDE ? STRIDE : out_width;
   parallel(threads, ceil_div(hidden, out_width), [&](int64_t item) {
     const int64_t first = item * out_width, last = first + out_width < hidden ? first + out_width : hidden;
-    float* result = static_cast<float*>(scratch(SCRATCH_TILE, (routing.most + a.tokens) * STRIDE * 4));
-    float* total = result + routing.most * STRIDE;
-    __builtin_memset(total, 0, a.tokens * STRIDE * 4);
+    float* result = static_cast<float*>(scratch(SCRATCH_TILE, (routing.most + a.tokens) * out_stride * 4));
+    float* total = result + routing.most * out_stride;
+    __builtin_memset(total, 0, a.tokens * out_stride * 4);
     for (int64_t i = 0; i < routing.active_count; i++) {
       const int32_t e = routing.active[i];
       const int64_t begin = routing.start[e], count = routing.start[e + 1] - begin;
@@ -120,16 +123,16 @@ inline void experts(const ExpertsArgs& a) {
       Rows rows = few ? mid.few : mid.many;
       rows.base += begin * rows.row_bytes;
       rows.count = count;
-      tile(view_of(down, 0, e), first, last, rows, few, result);
+      tile(view_of(down, 0, e), first, last, rows, few, result, out_stride);
       for (int64_t r = 0; r < count; r++) {
         const vf weight = splat(a.weights[routing.order[begin + r]]);
-        float* to = total + routing.token[begin + r] * STRIDE;
+        float* to = total + routing.token[begin + r] * out_stride;
         // Whole vectors: what lies in a tile beyond `last` is never stored.
         for (int64_t o = 0; o < last - first; o += W)
-          store(to + o, load(to + o) + round_bf16(load(result + r * STRIDE + o)) * weight);
+          store(to + o, load(to + o) + round_bf16(load(result + r * out_stride + o)) * weight);
       }
     }
     for (int64_t t = 0; t < a.tokens; t++)
-      for (int64_t o = 0; o < last - first; o++) a.y[t * hidden + first + o] = to_bf16(total[t * STRIDE + o]);
+      for (int64_t o = 0; o < last - first; o++) a.y[t * hidden + first + o] = to_bf16(total[t * out_stride + o]);
   });
 }

@@ -1,11 +1,11 @@
 // y = x W^T, rounded to BF16 once.
 
-constexpr int64_t STRIDE = 64;  // of a result tile's rows, and the most outputs a task of few rows computes
-constexpr int64_t WIDE = 256;   // of many rows
+constexpr int64_t STRIDE = 64;  // outputs of a panel, and the least of a result tile's row
+constexpr int64_t WIDE = 256;   // outputs of a task, where there are enough: what is fetched ahead at its end is lost
 
 // Outputs a task computes: little enough that all threads get some. Panels are always whole.
-inline int64_t tile_width(int64_t outputs, [[maybe_unused]] bool few, int threads, int64_t widest = STRIDE) {
-  int64_t width = few ? STRIDE : widest;
+inline int64_t tile_width(int64_t outputs, bool few, int threads, int64_t widest = WIDE) {
+  int64_t width = widest;
   const int64_t narrowest = few ? 8 : STRIDE;
   const int64_t enough = threads == 1 ? 1 : 4 * threads;
   while (width > narrowest && ceil_div(outputs, width) < enough) width /= 2;
@@ -34,7 +34,7 @@ inline Rows prepare_rows(
 // out[r * stride + o - first]
 inline void tile(
     const View& v, int64_t first, int64_t last, const Rows& rows, [[maybe_unused]] bool few, float* out,
-    int64_t stride = STRIDE) {
+    int64_t stride) {
 #if defined(__AVX512BF16__)
   if (!few) return panel_product(v, first, last, rows, out, stride);
 #endif
@@ -60,7 +60,7 @@ inline void linear(const LinearArgs& a) {
   int64_t begin = 0;
   for (int part = 0; part < weight.parts; part++) {
     const View v = view_of(weight, part, a.expert);
-    const int64_t width = tile_width(v.out, few, threads, WIDE), stride = width < STRIDE ? STRIDE : width;
+    const int64_t width = tile_width(v.out, few, threads), stride = width < STRIDE ? STRIDE : width;
     parallel(threads, ceil_div(v.out, width), [&](int64_t item) {
       float* result = static_cast<float*>(scratch(SCRATCH_TILE, rows.count * stride * 4));
       const int64_t first = item * width, last = first + width < v.out ? first + width : v.out;

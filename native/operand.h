@@ -10,7 +10,10 @@ struct View {
   int64_t block_rows, block_cols, scale_cols;
   float factor;  // on every result
   bool fp4;      // activations are FP4
+  int64_t ahead;  // bytes from a weight to the one to fetch from memory with it
 };
+
+constexpr int64_t FETCH_AHEAD = 16384;  // about a microsecond of one core's reading
 
 inline int64_t row_bytes(const Weight& weight) {
   return weight.format == PLAIN ? weight.in * 2 : weight.format == NVFP4 ? weight.in / 2 : weight.in;
@@ -24,6 +27,7 @@ inline View view_of(const Weight& weight, int part_index, int64_t expert) {
   v.out = part.out;
   v.factor = 1.0f;
   v.row_bytes = row_bytes(weight);
+  v.ahead = FETCH_AHEAD;
   v.values = part.values + expert * part.out * v.row_bytes;
   if (weight.format == NVFP4) {
     v.scale_cols = weight.in / 16;
@@ -44,21 +48,22 @@ inline float block_scale(const View& v, int64_t row, int64_t column_block) {
   return v.scale ? reinterpret_cast<const float*>(v.scale)[row / v.block_rows * v.scale_cols + column_block] : 1.0f;
 }
 
-// How prepared activations are laid out. Rows are padded with zeros to a multiple of 128 elements.
+// How prepared activations are laid out. Rows are padded with zeros to a multiple of 256 elements.
 //   FLOATS   FP32, natural order (FP4 activations: code value times block scale)
 //   HALVES   BF16, natural order
-//   QUADS    (AVX-512) BF16; of each 128 elements: those at 0, 4, 8 ..., then 1, 5 ..., 2, 6 ..., 3, 7 ...
+//   QUADS    (AVX-512) BF16; of each 256 elements, for i = 0 .. 3: elements i and i + 4 of every block of 16, then for
+//            i = 8 .. 11 the same
 //   UNPACKED BF16; of each 64 elements: the low, then the high 8 of each 16
-//   CODES    (AVX-512) of each 128 elements: twice the FP4 value of even elements, int8; of odd ones; block scale FP32, each twice;
-//            -12 times the sum of the codes of half blocks, int32 (elements 8j .. 8j + 7); the same of blocks; padding
+//   CODES    (AVX-512) of each 256 elements twice the FP4 value, int8: of every block of 16 elements 0 2 4 6, then
+//            1 3 5 7, then 8 10 12 14, then 9 11 13 15; FP32 block scales; int32 -12 times the sum of a block's codes
 enum Layout { FLOATS, HALVES, QUADS, UNPACKED, CODES };
-constexpr int64_t CODES_BYTES = 320, CODES_SCALE = 128, CODES_HALF_SUM = 192, CODES_BLOCK_SUM = 256;
+constexpr int64_t CODES_BYTES = 384, CODES_SCALE = 256, CODES_SUM = 320;
 
-constexpr int64_t CHUNK = 128;  // elements
-inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS ? 512 : 256; }
+constexpr int64_t CHUNK = 256;  // elements
+inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS ? 1024 : 512; }
 inline int64_t layout_bytes(Layout layout, int64_t n) { return ceil_div(n, CHUNK) * chunk_bytes(layout); }
 
-// Prepared activations, chunk after chunk of 128 elements, in each chunk row after row: a product reads them in this
+// Prepared activations, chunk after chunk of 256 elements, in each chunk row after row: a product reads them in this
 // order. Row r's part of chunk c at at(r) + c * step.
 struct Rows {
   uint8_t* base;
@@ -99,45 +104,40 @@ inline uint8_t quantize_block(const float* x, float input_scale, int32_t* codes)
 inline constexpr int8_t TWICE_E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 #if defined(__AVX512VNNI__)
-// One chunk of FP4 activations in CODES: n <= 128 values, into zeroed memory.
+// One chunk of FP4 activations in CODES: n <= CHUNK values, into zeroed memory.
 inline void prepare_code_vectors(const float* x, int64_t n, float input_scale, uint8_t* out) {
   const __m512i table = _mm512_setr_epi32(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-  const __m512i even_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   for (int b = 0; b * 16 < n; b++) {
     int32_t codes[16];
-    const float scale = from_e4m3(quantize_block(x + b * 16, input_scale, codes));
-    __m512i values = _mm512_permutexvar_epi32(_mm512_loadu_si512(codes), table);
-    __m128i bytes = _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(even_odd, values));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + b * 8), bytes);
-    _mm_storeh_pd(reinterpret_cast<double*>(out + 64 + b * 8), _mm_castsi128_pd(bytes));
-    float* scales = reinterpret_cast<float*>(out + CODES_SCALE);
-    scales[2 * b] = scales[2 * b + 1] = scale;
+    reinterpret_cast<float*>(out + CODES_SCALE)[b] = from_e4m3(quantize_block(x + b * 16, input_scale, codes));
+    const __m512i values = _mm512_permutexvar_epi32(_mm512_loadu_si512(codes), table);
+    alignas(16) uint8_t quarters[4][4];
+    _mm_store_si128(
+        reinterpret_cast<__m128i*>(quarters), _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(order, values)));
+    for (int i = 0; i < 4; i++) __builtin_memcpy(out + i * 64 + b * 4, quarters[i], 4);
   }
-  const __m512i twelve = _mm512_set1_epi8(12);
-  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), twelve, _mm512_loadu_si512(out));
-  sums = _mm512_dpbusd_epi32(sums, twelve, _mm512_loadu_si512(out + 64));
-  sums = _mm512_sub_epi32(_mm512_setzero_si512(), sums);
-  _mm512_storeu_si512(out + CODES_HALF_SUM, sums);
-  __m512i pairs = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + CODES_BLOCK_SUM), _mm512_cvtepi64_epi32(pairs));
+  __m512i sums = _mm512_setzero_si512();
+  for (int i = 0; i < 4; i++) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(12), _mm512_loadu_si512(out + i * 64));
+  _mm512_storeu_si512(out + CODES_SUM, _mm512_sub_epi32(_mm512_setzero_si512(), sums));
 }
 
-// out[32 j + w] = x[4 w + j]
 inline void split_quads(const uint16_t* x, uint16_t* out) {
-  __m512i v[4];
-  for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_si512(x + 32 * i);
   alignas(64) uint16_t index[32];
-  for (int i = 0; i < 32; i++) index[i] = static_cast<uint16_t>(i % 16 * 4);
-  __m512i at = _mm512_load_si512(index);
-  for (int j = 0; j < 4; j++) {
-    __m512i low = _mm512_permutex2var_epi16(v[0], at, v[1]), high = _mm512_permutex2var_epi16(v[2], at, v[3]);
-    _mm512_storeu_si512(out + 32 * j, _mm512_mask_blend_epi32(0xff00, low, high));
-    at = _mm512_add_epi16(at, _mm512_set1_epi16(1));
+  for (int i = 0; i < 32; i++) index[i] = static_cast<uint16_t>(i / 2 % 4 * 16 + i % 2 * 4);  // of four blocks
+  const __m512i start = _mm512_load_si512(index);
+  for (int i = 0; i < 8; i++) {
+    const __m512i at = _mm512_add_epi16(start, _mm512_set1_epi16(static_cast<short>(i / 4 * 8 + i % 4)));
+    for (int four = 0; four < 4; four++) {
+      const uint16_t* from = x + four * 64;
+      const __m512i pairs = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), at, _mm512_loadu_si512(from + 32));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * 32 + four * 8), _mm512_castsi512_si128(pairs));
+    }
   }
 }
 #endif
 
-// One chunk of FP4 activations: n <= 128 values, into zeroed memory.
+// One chunk of FP4 activations: n <= CHUNK values, into zeroed memory.
 inline void prepare_codes(const float* x, int64_t n, float input_scale, [[maybe_unused]] Layout layout, uint8_t* out) {
 #if defined(__AVX512VNNI__)
   if (layout == CODES) return prepare_code_vectors(x, n, input_scale, out);
@@ -150,7 +150,7 @@ inline void prepare_codes(const float* x, int64_t n, float input_scale, [[maybe_
   }
 }
 
-// n <= 128 BF16 activations into one chunk of a layout.
+// n <= CHUNK BF16 activations into one chunk of a layout.
 inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, Layout layout, uint8_t* out) {
   uint16_t padded[CHUNK];
   if (n < CHUNK) {
@@ -171,7 +171,7 @@ inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, La
     split_quads(x, o);
 #endif
   } else if (layout == UNPACKED) {
-    for (int piece = 0; piece < 16; piece++)  // of 8 elements
+    for (int piece = 0; piece < 32; piece++)  // of 8 elements
       __builtin_memcpy(o + piece / 8 * 64 + piece % 2 * 32 + piece % 8 / 2 * 8, x + piece * 8, 16);
   } else {
     __builtin_memcpy(o, x, CHUNK * 2);

@@ -112,7 +112,7 @@ inline uint64_t read(const uint8_t* data, int64_t bytes, int threads) {
     words sums[8] = {};
     const int64_t stop = (item + 1) * CHUNK < bytes ? (item + 1) * CHUNK : bytes;
     for (int64_t i = item * CHUNK; i + static_cast<int64_t>(sizeof(sums)) <= stop; i += sizeof(sums))
-      for (int j = 0; j < 8; j++) sums[j] += *reinterpret_cast<const words*>(data + i + j * sizeof(words));
+      for (int j = 0; j < 8; j++) __builtin_prefetch(data + i + 16384 + j * sizeof(words), 0, 2), sums[j] += *reinterpret_cast<const words*>(data + i + j * sizeof(words));
     uint64_t own = 0;
     for (int j = 0; j < 8; j++)
       for (unsigned i = 0; i < sizeof(words) / 8; i++) own += sums[j][i];
