@@ -511,10 +511,12 @@ def test_priority(server):
     with ThreadPoolExecutor(8) as threads:
         # Streams that nobody reads to the end keep the four slots until they are closed.
         with ExitStack() as busy:
+            lines = []  # kept: a stream whose iterator is dropped closes
             for _ in range(4):
                 body = {"model": server.name, "prompt": "abc", "max_tokens": 1900, "ignore_eos": True, "stream": True}
                 stream = busy.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body))
-                next(stream.iter_lines())
+                lines.append(stream.iter_lines())
+                next(lines[-1])
             low = [threads.submit(run, "low", max_tokens=200, priority=-1) for _ in range(4)]
             server.wait_until_waiting(4)
             high = [threads.submit(run, "high", max_tokens=40, priority=1) for _ in range(4)]
