@@ -25,7 +25,9 @@ inline void weighted_sum(const float* p, const float* const* entry, int64_t keys
 
 #if defined(__AVX512BF16__)
 // The same for latent % 32 == 0, rows of p p_stride apart, BF16 entries and probabilities; keys even (the last may be a row of zeros).
-template <int M, int B>  // M rows, B vectors of 32 dimensions at a time: entries are read in pieces of 64 * B bytes
+// M rows, B vectors of 32 dimensions at a time: entries are read in pieces of 64 * B bytes. FAR: they come from memory.
+constexpr int64_t KEYS_AHEAD = 16;
+template <int M, int B, bool FAR>
 inline void weighted_sum_block(
     const uint16_t* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t d, int64_t latent,
     float* total) {
@@ -38,6 +40,10 @@ inline void weighted_sum_block(
       int32_t pair;
       __builtin_memcpy(&pair, p + m * p_stride + key, 4);
       weight[m] = _mm512_set1_epi32(pair);
+    }
+    if constexpr (FAR) {
+      const int64_t next = key + KEYS_AHEAD < keys ? key + KEYS_AHEAD : keys - 2;
+      UNROLL for (int i = 0; i < B; i++) fetch(entry[next] + d + i * 32), fetch(entry[next + 1] + d + i * 32);
     }
     UNROLL for (int i = 0; i < B; i++) {
       __m512i a = _mm512_loadu_si512(entry[key] + d + i * 32), b = _mm512_loadu_si512(entry[key + 1] + d + i * 32);
@@ -56,13 +62,13 @@ inline void weighted_sum_block(
     }
 }
 
-template <int M>
+template <int M, bool FAR = false>
 inline void weighted_sum_rows(
     const uint16_t* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t latent, float* total) {
   constexpr int B = M >= 8 ? 1 : M >= 4 ? 2 : M >= 2 ? 4 : 8;
   int64_t d = 0;
-  for (; d + 32 * B <= latent; d += 32 * B) weighted_sum_block<M, B>(p, p_stride, entry, keys, d, latent, total);
-  for (; d < latent; d += 32) weighted_sum_block<M, 1>(p, p_stride, entry, keys, d, latent, total);
+  for (; d + 32 * B <= latent; d += 32 * B) weighted_sum_block<M, B, FAR>(p, p_stride, entry, keys, d, latent, total);
+  for (; d < latent; d += 32) weighted_sum_block<M, 1, FAR>(p, p_stride, entry, keys, d, latent, total);
 }
 #endif
 

@@ -15,8 +15,9 @@ inline Routing sort_by_expert(const ExpertsArgs& a, int64_t experts) {
   Routing r{memory, memory + n, memory + n + experts + 1, memory + 2 * n + experts + 1, 0, 0, 0};
   int32_t* next = r.active + experts;
   for (int64_t e = 0; e <= experts; e++) r.start[e] = 0;
+  auto expert_of = [&](int64_t i) { return a.ids ? a.ids[i] : 0; };
   for (int64_t i = 0; i < n; i++)
-    if (a.ids[i] >= 0) r.start[a.ids[i] + 1]++;
+    if (expert_of(i) >= 0) r.start[expert_of(i) + 1]++;
   for (int64_t e = 0; e < experts; e++) {
     if (r.start[e + 1] > 0) r.active[r.active_count++] = static_cast<int32_t>(e);
     if (r.start[e + 1] > r.most) r.most = r.start[e + 1];
@@ -24,8 +25,8 @@ inline Routing sort_by_expert(const ExpertsArgs& a, int64_t experts) {
     next[e] = r.start[e];
   }
   for (int64_t i = 0; i < n; i++) {
-    if (a.ids[i] < 0) continue;
-    int32_t at = next[a.ids[i]]++;
+    if (expert_of(i) < 0) continue;
+    int32_t at = next[expert_of(i)]++;
     r.order[at] = static_cast<int32_t>(i);
     r.token[at] = static_cast<int32_t>(i / a.k);
   }
@@ -125,7 +126,7 @@ inline void experts(const ExpertsArgs& a) {
       rows.count = count;
       tile(view_of(down, 0, e), first, last, rows, few, result, out_stride);
       for (int64_t r = 0; r < count; r++) {
-        const vf weight = splat(a.weights[routing.order[begin + r]]);
+        const vf weight = splat(a.weights ? a.weights[routing.order[begin + r]] : 1.0f);
         float* to = total + routing.token[begin + r] * out_stride;
         // Whole vectors: what lies in a tile beyond `last` is never stored.
         for (int64_t o = 0; o < last - first; o += W)

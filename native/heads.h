@@ -1,62 +1,170 @@
 // Per-head products around absorbed attention, and what goes into the latent cache.
 
-// y[t, h, :] = sum over n of x[t, h, n] * w[h, n, :]: rows of w are added up, so that w is read as it lies.
-inline void absorb(const HeadArgs& a) {
-  const int threads = useful_threads(a.threads, a.heads * a.in * a.out * 2, a.tokens * a.heads * a.in * a.out);
-  parallel(threads, a.heads, [&](int64_t h) {
-    const uint16_t* w = a.weight + h * a.in * a.out;
-    const uint16_t* x = a.x + h * a.head_stride;
-    float* total = static_cast<float*>(scratch(SCRATCH_TILE, a.tokens * a.out * 4 + a.in * 8));
 #if defined(__AVX512BF16__)
-    if (a.out % 32 == 0 && a.in % 2 == 0) {
-      const uint16_t** row = reinterpret_cast<const uint16_t**>(total + a.tokens * a.out);
-      for (int64_t n = 0; n < a.in; n++) row[n] = w + n * a.out;
+// total[m * v.in + d] += sum over n of x[m * x_stride + n] * weight[row + n][d], d in [chunk * 256, + 256), M rows of x.
+// A block of 16 a lane, as in nvfp4_step; E of its elements at a time, for whose sums there are registers.
+template <int M>
+inline void absorb_nvfp4_chunk(
+    const View& v, int64_t row, int64_t rows, const uint16_t* x, int64_t x_stride, int64_t chunk, float* total) {
+  constexpr int E = M == 1 ? 16 : M == 2 ? 8 : 4;
+  const __m512 table = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+  const int64_t left = v.in - chunk * CHUNK, bytes = left / 2;
+  const __mmask64 low = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+  const __mmask64 high = bytes >= 128 ? ~0ull : bytes <= 64 ? 0 : (1ull << (bytes - 64)) - 1;
+  const int blocks = left >= CHUNK ? 16 : static_cast<int>(left / 16);
+  const __mmask16 present = static_cast<__mmask16>((1u << blocks) - 1);
+  __m512i sums[M][16];
+  for (int first = 0; first < 16; first += E) {
+    __m512 t[M][E] = {};
+    for (int64_t n = 0; n < rows; n++) {
+      const uint8_t* p = v.values + (row + n) * v.row_bytes + chunk * 128;
+      const uint8_t* s = v.scale + (row + n) * v.scale_cols + chunk * 16;
+      if (first == 0) {
+        fetch(p + v.ahead);
+        fetch(p + v.ahead + 64);
+        if (n % 2 == 0) fetch(s + v.ahead / 8);
+      }
+      Nvfp4Step<1> step;
+      set_step(step, 0, _mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64),
+               _mm_maskz_loadu_epi8(present, s));
+      __m512 scaled[M];  // exact: 8 and 4 significant bits
+      UNROLL for (int m = 0; m < M; m++)
+        scaled[m] = _mm512_mul_ps(step.scale[0], _mm512_set1_ps(from_bf16(x[m * x_stride + n])));
+      UNROLL for (int e = 0; e < E; e++) {
+        // The index's upper bits do not matter.
+        const __m512i codes = _mm512_srli_epi32(step.halves[(first + e) / 8][0], (first + e) % 8 * 4);
+        const __m512 value = _mm512_permutexvar_ps(codes, table);
+        UNROLL for (int m = 0; m < M; m++) t[m][e] = _mm512_fmadd_ps(value, scaled[m], t[m][e]);
+      }
+    }
+    UNROLL for (int m = 0; m < M; m++)
+      UNROLL for (int e = 0; e < E; e++) sums[m][first + e] = (__m512i)t[m][e];
+  }
+  for (int m = 0; m < M; m++) {
+    transpose(sums[m]);
+    for (int b = 0; b < blocks; b++) _mm512_storeu_si512(total + m * v.in + chunk * CHUNK + b * 16, sums[m][b]);
+  }
+}
+
+template <int M>
+inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const uint16_t* x, int64_t x_stride, float* total) {
+  for (int64_t chunk = 0; chunk * CHUNK < v.in; chunk++)
+    absorb_nvfp4_chunk<M>(v, row, rows, x, x_stride, chunk, total);
+}
+
+template <bool FAR>
+inline void weighted_sums(
+    const uint16_t* x, int64_t x_stride, const uint16_t* const* entry, int64_t keys, int64_t rows, int64_t n, float* total) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    weighted_sum_rows<4, FAR>(x + r * x_stride, x_stride, entry, keys, n, total + r * n);
+  for (; r < rows; r++) weighted_sum_rows<1, FAR>(x + r * x_stride, x_stride, entry, keys, n, total + r * n);
+}
+
+// Rows of an FP8 weight that share scales, decoded to BF16; their sums are scaled.
+inline void absorb_fp8(
+    const View& v, int64_t row, int64_t rows, const uint16_t* x, int64_t x_stride, int64_t tokens, float* total) {
+  const int64_t height = v.scale ? v.block_rows : rows, width = v.scale ? v.block_cols : v.in;
+  uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_PANEL, rows * (v.in * 2 + 8) + tokens * v.in * 4));
+  const uint16_t** entry = reinterpret_cast<const uint16_t**>(memory);
+  float* part = reinterpret_cast<float*>(entry + rows);
+  uint16_t* decoded = reinterpret_cast<uint16_t*>(part + tokens * v.in);
+  __builtin_memset(total, 0, tokens * v.in * 4);
+  for (int64_t n = 0; n < rows;) {
+    const int64_t block = (row + n) / height * height + height - row, stop = v.scale && block < rows ? block : rows;
+    for (int64_t i = n; i < stop; i++) {
+      uint16_t* to = decoded + i * v.in;
+      decode_e4m3(v.values + (row + i) * v.row_bytes, v.in, to);
+      for (int64_t at = 0; at < v.in; at += 64) fetch(v.values + (row + i) * v.row_bytes + at + v.ahead);
+      entry[i - n] = to;
+    }
+    weighted_sums<false>(x + n, x_stride, entry, stop - n, tokens, v.in, part);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t d = 0; d < v.in; d++) total[t * v.in + d] += part[t * v.in + d] * block_scale(v, row + n, d / width);
+    n = stop;
+  }
+}
+
+// Whether every run of rows with one scale has a length that weighted_sum_block takes.
+inline bool absorbs_fp8(const View& v, const HeadArgs& a) {
+  const bool even = a.rows % 2 == 0 && (!v.scale || (v.block_rows % 2 == 0 && a.first % 2 == 0 && v.out / a.heads % 2 == 0));
+  return v.format == FP8_BLOCK && v.in % 32 == 0 && even;
+}
+#endif
+
+constexpr int64_t FEW_TOKENS = 16;  // as many as dot_product has room for
+
+// Rows are added up, so that the weight is read as it lies.
+inline void absorb(const HeadArgs& a) {
+  const View v = view_of(*a.weight, 0, 0);
+  const int64_t each = v.out / a.heads, multiplied = a.heads * a.rows * v.in;
+  const int threads = useful_threads(a.threads, a.heads * a.rows * v.row_bytes, a.tokens * multiplied);
+  parallel(threads, a.heads, [&](int64_t h) {
+    const uint16_t* x = a.x + h * a.head_stride;
+    const int64_t row = h * each + a.first;
+    float* total = static_cast<float*>(scratch(SCRATCH_TILE, a.tokens * v.in * 4 + (a.rows + v.in + 128) * 8));
+#if defined(__AVX512BF16__)
+    if (v.format == NVFP4) {
       int64_t t = 0;
       for (; t + 4 <= a.tokens; t += 4)
-        weighted_sum_rows<4>(x + t * a.token_stride, a.token_stride, row, a.in, a.out, total + t * a.out);
+        absorb_nvfp4<4>(v, row, a.rows, x + t * a.token_stride, a.token_stride, total + t * v.in);
+      for (; t + 2 <= a.tokens; t += 2)
+        absorb_nvfp4<2>(v, row, a.rows, x + t * a.token_stride, a.token_stride, total + t * v.in);
       for (; t < a.tokens; t++)
-        weighted_sum_rows<1>(x + t * a.token_stride, a.token_stride, row, a.in, a.out, total + t * a.out);
+        absorb_nvfp4<1>(v, row, a.rows, x + t * a.token_stride, a.token_stride, total + t * v.in);
+    } else if (absorbs_fp8(v, a)) {
+      absorb_fp8(v, row, a.rows, x, a.token_stride, a.tokens, total);
+    } else if (v.format == PLAIN && v.in % 32 == 0 && a.rows % 2 == 0) {
+      const uint16_t** entry = reinterpret_cast<const uint16_t**>(total + a.tokens * v.in);
+      for (int64_t n = 0; n < a.rows; n++) entry[n] = reinterpret_cast<const uint16_t*>(v.values) + (row + n) * v.in;
+      weighted_sums<true>(x, a.token_stride, entry, a.rows, a.tokens, v.in, total);
     } else
 #endif
     {
-      for (int64_t i = 0; i < a.tokens * a.out; i++) total[i] = 0;
-      for (int64_t n = 0; n < a.in; n++)
+      float* w = total + a.tokens * v.in;
+      for (int64_t i = 0; i < a.tokens * v.in; i++) total[i] = 0;
+      for (int64_t n = 0; n < a.rows; n++) {
+        decode_row(v, row + n, w);
         for (int64_t t = 0; t < a.tokens; t++) {
           const float value = from_bf16(x[t * a.token_stride + n]);
-          float* to = total + t * a.out;
+          float* to = total + t * v.in;
           int64_t d = 0;
-          for (; d + W <= a.out; d += W) store(to + d, fma(splat(value), load_bf16(w + n * a.out + d), load(to + d)));
-          for (; d < a.out; d++) to[d] += value * from_bf16(w[n * a.out + d]);
+          for (; d + W <= v.in; d += W) store(to + d, fma(splat(value), load(w + d), load(to + d)));
+          for (; d < v.in; d++) to[d] += value * w[d];
         }
+      }
     }
-    for (int64_t t = 0; t < a.tokens; t++)
-      round_row(total + t * a.out, a.out, a.y + (t * a.heads + h) * a.out);
+    float factor = v.factor;
+#if defined(__AVX512BF16__)
+    if (v.format == NVFP4) factor *= SCALE_SHIFT;
+#endif
+    if (factor != 1.0f)
+      for (int64_t i = 0; i < a.tokens * v.in; i++) total[i] *= factor;
+    for (int64_t t = 0; t < a.tokens; t++) round_row(total + t * v.in, v.in, a.y + (t * a.heads + h) * v.in);
   });
 }
 
-// y[t, h, o] = sum over i of x[t, h, i] * w[h, o, i]
 inline void per_head(const HeadArgs& a) {
-  Weight weight{};
-  weight.format = PLAIN;
-  weight.in = a.in;
-  const int threads = useful_threads(a.threads, a.heads * a.in * a.out * 2, a.tokens * a.heads * a.in * a.out);
+  const Weight& weight = *a.weight;
+  const View v = view_of(weight, 0, 0);
+  const int64_t each = v.out / a.heads;
+  const int threads =
+      useful_threads(a.threads, a.heads * a.rows * v.row_bytes, a.tokens * a.heads * a.rows * v.in);
   const Layout layout = dot_layout(weight);
   parallel(threads, a.heads, [&](int64_t h) {
-    const int64_t bytes = a.tokens * layout_bytes(layout, a.in);
-    uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_TILE, bytes + a.tokens * a.out * 4));
+    const int64_t bytes = a.tokens * layout_bytes(layout, v.in), row = h * each + a.first;
+    uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_TILE, bytes + a.tokens * a.rows * 4));
     float* result = reinterpret_cast<float*>(memory + bytes);
-    const Rows rows = rows_in(memory, layout, a.tokens);
+    Rows rows = rows_in(memory, layout, a.tokens);
     for (int64_t t = 0; t < a.tokens; t++)
-      prepare_row(a.x + t * a.token_stride + h * a.head_stride, a.in, weight, layout, rows.at(t), rows.step);
-    View v{};
-    v.format = PLAIN;
-    v.values = reinterpret_cast<const uint8_t*>(a.weight + h * a.out * a.in);
-    v.row_bytes = a.in * 2;
-    v.in = a.in;
-    v.out = a.out;
-    v.factor = 1.0f;
-    dot_product(v, 0, a.out, rows, result, a.out);
-    for (int64_t t = 0; t < a.tokens; t++) round_row(result + t * a.out, a.out, a.y + (t * a.heads + h) * a.out);
+      prepare_row(a.x + t * a.token_stride + h * a.head_stride, v.in, weight, layout, rows.at(t), rows.step);
+    for (int64_t t = 0; t < a.tokens; t += FEW_TOKENS) {
+      Rows few = rows;
+      few.base = rows.at(t);
+      few.count = a.tokens - t < FEW_TOKENS ? a.tokens - t : FEW_TOKENS;
+      dot_product(v, row, row + a.rows, few, result + t * a.rows, a.rows);
+    }
+    for (int64_t t = 0; t < a.tokens; t++) round_row(result + t * a.rows, a.rows, a.y + (t * a.heads + h) * a.rows);
   });
 }
 

@@ -12,6 +12,7 @@ namespace ISA {
 namespace {
 #include "simd.h"
 #include "operand.h"
+#include "decode.h"
 #if defined(__AVX512BF16__)
 #include "dot_avx512.h"
 #else
@@ -28,4 +29,4 @@ namespace {
 const Kernels TABLE = {ISA::linear,         ISA::experts,       ISA::attention,   ISA::norm,
                        ISA::rotary,         ISA::route,         ISA::quantize,    ISA::absorb,
                        ISA::per_head,       ISA::latent_entries, ISA::store_entries, ISA::linear_fp32,
-                       ISA::read};
+                       ISA::add,              ISA::concat,         ISA::read};

@@ -38,7 +38,7 @@ struct LinearArgs {
 };
 
 // y[t] = sum over k of weights[t, k] * down(silu(gate x) * up x). x, y: BF16 [tokens, hidden].  ids: int64 [tokens, k],
-// -1 for none.  weights: FP32 [tokens, k].  gate_up: the first half of its outputs is gate.
+// -1 for none; null: all to expert 0.  weights: FP32 [tokens, k]; null: 1.  gate_up: the first half of its outputs is gate.
 struct ExpertsArgs {
   const Weight *gate_up, *down;
   const uint16_t* x;
@@ -102,13 +102,32 @@ struct QuantizeArgs {
   int threads;
 };
 
-// x: BF16 [tokens, heads, in] with strides in elements.  weight: BF16 [heads, ., .] dense.  y: BF16 [tokens, heads, out].
+// Products by each head's own rows of one weight [heads * (out / heads), in], of which a head takes `rows` from `first`
+// on. x: BF16 [tokens, heads, .] with strides in elements.  y: BF16 [tokens, heads, .], dense.
+//   per_head  y = x W^T: x [.., in] to y [.., rows]
+//   absorb    y = x W:   x [.., rows] to y [.., in]
 struct HeadArgs {
+  const Weight* weight;
   const uint16_t* x;
-  int64_t token_stride, head_stride, tokens, heads, in, out;
-  const uint16_t* weight;
+  int64_t token_stride, head_stride, tokens, heads, first, rows;
   uint16_t* y;
   int threads;
+};
+
+// sum = x + y, BF16 [n].
+struct AddArgs {
+  const uint16_t *x, *y;
+  int64_t n;
+  uint16_t* sum;
+};
+
+// Rows of x, BF16 [rows, n], each followed by its row of y [rows, m].
+struct ConcatArgs {
+  const uint16_t* x;
+  int64_t n;
+  const uint16_t* y;
+  int64_t m, rows;
+  uint16_t* out;
 };
 
 // x: BF16 [tokens, latent + rope].  weight: the latents' norm.  cos, sin: FP32 [tokens, rope / 2].  y: like x, dense.
@@ -152,6 +171,8 @@ struct Kernels {
   void (*latent_entries)(const EntryArgs&);
   void (*store_entries)(const StoreArgs&);
   void (*linear_fp32)(const Fp32Args&);
+  void (*add)(const AddArgs&);
+  void (*concat)(const ConcatArgs&);
   uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof
 };
 

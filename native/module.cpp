@@ -4,6 +4,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <deque>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -61,6 +63,44 @@ std::string use_path(const std::string& path) {
   return before;
 }
 
+// Kernel calls in their order, to be made again without Python. It owns descriptions of weights, but no tensor's memory.
+class Recording {
+ public:
+  void start() {
+    if (current_recording) throw std::runtime_error("this thread records already");
+    current_recording = this;
+  }
+  static void stop() { current_recording = nullptr; }
+  void replay() const {
+    for (const auto& call : calls_) call();
+  }
+  size_t size() const { return calls_.size(); }
+
+  template <class Args>
+  void add(void (*Kernels::*kernel)(const Args&), const Args& args) {
+    calls_.push_back([kernel, args] { (kernels->*kernel)(args); });
+  }
+  const Weight* keep(const Weight* weight) { return &weights_.emplace_back(*weight); }
+
+  static thread_local Recording* current_recording;
+
+ private:
+  std::vector<std::function<void()>> calls_;
+  std::deque<Weight> weights_;
+};
+thread_local Recording* Recording::current_recording = nullptr;
+
+template <class Args>
+void launch(void (*Kernels::*kernel)(const Args&), const Args& args) {
+  if (Recording::current_recording) Recording::current_recording->add(kernel, args);
+  (kernels->*kernel)(args);
+}
+
+// A weight whose description outlives the call if it is recorded.
+const Weight* kept(const Weight& weight) {
+  return Recording::current_recording ? Recording::current_recording->keep(&weight) : &weight;
+}
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -93,6 +133,12 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weight>(m, "Weight");
   m.def("weight", make_weight);
+  nb::class_<Recording>(m, "Recording", "Kernel calls between start() and stop() of a thread, for replay().")
+      .def(nb::init<>())
+      .def("start", &Recording::start)
+      .def_static("stop", &Recording::stop)
+      .def("replay", &Recording::replay, Unlocked())
+      .def("__len__", &Recording::size);
   m.def("paths", paths, "Instruction-set paths this processor can run, fastest first.");
   m.def("path", [] { return current; }, "The path in use.");
   m.def("use_path", use_path, "Take another path; returns the one before. For tests and measurements.");
@@ -100,15 +146,16 @@ NB_MODULE(_native, m) {
   m.def(
       "linear",
       [](const Weight& w, int64_t expert, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t y, int threads) {
-        kernels->linear({&w, expert, at<const uint16_t>(x), x_stride, rows, at<uint16_t>(y), threads});
+        launch(&Kernels::linear, LinearArgs{kept(w), expert, at<const uint16_t>(x), x_stride, rows, at<uint16_t>(y), threads});
       },
       Unlocked());
   m.def(
       "experts",
       [](const Weight& gate_up, const Weight& down, uintptr_t x, uintptr_t ids, uintptr_t weights, int64_t tokens,
          int64_t k, uintptr_t y, int threads) {
-        kernels->experts({&gate_up, &down, at<const uint16_t>(x), at<const int64_t>(ids), at<const float>(weights),
-                          tokens, k, at<uint16_t>(y), threads});
+        launch(&Kernels::experts,
+               ExpertsArgs{kept(gate_up), kept(down), at<const uint16_t>(x), at<const int64_t>(ids),
+                           at<const float>(weights), tokens, k, at<uint16_t>(y), threads});
       },
       Unlocked());
   m.def(
@@ -134,75 +181,89 @@ NB_MODULE(_native, m) {
         a.scale = scale;
         a.output = at<uint16_t>(output);
         a.threads = threads;
-        kernels->attention(a);
+        launch(&Kernels::attention, a);
       },
       Unlocked());
   m.def(
       "norm",
       [](uintptr_t x, int64_t x_stride, int64_t rows, int64_t n, uintptr_t weight, float eps, uintptr_t y,
          int threads) {
-        kernels->norm(
-            {at<const uint16_t>(x), x_stride, rows, n, at<const uint16_t>(weight), eps, at<uint16_t>(y), threads});
+        launch(&Kernels::norm, NormArgs{at<const uint16_t>(x), x_stride, rows, n, at<const uint16_t>(weight), eps,
+                                        at<uint16_t>(y), threads});
       },
       Unlocked());
   m.def(
       "rotary",
       [](uintptr_t x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads, int64_t d, uintptr_t cos,
          uintptr_t sin, uintptr_t y) {
-        kernels->rotary({at<const uint16_t>(x), token_stride, head_stride, tokens, heads, d, at<const float>(cos),
-                         at<const float>(sin), at<uint16_t>(y)});
+        launch(&Kernels::rotary, RotaryArgs{at<const uint16_t>(x), token_stride, head_stride, tokens, heads, d,
+                                            at<const float>(cos), at<const float>(sin), at<uint16_t>(y)});
       },
       Unlocked());
   m.def(
       "route",
       [](uintptr_t logits, uintptr_t bias, int64_t tokens, int64_t experts, int64_t k, int64_t groups,
          int64_t kept_groups, bool normalize, float scaling, uintptr_t ids, uintptr_t weights) {
-        kernels->route({at<const float>(logits), at<const float>(bias), tokens, experts, k, groups, kept_groups, normalize,
-                        scaling, at<int64_t>(ids), at<float>(weights)});
+        launch(&Kernels::route, RouteArgs{at<const float>(logits), at<const float>(bias), tokens, experts, k, groups,
+                                          kept_groups, normalize, scaling, at<int64_t>(ids), at<float>(weights)});
       },
       Unlocked());
   m.def(
       "quantize",
       [](uintptr_t x, int64_t x_stride, int64_t rows, int64_t n, float input_scale, uintptr_t packed, uintptr_t scale,
          int threads) {
-        kernels->quantize({at<const uint16_t>(x), x_stride, rows, n, input_scale, at<uint8_t>(packed),
-                           at<uint8_t>(scale), threads});
+        launch(&Kernels::quantize, QuantizeArgs{at<const uint16_t>(x), x_stride, rows, n, input_scale,
+                                                at<uint8_t>(packed), at<uint8_t>(scale), threads});
       },
       Unlocked());
   using HeadKernel = void (*Kernels::*)(const HeadArgs&);
   auto head_product = [&m](const char* name, HeadKernel kernel) {
     m.def(
         name,
-        [kernel](uintptr_t x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads, int64_t in,
-                 int64_t out, uintptr_t weight, uintptr_t y, int threads) {
-          (kernels->*kernel)({at<const uint16_t>(x), token_stride, head_stride, tokens, heads, in, out,
-                              at<const uint16_t>(weight), at<uint16_t>(y), threads});
+        [kernel](const Weight& w, uintptr_t x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads,
+                 int64_t first, int64_t rows, uintptr_t y, int threads) {
+          launch(kernel, HeadArgs{kept(w), at<const uint16_t>(x), token_stride, head_stride, tokens, heads, first, rows,
+                                  at<uint16_t>(y), threads});
         },
         Unlocked());
   };
   head_product("absorb", &Kernels::absorb);
   head_product("per_head", &Kernels::per_head);
   m.def(
+      "add",
+      [](uintptr_t x, uintptr_t y, int64_t n, uintptr_t sum) {
+        launch(&Kernels::add, AddArgs{at<const uint16_t>(x), at<const uint16_t>(y), n, at<uint16_t>(sum)});
+      },
+      Unlocked());
+  m.def(
+      "concat",
+      [](uintptr_t x, int64_t n, uintptr_t y, int64_t m, int64_t rows, uintptr_t out) {
+        launch(&Kernels::concat,
+               ConcatArgs{at<const uint16_t>(x), n, at<const uint16_t>(y), m, rows, at<uint16_t>(out)});
+      },
+      Unlocked());
+  m.def(
       "latent_entries",
       [](uintptr_t x, int64_t x_stride, int64_t tokens, int64_t latent, int64_t rope, uintptr_t weight, float eps,
          uintptr_t cos, uintptr_t sin, uintptr_t y) {
-        kernels->latent_entries({at<const uint16_t>(x), x_stride, tokens, latent, rope, at<const uint16_t>(weight), eps,
-                                 at<const float>(cos), at<const float>(sin), at<uint16_t>(y)});
+        launch(&Kernels::latent_entries,
+               EntryArgs{at<const uint16_t>(x), x_stride, tokens, latent, rope, at<const uint16_t>(weight), eps,
+                         at<const float>(cos), at<const float>(sin), at<uint16_t>(y)});
       },
       Unlocked());
   m.def(
       "store_entries",
       [](uintptr_t entries, int64_t tokens, int64_t width, uintptr_t slots, uintptr_t cache, bool fp8) {
-        kernels->store_entries(
-            {at<const uint16_t>(entries), tokens, width, at<const int64_t>(slots), at<uint8_t>(cache), fp8});
+        launch(&Kernels::store_entries, StoreArgs{at<const uint16_t>(entries), tokens, width, at<const int64_t>(slots),
+                                                  at<uint8_t>(cache), fp8});
       },
       Unlocked());
   m.def(
       "linear_fp32",
       [](uintptr_t x, int64_t x_stride, int64_t rows, int64_t in, int64_t out, uintptr_t weight, uintptr_t y,
          int threads) {
-        kernels->linear_fp32(
-            {at<const uint16_t>(x), x_stride, rows, in, out, at<const float>(weight), at<float>(y), threads});
+        launch(&Kernels::linear_fp32, Fp32Args{at<const uint16_t>(x), x_stride, rows, in, out, at<const float>(weight),
+                                               at<float>(y), threads});
       },
       Unlocked());
   m.def(

@@ -39,6 +39,20 @@ inline void rotary(const RotaryArgs& a) {
              a.y + (t * a.heads + h) * a.d);
 }
 
+inline void add(const AddArgs& a) {
+  int64_t i = 0;
+  for (; i + W <= a.n; i += W) store_bf16(a.sum + i, load_bf16(a.x + i) + load_bf16(a.y + i));
+  for (; i < a.n; i++) a.sum[i] = to_bf16(from_bf16(a.x[i]) + from_bf16(a.y[i]));
+}
+
+inline void concat(const ConcatArgs& a) {
+  for (int64_t r = 0; r < a.rows; r++) {
+    uint16_t* to = a.out + r * (a.n + a.m);
+    __builtin_memcpy(to, a.x + r * a.n, a.n * 2);
+    __builtin_memcpy(to + a.n, a.y + r * a.m, a.m * 2);
+  }
+}
+
 // Index of the largest of n values; the first of equal ones. A NaN counts as the largest, as in torch.topk.
 inline int64_t largest_of(const float* values, int64_t n) {
   int64_t best = 0;

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.engine import sampler
 from deepseek_fp4_plugin.engine.input_batch import InputBatch, build
+from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
 from deepseek_fp4_plugin.engine.speculative import MtpDrafter, passes_relaxed, verify
 from deepseek_fp4_plugin.engine.step_plan import PlanRow, StepPlan, StepResult, TokenLogprobs
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 
@@ -20,14 +22,17 @@ class ModelRunner:
         self.model, self.cache = model, cache
         self.block_size = cache.shape[2]
         self.device = cache.device
-        self.drafter = MtpDrafter(model, num_drafts) if num_drafts else None
+        self.drafter = MtpDrafter(model, cache, num_drafts) if num_drafts else None
+        self.decode = RecordedSteps(self._decode, self.device, cache.shape[1])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         rows = plan.rows
         began = time.perf_counter()
         batch = build(rows, self.block_size, self.device)
-        hidden = self.model(batch.forward, self.cache)
+        model = self.model.model
+        embedded, (cos, sin) = model.embed_tokens(batch.forward.input_ids), model.rotary(batch.forward.positions)
+        hidden = self.decode(embedded, cos, sin, batch=batch.forward)
         computed = time.perf_counter()
         result = StepResult([[] for _ in rows], [[] for _ in rows])
         sampled = [i for i, row in enumerate(rows) if row.sample]
@@ -43,7 +48,6 @@ class ModelRunner:
                 batch,
                 rows,
                 hidden,
-                self.cache[self.drafter.mtp.index],
                 sampled,
                 none if positions is None else positions,
                 none if emitted is None else emitted,
@@ -55,6 +59,9 @@ class ModelRunner:
         result.sample_seconds = chosen - computed
         result.draft_seconds = time.perf_counter() - chosen
         return result
+
+    def _decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, *, batch: ForwardBatch) -> Tensor:
+        return self.model.model.decode(hidden, cos, sin, batch, self.cache)
 
     def _sampled_positions(self, rows: Sequence[PlanRow], batch: InputBatch, sampled: list[int]) -> Tensor:
         """Where the last known token and the drafts of each sampled row lie in the batch: int64 [N]."""

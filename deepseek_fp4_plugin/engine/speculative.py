@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.engine.input_batch import InputBatch, build_single
+from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
 from deepseek_fp4_plugin.engine.step_plan import PlanRow
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 
@@ -61,16 +63,17 @@ def passes_relaxed(logits: Tensor, drafts: Tensor, topk: Tensor, delta: Tensor) 
 class MtpDrafter:
     """Proposes `num_drafts` tokens for each sampled row, and keeps the MTP module's latents complete for the others."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM, num_drafts: int):
+    def __init__(self, model: DeepseekV3ForCausalLM, cache: Tensor, num_drafts: int):
         assert model.mtp is not None
         self.model, self.mtp, self.num_drafts = model, model.mtp, num_drafts
+        self.cache = cache[model.mtp.index]
+        self.decode = RecordedSteps(self._decode, cache.device, cache.shape[1])
 
     def propose(
         self,
         batch: InputBatch,
         rows: list[PlanRow],
         hidden: Tensor,
-        cache: Tensor,
         sampled: list[int],
         sampled_tokens: Tensor,
         emitted: Tensor,
@@ -78,7 +81,7 @@ class MtpDrafter:
     ) -> list[list[int]]:
         """Drafts of each sampled row.
 
-        hidden: [T, hidden] of the target.  cache: the MTP layer's.  sampled: plan rows with an emission.
+        hidden: [T, hidden] of the target.  sampled: plan rows with an emission.
         sampled_tokens, emitted: int64 [N], each sampled position in the batch and the token that follows it.
         """
         ids = torch.empty_like(batch.forward.input_ids)
@@ -90,7 +93,7 @@ class MtpDrafter:
             ids[torch.tensor(ends, device=ids.device)] = torch.tensor(
                 [rows[i].next_token for i in behind], device=ids.device
             )
-        output = self._forward(replace(batch.forward, input_ids=ids), hidden, cache)
+        output = self._forward(replace(batch.forward, input_ids=ids), hidden)
         if not sampled:
             return []
         # Each sampled request's last accepted token: where it lies in the batch, and its position.
@@ -103,13 +106,16 @@ class MtpDrafter:
         drafts = [draft]
         for _ in range(self.num_drafts - 1):
             positions = positions + 1
-            step = build_single(draft, positions, blocks, cache.shape[1])
-            state = self._forward(step, state, cache)
+            step = build_single(draft, positions, blocks, self.cache.shape[1])
+            state = self._forward(step, state)
             draft = self.model.compute_logits(state).argmax(-1)
             drafts.append(draft)
         return torch.stack(drafts, 1).tolist()
 
-    def _forward(self, batch, hidden: Tensor, cache: Tensor) -> Tensor:
+    def _forward(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
         embedded = self.model.model.embed_tokens(batch.input_ids)
         cos, sin = self.model.model.rotary(batch.positions)
-        return self.mtp(embedded, hidden, cos, sin, batch, cache)
+        return self.decode(embedded, hidden, cos, sin, batch=batch)
+
+    def _decode(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, *, batch: ForwardBatch) -> Tensor:
+        return self.mtp(embedded, hidden, cos, sin, batch, self.cache)

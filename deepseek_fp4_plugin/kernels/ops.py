@@ -17,7 +17,8 @@ from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, Wei
 __all__ = [
     "absorb",
     "absorbed_attention",
-    "dense",
+    "add",
+    "concat",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",
@@ -68,11 +69,6 @@ def linear(x: Tensor, weight: PreparedWeight) -> Tensor:
     return weight.backend.linear(x, weight)
 
 
-def dense(weight: PreparedWeight) -> Tensor:
-    """The weight's values in its compute dtype, [(E,) out, in]; for the absorbed attention matrices."""
-    return weight.backend.dense(weight)
-
-
 def experts_mlp(
     x: Tensor,
     expert_ids: Tensor,
@@ -92,6 +88,16 @@ def experts_mlp(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., n].  weight: [n].  Returns x's shape and dtype; statistics FP32."""
     return select.small(x.device).rms_norm(x, weight, eps)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, both [T, n]: the residual connections."""
+    return select.small(x.device).add(x, y)
+
+
+def concat(x: Tensor, y: Tensor) -> Tensor:
+    """[T, n] and [T, m] to [T, n + m]."""
+    return select.small(x.device).concat(x, y)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -114,14 +120,17 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     return select.small(x.device).plain_linear(x, weight)
 
 
-def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """Queries into latent space: [T, heads, nope] and [heads, nope, latent] to [T, heads, latent]."""
-    return select.small(q_nope.device).absorb(q_nope, w_uk)
+def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
+    """Queries into latent space: [T, heads, nope] times each head's first `nope` rows of kv_b, [T, heads, latent].
+
+    kv_b: [heads * (nope + v), latent], prepared for BF16 activations.
+    """
+    return kv_b.backend.absorb(q_nope, kv_b)
 
 
-def values_from_latent(attended: Tensor, w_uv: Tensor) -> Tensor:
-    """Attended latents to values: [T, heads, latent] and [heads, v, latent] to [T, heads, v]."""
-    return select.small(attended.device).values_from_latent(attended, w_uv)
+def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
+    """Attended latents [T, heads, latent] to values [T, heads, v], by each head's last `v` rows of kv_b."""
+    return kv_b.backend.values_from_latent(attended, kv_b, v)
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from deepseek_fp4_plugin.kernels import cpu, decoded, reference
+from deepseek_fp4_plugin.kernels.cpu.recording import Unrecordable as Unrecordable
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "decoded": decoded, "reference": reference}
 
@@ -53,6 +54,11 @@ def attention(device: torch.device) -> ModuleType:
 def small(device: torch.device) -> ModuleType:
     """The backend whose operations without a prepared weight run on `device`."""
     return cpu if device.type == "cpu" and _native() else reference
+
+
+def recorder(device: torch.device) -> cpu.Recorder | None:
+    """What records and replays kernels on `device`, if anything does."""
+    return cpu.Recorder() if device.type == "cpu" and _native() else None
 
 
 def has_fp4_tensor_cores(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear, column_parallel, row_parallel
 from deepseek_fp4_plugin.layers.norm import RMSNorm
@@ -22,8 +23,7 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 class MLA(nn.Module):
     """Attention of one layer; heads are cut over the tensor-parallel ranks, output is partial over them."""
 
-    w_uk: Tensor  # [heads, nope, latent]
-    w_uv: Tensor  # [heads, v, latent]
+    kv_b_proj: PreparedWeight  # [heads * (nope + v), latent]
 
     def __init__(self, name: str, config, mesh: Mesh):
         super().__init__()
@@ -48,9 +48,10 @@ class MLA(nn.Module):
             part.load(source)  # type: ignore[operator]
         c = self.config
         rows = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-        kv_b = source.linear([f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.mesh.tp))
-        by_head = ops.dense(kv_b).unflatten(0, (self.heads, -1))
-        self.w_uk, self.w_uv = (w.contiguous() for w in by_head.split([c.qk_nope_head_dim, c.v_head_dim], 1))
+        # Both forms of attention must see the same values, and in the absorbed one no input could be rounded to FP4.
+        self.kv_b_proj = source.linear(
+            [f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.mesh.tp), activations="bf16"
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """x: [T, hidden].  cos, sin: FP32 [T, rope / 2].  cache: this layer's [blocks, block_size, latent + rope].
@@ -71,7 +72,10 @@ class MLA(nn.Module):
             rows = slice(chunk.start, chunk.stop)
             context = entries[rows] if cache is None else _gather(cache, batch, chunk, x.dtype)
             outputs.append(self._expanded(q_nope[rows], q_rope[rows], context))
-        attended = torch.cat(outputs) if outputs else q_nope.new_empty(0, self.heads, self.config.v_head_dim)
+        if len(outputs) == 1:
+            attended = outputs[0]
+        else:
+            attended = torch.cat(outputs) if outputs else q_nope.new_empty(0, self.heads, self.config.v_head_dim)
         return self.mesh.reduce_attention(self.o_proj(attended.flatten(1)))
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,14 +91,15 @@ class MLA(nn.Module):
         return ops.latent_entries(self.kv_a_proj_with_mqa(x), norm.weight, norm.eps, cos, sin)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
-        latent, rope = context.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        k_nope = torch.einsum("sl,hnl->shn", latent, self.w_uk)
+        c = self.config
+        latent, rope = context.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        keys_and_values = ops.linear(latent, self.kv_b_proj).unflatten(-1, (self.heads, -1))
+        k_nope, v = keys_and_values.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k = torch.cat((k_nope, rope.unsqueeze(1).expand(-1, self.heads, -1)), -1)
-        v = torch.einsum("sl,hvl->shv", latent, self.w_uv)
-        return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, self.config.softmax_scale)
+        return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, c.softmax_scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        q_latent = ops.absorb(q_nope, self.w_uk)
+        q_latent = ops.absorb(q_nope, self.kv_b_proj)
         assert batch.block_tables is not None and batch.query_start is not None and batch.context_lens is not None
         requests = batch.num_decode_requests
         attended = ops.absorbed_attention(
@@ -108,7 +113,7 @@ class MLA(nn.Module):
             batch.max_context,
             self.config.softmax_scale,
         )
-        return ops.values_from_latent(attended, self.w_uv)
+        return ops.values_from_latent(attended, self.kv_b_proj, self.config.v_head_dim)
 
 
 def _gather(cache: Tensor, batch: ForwardBatch, chunk: Chunk, dtype: torch.dtype) -> Tensor:

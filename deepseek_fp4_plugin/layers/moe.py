@@ -87,4 +87,4 @@ class MoE(nn.Module):
         routed = self.mesh.reduce_experts(self.experts(x, *self.gate(x)))
         if not self.shared_experts:
             return routed
-        return routed + self.mesh.reduce_attention(self.shared_experts(x))
+        return ops.add(routed, self.mesh.reduce_attention(self.shared_experts(x)))

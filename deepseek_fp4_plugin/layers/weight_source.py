@@ -56,10 +56,20 @@ class WeightSource:
         """An unquantized tensor, checked against the whole `shape`, cut, on the device, in `dtype` or the model's."""
         return self._read(name, tuple(shape), cut).to(self.device, dtype or self.dtype, copy=True)
 
-    def linear(self, modules: Sequence[str], out_features: Sequence[int], in_features: int, cut: Cut) -> PreparedWeight:
-        """A linear, or several of the same input fused along their outputs; sizes are those of the whole weights."""
+    def linear(
+        self,
+        modules: Sequence[str],
+        out_features: Sequence[int],
+        in_features: int,
+        cut: Cut,
+        activations: Activations | None = None,
+    ) -> PreparedWeight:
+        """A linear, or several of the same input fused along their outputs; sizes are those of the whole weights.
+
+        activations: None takes the source's choice.
+        """
         parts = [self._parts(module, out, in_features, cut) for module, out in zip(modules, out_features, strict=True)]
-        return self._prepare(parts)
+        return self._prepare(parts, activations)
 
     def experts(
         self, prefix: str, projections: Sequence[str], experts: range, total: int, sizes: tuple[int, int], cut: Cut
@@ -78,8 +88,8 @@ class WeightSource:
             stacks.append(_stack(slots, scale))
         return self._prepare(stacks)
 
-    def _prepare(self, parts: Sequence[WeightTensors]) -> PreparedWeight:
-        return ops.prepare(parts, self.device, self.dtype, self.activations, self.backend)
+    def _prepare(self, parts: Sequence[WeightTensors], activations: Activations | None = None) -> PreparedWeight:
+        return ops.prepare(parts, self.device, self.dtype, activations or self.activations, self.backend)
 
     def _parts(self, module: str, out_features: int, in_features: int, cut: Cut) -> WeightTensors:
         weight_format = detect_format(self.reader, module)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import Activations
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.embedding import LanguageModelHead, VocabEmbedding
@@ -45,8 +46,8 @@ class DeepseekV3DecoderLayer(nn.Module):
             part.load(source)  # type: ignore[operator]
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, batch, cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = ops.add(hidden, self.self_attn(self.input_layernorm(hidden), cos, sin, batch, cache))
+        return ops.add(hidden, self.mlp(self.post_attention_layernorm(hidden)))
 
 
 class DeepseekV3Model(nn.Module):
@@ -62,8 +63,10 @@ class DeepseekV3Model(nn.Module):
 
     def forward(self, batch: ForwardBatch, cache: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [T, hidden].  cache: [layers, blocks, block_size, latent + rope]."""
-        hidden = self.embed_tokens(batch.input_ids)
-        cos, sin = self.rotary(batch.positions)
+        return self.decode(self.embed_tokens(batch.input_ids), *self.rotary(batch.positions), batch, cache)
+
+    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
+        """All layers and the final norm on embedded tokens, [T, hidden]. cos, sin: FP32 [T, rope / 2]."""
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, batch, None if cache is None else cache[index])
         return self.norm(hidden)

@@ -8,9 +8,9 @@ The checkpoint's copies of the embedding and the head equal the main model's, wh
 2412.19437 section 2.2, and DeepSeek's README_WEIGHTS.
 """
 
-import torch
 from torch import Tensor, nn
 
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear
 from deepseek_fp4_plugin.layers.norm import RMSNorm
@@ -42,5 +42,5 @@ class DeepseekV3MTP(nn.Module):
 
         batch: positions of `hidden`'s tokens (not shifted).  cache: the MTP layer's.  Returns m, [T, hidden].
         """
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
+        x = self.eh_proj(ops.concat(self.enorm(embedded), self.hnorm(hidden)))
         return self.norm(self.layer(x, cos, sin, batch, cache))

@@ -308,17 +308,33 @@ def test_wrong_input_is_refused():
         pass
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 9])
-@pytest.mark.parametrize(("nope", "latent", "v"), [(16, 32, 16), (128, 512, 128), (7, 40, 11)])
-def test_per_head_products(path, tokens, nope, latent, v):
-    q = torch.randn(tokens, 3, nope + 5).to(BF16)[..., :nope]
-    w_uk, w_uv = torch.randn(3, nope, latent).to(BF16), torch.randn(3, v, latent).to(BF16)
-    assert error(cpu.absorb(q, w_uk), reference.absorb(q, w_uk)) <= TWO_STEPS
-    attended = torch.randn(tokens, 3, latent).to(BF16)
-    values = cpu.values_from_latent(attended, w_uv)
-    assert error(values, reference.values_from_latent(attended, w_uv)) <= TWO_STEPS
-    assert torch.equal(values[:1], cpu.values_from_latent(attended[:1], w_uv))
-    assert torch.equal(cpu.absorb(q, w_uk)[:1], cpu.absorb(q[:1], w_uk))
+@pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda f: f.name)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize(
+    ("nope", "latent", "v"), [(16, 32, 16), (128, 512, 128), (192, 272, 64), (7, 48, 11), (5, 304, 4)]
+)
+def test_per_head_products(path, weight_format, tokens, nope, latent, v):
+    heads = 3
+    part = random_part(weight_format, heads * (nope + v), latent)
+    kv_b, expected = both([part], "bf16")
+    q = torch.randn(tokens, heads, nope + 5).to(BF16)[..., :nope]
+    absorbed = cpu.absorb(q, kv_b)
+    assert error(absorbed, reference.absorb(q, expected)) <= TWO_STEPS
+    attended = torch.randn(tokens, heads, latent).to(BF16)
+    values = cpu.values_from_latent(attended, kv_b, v)
+    assert error(values, reference.values_from_latent(attended, expected, v)) <= TWO_STEPS
+    for rows in (1, min(tokens, 4)):
+        assert torch.equal(values[:rows], cpu.values_from_latent(attended[:rows], kv_b, v))
+        assert torch.equal(absorbed[:rows], cpu.absorb(q[:rows], kv_b))
+    decoded_weight = ops.prepare([part], torch.device("cpu"), BF16, backend="decoded")
+    assert error(decoded.absorb(q, decoded_weight), absorbed) <= 2 * TWO_STEPS
+    assert error(decoded.values_from_latent(attended, decoded_weight, v), values) <= 2 * TWO_STEPS
+
+
+def test_add_and_concat(path):
+    x, y = torch.randn(3, 37).to(BF16), torch.randn(3, 37).to(BF16)
+    assert torch.equal(cpu.add(x, y), x + y)
+    assert torch.equal(cpu.concat(x, y[:, :5].contiguous()), torch.cat((x, y[:, :5]), -1))
 
 
 @pytest.mark.parametrize("weight_dtype", [BF16, torch.float32])

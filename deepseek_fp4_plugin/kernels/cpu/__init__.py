@@ -12,20 +12,24 @@ from deepseek_fp4_plugin.kernels.cpu.attention import (
     store_entries,
     values_from_latent,
 )
+from deepseek_fp4_plugin.kernels.cpu.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.cpu.extension import available, path, paths, use_path
-from deepseek_fp4_plugin.kernels.cpu.linear import dense, linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.cpu.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.cpu.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cpu.norm import rms_norm
 from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
+from deepseek_fp4_plugin.kernels.cpu.recording import Recorder
 from deepseek_fp4_plugin.kernels.cpu.rotary import rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
 
 __all__ = [
+    "Recorder",
     "absorb",
     "absorbed_attention",
+    "add",
     "available",
-    "dense",
+    "concat",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
 def absorbed_attention(
@@ -55,18 +56,15 @@ def absorbed_attention(
     return output
 
 
-def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """See kernels/reference/attention.py; BF16 here, other dtypes there."""
-    if not _is_native(q_nope, w_uk):
-        return reference.absorb(q_nope, w_uk)
-    return _per_head(native.absorb, q_nope, w_uk, w_uk.shape[2])
+def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
+    """See kernels/reference/attention.py; on the checkpoint's bytes."""
+    return _per_head(native.absorb, q_nope, kv_b, 0, q_nope.shape[2], kv_b.in_features)
 
 
-def values_from_latent(attended: Tensor, w_uv: Tensor) -> Tensor:
-    """See kernels/reference/attention.py; BF16 here, other dtypes there."""
-    if not _is_native(attended, w_uv):
-        return reference.values_from_latent(attended, w_uv)
-    return _per_head(native.per_head, attended, w_uv, w_uv.shape[1])
+def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
+    """See kernels/reference/attention.py; on the checkpoint's bytes."""
+    first = kv_b.out_features // attended.shape[1] - v
+    return _per_head(native.per_head, attended, kv_b, first, v, v)
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,13 +99,22 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
     native.store_entries(entries.data_ptr(), *entries.shape, slots.data_ptr(), cache.data_ptr(), fp8)
 
 
-def _is_native(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16 and weight.is_contiguous()
-
-
-def _per_head(kernel, x: Tensor, weight: Tensor, out: int) -> Tensor:
+def _per_head(kernel, x: Tensor, kv_b: PreparedWeight, first: int, rows: int, out: int) -> Tensor:
+    if x.dtype is not torch.bfloat16 or kv_b.activations == "fp4":
+        raise ValueError(f"per-head products take BF16 activations, not {x.dtype} or FP4")
     x = x if x.stride(2) == 1 else x.contiguous()
-    y = torch.empty(x.shape[0], x.shape[1], out, dtype=torch.bfloat16)
-    threads = torch.get_num_threads()
-    kernel(x.data_ptr(), x.stride(0), x.stride(1), *x.shape, out, weight.data_ptr(), y.data_ptr(), threads)
+    tokens, heads, _ = x.shape
+    y = torch.empty(tokens, heads, out, dtype=torch.bfloat16)
+    kernel(
+        kv_b.data.handle,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        tokens,
+        heads,
+        first,
+        rows,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
     return y

@@ -14,7 +14,6 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cpu.extension import native
-from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
 _FORMATS = {WeightFormat.PLAIN: 0, WeightFormat.FP8_BLOCK: 1, WeightFormat.NVFP4: 2}
@@ -91,11 +90,6 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     else:
         return reference.plain_linear(x, weight)
     return y
-
-
-def dense(weight: PreparedWeight) -> Tensor:
-    """The weight's values, BF16 [(E,) out, in]."""
-    return torch.cat([dequantized(part) for part in weight.data.parts], -2).to(weight.dtype)
 
 
 def _contiguous(part: WeightTensors) -> WeightTensors:

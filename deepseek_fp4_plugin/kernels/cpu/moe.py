@@ -33,8 +33,7 @@ def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tenso
     """See kernels/reference/moe.py: the grouped kernel with one expert."""
     if gate_up.backend is not down.backend or x.dtype is not torch.bfloat16 or _is_large(gate_up, x.shape[0]):
         return reference.gated_mlp(x, gate_up, down)
-    rows = x.shape[0]
-    return _run(x.contiguous(), torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1), gate_up, down)
+    return _run(x.contiguous(), None, None, gate_up, down)
 
 
 def _is_large(weight: PreparedWeight, rows: int) -> bool:
@@ -42,15 +41,19 @@ def _is_large(weight: PreparedWeight, rows: int) -> bool:
     return weight.format is WeightFormat.PLAIN and rows > _FEW_ROWS
 
 
-def _run(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
+def _run(
+    x: Tensor, ids: Tensor | None, weights: Tensor | None, gate_up: PreparedWeight, down: PreparedWeight
+) -> Tensor:
+    """Without ids every row goes to the only expert, with weight 1."""
     y = torch.empty(x.shape[0], down.out_features, dtype=torch.bfloat16)
     native.experts(
         gate_up.data.handle,
         down.data.handle,
         x.data_ptr(),
-        ids.data_ptr(),
-        weights.data_ptr(),
-        *ids.shape,
+        0 if ids is None else ids.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        x.shape[0],
+        1 if ids is None else ids.shape[1],
         y.data_ptr(),
         torch.get_num_threads(),
     )

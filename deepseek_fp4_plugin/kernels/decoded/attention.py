@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """See kernels/reference/attention.py; heads in front, fused softmax."""
@@ -59,3 +61,22 @@ def absorbed_attention(
     weights = scores.softmax(-1).to(q.dtype).flatten(1, 2)
     output = (weights @ entries[..., :latent]).unflatten(1, (max_query, heads))
     return output[row < lengths.unsqueeze(1)] if padded else output.flatten(0, 1)
+
+
+def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
+    """See kernels/reference/attention.py."""
+    values, row_scale = kv_b.data
+    w_uk = values.unflatten(0, (q_nope.shape[1], -1))[:, : q_nope.shape[2]]
+    return _scaled(torch.einsum("thn,hnl->thl", q_nope, w_uk), row_scale)
+
+
+def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
+    """See kernels/reference/attention.py."""
+    values, row_scale = kv_b.data
+    w_uv = values.unflatten(0, (attended.shape[1], -1))[:, -v:]
+    return _scaled(torch.einsum("thl,hvl->thv", attended, w_uv), row_scale)
+
+
+def _scaled(y: Tensor, row_scale: Tensor | None) -> Tensor:
+    """One projection has one tensor scale, so every row's is the first's."""
+    return y if row_scale is None else (y * row_scale[0]).to(y.dtype)

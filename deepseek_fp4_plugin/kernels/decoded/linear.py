@@ -55,13 +55,3 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
         x = nvfp4.block_values(packed, scale, x.dtype)
     y = torch.nn.functional.linear(x, values)
     return y if row_scale is None else (y * row_scale).to(x.dtype)
-
-
-def dense(weight: PreparedWeight) -> Tensor:
-    """The weight's values, [(E,) out, in] in its compute dtype."""
-    values, row_scale = weight.data
-    if row_scale is None:
-        return values
-    if weight.activations == "fp4":
-        row_scale = row_scale / weight.input_scale
-    return (values * row_scale.unsqueeze(-1)).to(weight.dtype)

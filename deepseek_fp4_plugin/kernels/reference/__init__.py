@@ -8,7 +8,8 @@ from deepseek_fp4_plugin.kernels.reference.attention import (
     store_entries,
     values_from_latent,
 )
-from deepseek_fp4_plugin.kernels.reference.linear import dense, linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
+from deepseek_fp4_plugin.kernels.reference.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
@@ -17,7 +18,8 @@ from deepseek_fp4_plugin.kernels.reference.routing import route
 __all__ = [
     "absorb",
     "absorbed_attention",
-    "dense",
+    "add",
+    "concat",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -50,14 +52,19 @@ def absorbed_attention(
     return output
 
 
-def absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """Queries into latent space: [T, heads, nope] and [heads, nope, latent] to [T, heads, latent]."""
-    return torch.einsum("thn,hnl->thl", q_nope, w_uk)
+def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
+    """Queries into latent space: [T, heads, nope] times each head's first `nope` rows of kv_b, [T, heads, latent].
+
+    kv_b: [heads * (nope + v), latent].
+    """
+    w_uk = _by_head(kv_b, q_nope.shape[1])[:, : q_nope.shape[2]]
+    return torch.einsum("thn,hnl->thl", q_nope.float(), w_uk).to(q_nope.dtype)
 
 
-def values_from_latent(attended: Tensor, w_uv: Tensor) -> Tensor:
-    """Attended latents to values: [T, heads, latent] and [heads, v, latent] to [T, heads, v]."""
-    return torch.einsum("thl,hvl->thv", attended, w_uv)
+def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
+    """Attended latents [T, heads, latent] to values [T, heads, v], by each head's last `v` rows of kv_b."""
+    w_uv = _by_head(kv_b, attended.shape[1])[:, -v:]
+    return torch.einsum("thl,hvl->thv", attended.float(), w_uv).to(attended.dtype)
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,6 +83,11 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
         cache.view(torch.uint8).flatten(0, 1)[slots] = entries.view(torch.uint8)
     else:
         cache.flatten(0, 1)[slots] = entries.to(cache.dtype)
+
+
+def _by_head(weight: PreparedWeight, heads: int) -> Tensor:
+    """FP32 values [heads, out / heads, in]."""
+    return torch.cat([dequantized(part) for part in weight.data], -2).unflatten(0, (heads, -1))
 
 
 def _future(length: int, context: int, device: torch.device) -> Tensor:

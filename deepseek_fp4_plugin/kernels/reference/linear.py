@@ -42,11 +42,6 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x.to(weight.dtype), weight)
 
 
-def dense(weight: PreparedWeight) -> Tensor:
-    """The weight's values, [(E,) out, in] in its compute dtype."""
-    return torch.cat([dequantized(part) for part in weight.data], -2).to(weight.dtype)
-
-
 def dequantized(part: WeightTensors) -> Tensor:
     """FP32 values of one projection, [(E,) out, in]."""
     if part.format is WeightFormat.PLAIN:

@@ -1,0 +1,83 @@
+"""A step's kernel calls, recorded once and made again without Python: what CUDA graphs are on a GPU.
+
+While a function is recorded its kernels run as always and their arguments are kept. Everything between the kernels must
+be views and empty tensors: whatever else torch is asked to compute would be missing from the replay, so it is refused.
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepseek_fp4_plugin.kernels.cpu.extension import native
+
+
+class Unrecordable(RuntimeError):
+    """The function computes something outside the native kernels."""
+
+
+class Recorder:
+    """Records functions, all in the same memory: a replay overwrites what the replay before has left."""
+
+    def __init__(self) -> None:
+        self._memory = _Memory()
+
+    def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Calls `function` once; the result replays it on what its tensors then hold, and returns the same tensor.
+
+        The tensors that `function` reads must stay where they are. Raises Unrecordable.
+        """
+        recording = native.Recording()
+        with _Refusing(self._memory):
+            recording.start()
+            try:
+                output = function()
+            finally:
+                native.Recording.stop()
+
+        def replay() -> Tensor:
+            recording.replay()
+            return output
+
+        return replay
+
+
+class _Refusing(TorchDispatchMode):
+    def __init__(self, memory: "_Memory"):
+        super().__init__()
+        self.memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.empty.memory_format and kwargs.get("device") in (None, torch.device("cpu")):
+            return self.memory.tensor(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        returns = func._schema.returns
+        if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+            return func(*args, **kwargs)
+        raise Unrecordable(f"{func} computes outside the kernels")
+
+
+class _Memory:
+    """Blocks of powers of two; one is free again as soon as no tensor uses it, so layers take turns at the same ones."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._blocks: list[np.ndarray] = []  # all of them: recordings hold addresses only
+
+    def tensor(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        size = 1 << max(6, (count * dtype.itemsize - 1).bit_length())
+        free = self._free.setdefault(size, [])
+        if not free:
+            block = np.zeros(size + 64, np.uint8)
+            self._blocks.append(block)
+            free.append(block[-block.ctypes.data % 64 :][:size])
+        block = free.pop()
+        used = block[:]  # lives as long as the storage of the tensor
+        weakref.finalize(used, free.append, block).atexit = False
+        return torch.from_numpy(used)[: count * dtype.itemsize].view(dtype).view(tuple(shape))
