@@ -25,12 +25,13 @@ def make_engine(
     tokens: int = 512,
     max_seq_len: int = 1024,
     reuse: bool = True,
+    cache_dtype: torch.dtype = torch.float32,
     think_ids: tuple[int, int] | None = None,
     oracle: dict[int, Sequence[int]] | None = None,
 ) -> LLMEngine:
     """oracle: request id -> its whole token ids; half of all drafts are then replaced by the truth."""
     layers = model.config.num_hidden_layers + (1 if drafts else 0)
-    cache = allocate(model.config, layers, blocks, block_size, torch.float32, torch.device("cpu"))
+    cache = allocate(model.config, layers, blocks, block_size, cache_dtype, torch.device("cpu"))
     cache.fill_(float("nan"))  # a read of a slot nobody wrote shows
     scheduler = Scheduler(
         BlockManager(blocks, block_size, reuse, lookahead=1 if drafts else 0),

@@ -1,0 +1,95 @@
+"""Recorded decode steps against the same steps run by Python, bit for bit."""
+
+import random
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
+from deepseek_fp4_plugin.kernels import cpu, ops
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
+from tests.engine_core import make_engine, make_request, run_all
+from tests.tiny import write_checkpoint
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
+BF16, CPU = torch.bfloat16, torch.device("cpu")
+
+
+@pytest.mark.parametrize("source", ["fp8", "bf16", "r1_nano"])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_engine_computes_the_same(tmp_path, source, drafts):
+    folder = source if source == "r1_nano" else write_checkpoint(tmp_path / source, fp8=source == "fp8")
+    model = DeepseekV3ForCausalLM.from_pretrained(folder)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(5, 300) for _ in range(rng.randint(1, 40))] for _ in range(12)]
+    outputs = []
+    for recorded in (True, False):
+        engine = make_engine(model, drafts=drafts, batch=8, cache_dtype=BF16)
+        steps = [engine.runner.decode] + ([engine.runner.drafter.decode] if drafts else [])
+        for step in steps:
+            step.recorder = step.recorder if recorded else None
+        requests = [make_request(i, prompt, 24) for i, prompt in enumerate(prompts)]
+        outputs.append(run_all(engine, requests))
+        assert all(bool(step._replays) == recorded for step in steps)
+    assert outputs[0] == outputs[1]
+
+
+def batch_of(tokens: int, requests: int) -> ForwardBatch:
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    return ForwardBatch(
+        input_ids=ids,
+        positions=ids,
+        slot_mapping=ids,
+        block_tables=torch.zeros(requests, 1, dtype=torch.int64),
+        context_lens=torch.ones(requests, dtype=torch.int64),
+        query_start=torch.arange(requests + 1),
+        num_decode_requests=requests,
+        num_decode_tokens=tokens,
+        max_query=1,
+        max_context=1,
+    )
+
+
+def test_replay_reads_new_inputs_and_leaves_old_results():
+    weight = torch.ones(64, dtype=BF16)
+    calls = []
+
+    def function(x, *, batch):
+        calls.append(x.shape[0])
+        for _ in range(50):
+            x = ops.add(x, ops.rms_norm(x, weight, 1e-6))
+        return x
+
+    steps = RecordedSteps(function, CPU, cache_blocks=4)
+    inputs = [torch.randn(rows, 64).to(BF16) for rows in (2, 3, 2, 3, 2)]
+    results = [steps(x, batch=batch_of(x.shape[0], x.shape[0])) for x in inputs]
+    assert calls == [2, 3]
+    for x, result in zip(inputs, results, strict=True):
+        assert torch.equal(result, function(x, batch=None))
+    blocks = steps.recorder._memory._blocks
+    assert len(blocks) <= 8, "layers must take turns at the same memory"
+
+
+@pytest.mark.parametrize(
+    "step", [lambda x: x * 2, lambda x: torch.zeros_like(x).add_(x), lambda x: x[torch.tensor([0])], torch.cat]
+)
+def test_what_cannot_be_recorded_runs_as_before(step):
+    def function(x, *, batch):
+        return step([x, x]) if step is torch.cat else step(ops.add(x, x))
+
+    steps = RecordedSteps(function, CPU, cache_blocks=4)
+    for _ in range(2):
+        x = torch.randn(1, 64).to(BF16)
+        assert torch.equal(steps(x, batch=batch_of(1, 1)), function(x, batch=None))
+    assert steps.recorder is None
+
+
+def test_an_error_while_recording_is_raised_and_recording_ends():
+    def function(x, *, batch):
+        raise KeyError("from the step")
+
+    steps = RecordedSteps(function, CPU, cache_blocks=4)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="from the step"):
+            steps(torch.ones(1, 64, dtype=BF16), batch=batch_of(1, 1))
