@@ -29,16 +29,16 @@ class Pool {
     grow(threads - 1);
     task_ = task;
     context_ = context;
-    items_ = items;
     helpers_ = threads - 1;
-    next_.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < threads; i++)
+      shares_[i].store({static_cast<uint32_t>(items * i / threads), static_cast<uint32_t>(items * (i + 1) / threads)});
     open_.store(true);
     epoch_.fetch_add(1);
     if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_mutex_);
       wake_.notify_all();
     }
-    work();
+    work(0);
     open_.store(false);
     // A helper that joins from here on sees a closed job and leaves; one that sleeps is not waited for.
     for (int spins = 0; active_.load() > 0; spins++) {
@@ -50,11 +50,48 @@ class Pool {
   std::mutex busy;
 
  private:
-  void work() {
-    for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) task_(context_, item);
+  // Items that lie together belong to one thread, which walks them in order: what it fetches ahead of its weights is
+  // then its own. Who has none left takes the second half of another's.
+  struct Range {
+    uint32_t begin, end;
+  };
+  struct alignas(64) Share {
+    std::atomic<uint64_t> packed{0};
+    static uint64_t pack(Range r) { return static_cast<uint64_t>(r.begin) << 32 | r.end; }
+    static Range unpack(uint64_t p) { return {static_cast<uint32_t>(p >> 32), static_cast<uint32_t>(p)}; }
+    void store(Range r) { packed.store(pack(r)); }
+    // Empty when there is nothing left.
+    Range take_first() {
+      for (uint64_t now = packed.load();;) {
+        const Range r = unpack(now);
+        if (r.begin >= r.end) return {0, 0};
+        if (packed.compare_exchange_weak(now, pack({r.begin + 1, r.end}))) return {r.begin, r.begin + 1};
+      }
+    }
+    Range take_half() {
+      for (uint64_t now = packed.load();;) {
+        const Range r = unpack(now);
+        if (r.begin >= r.end) return {0, 0};
+        const uint32_t middle = r.begin + (r.end - r.begin) / 2;
+        if (packed.compare_exchange_weak(now, pack({r.begin, middle}))) return {middle, r.end};
+      }
+    }
+  };
+
+  void work(int index) {
+    for (;;) {
+      Range taken = shares_[index].take_first();
+      for (int i = 1; taken.begin == taken.end && i <= helpers_; i++) {
+        taken = shares_[(index + i) % (helpers_ + 1)].take_half();
+        if (taken.begin != taken.end) shares_[index].store({taken.begin + 1, taken.end});
+      }
+      if (taken.begin == taken.end) return;
+      task_(context_, taken.begin);
+    }
   }
 
   void grow(int helpers) {
+    if (static_cast<int>(shares_.size()) <= helpers) shares_ = std::vector<Share>(helpers + 1);  // all helpers sleep
     while (static_cast<int>(started_) < helpers) {
       int index = started_++;
       std::thread(&Pool::help, this, index).detach();
@@ -67,7 +104,7 @@ class Pool {
       uint64_t now = wait(seen);
       seen = now;
       active_.fetch_add(1);
-      if (open_.load() && index < helpers_) work();
+      if (open_.load() && index < helpers_) work(index + 1);
       active_.fetch_sub(1);
     }
   }
@@ -87,10 +124,9 @@ class Pool {
 
   void (*task_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
-  int64_t items_ = 0;
   int helpers_ = 0;
   int started_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
+  std::vector<Share> shares_;
   alignas(64) std::atomic<uint64_t> epoch_{0};
   std::atomic<bool> open_{false};
   alignas(64) std::atomic<int> active_{0};

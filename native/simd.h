@@ -159,9 +159,10 @@ inline void parallel(int threads, int64_t items, const Task& task) {
       const_cast<Task*>(&task));
 }
 
-// Threads that shorten a task of so many bytes read and multiplications: waking one costs several microseconds.
+// Threads that shorten a task of so many bytes read and multiplications: meeting one that is awake costs one or two
+// microseconds.
 inline int useful_threads(int threads, int64_t bytes, int64_t products) {
-  const int64_t worth = bytes / 200000 + products / 800000;  // of about 8 microseconds each
+  const int64_t worth = bytes / 60000 + products / 300000;  // of about 2 microseconds each
   return worth < threads ? (worth < 1 ? 1 : static_cast<int>(worth)) : threads;
 }
 
