@@ -125,6 +125,7 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
   v.row_bytes = v.format == FP8_BLOCK ? width : 2 * width;
   v.factor = 1.0f;
   v.ahead = ENTRIES_AHEAD;
+  v.end = v.values;  // whatever lies behind a block is as good as anything
   const int64_t cached_bytes = a.fp8 ? width : 2 * width;
   Rows rows = queries;
   rows.base += piece.row * rows.row_bytes;

@@ -204,6 +204,7 @@ inline void nvfp4_dots(
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
   const uint8_t* values = v.values + row * v.row_bytes;
   const uint8_t* scale = v.scale + row * v.scale_cols;
+  const Ahead ahead = ahead_of(v, values);
   __m512 total[O][R] = {};
   if (part.begin > 0)
     UNROLL for (int o = 0; o < O; o++)
@@ -218,9 +219,9 @@ inline void nvfp4_dots(
     UNROLL for (int o = 0; o < O; o++) {
       const uint8_t* p = values + o * v.row_bytes + chunk * 128;
       const uint8_t* s = scale + o * v.scale_cols + chunk * 16;
-      fetch(p + v.ahead);
-      fetch(p + v.ahead + 64);
-      if (chunk % 4 == 0) fetch(s + v.ahead / 8);
+      fetch(p + ahead.values);
+      fetch(p + ahead.values + 64);
+      if (chunk % 4 == 0) fetch(s + ahead.scale);
       set_step(step, o, _mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm_loadu_si128(reinterpret_cast<const __m128i*>(s)));
     }
     multiply(chunk);
@@ -251,7 +252,7 @@ template <int O, int R>
 inline void fp8_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
   const E4m3Tables tables = e4m3_tables();
   const uint8_t* w = v.values + row * v.row_bytes;
-  const int64_t width = v.scale ? v.block_cols : v.in;
+  const int64_t width = v.scale ? v.block_cols : v.in, ahead = ahead_of(v, w).values;
   __m512 total[O][R] = {};
   for (int64_t c = 0; c < v.in; c += width) {
     const int64_t stop = c + width < v.in ? c + width : v.in;
@@ -262,7 +263,7 @@ inline void fp8_dots(const View& v, int64_t row, const uint8_t* const* x, int64_
       __m512i d[2][O];
       UNROLL for (int o = 0; o < O; o++) {
         const uint8_t* p = w + o * v.row_bytes + k;
-        fetch(p + v.ahead);
+        fetch(p + ahead);
         const __m512i bytes = _mm512_maskz_loadu_epi8(mask, p);
         const __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
         d[0][o] = _mm512_unpacklo_epi8(low, high);
@@ -286,6 +287,7 @@ inline void fp8_dots(const View& v, int64_t row, const uint8_t* const* x, int64_
 template <int O, int R>
 inline void plain_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
   const uint8_t* w = v.values + row * v.row_bytes;
+  const int64_t ahead = ahead_of(v, w).values;
   __m512 total[O][R] = {};
   for (int64_t k = 0; k < v.in; k += 32) {
     const __mmask32 mask = v.in - k >= 32 ? ~0u : (1u << (v.in - k)) - 1;
@@ -293,7 +295,7 @@ inline void plain_dots(const View& v, int64_t row, const uint8_t* const* x, int6
     __m512i d[O];
     UNROLL for (int o = 0; o < O; o++) {
       const uint8_t* p = w + o * v.row_bytes + k * 2;
-      fetch(p + v.ahead);
+      fetch(p + ahead);
       d[o] = _mm512_maskz_loadu_epi16(mask, p);
     }
     UNROLL for (int r = 0; r < R; r++) {

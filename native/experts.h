@@ -71,6 +71,17 @@ inline ExpertInputs prepare_expert_inputs(
   return inputs;
 }
 
+inline View gate_view(const Weight& gate_up, int64_t expert) { return view_of(gate_up, 0, expert); }
+
+inline View up_view(const Weight& gate_up, int64_t expert, int64_t inner) {
+  if (gate_up.parts == 2) return view_of(gate_up, 1, expert);
+  View u = view_of(gate_up, 0, expert);  // one projection whose rows are gate's, then up's
+  u.values += inner * u.row_bytes;
+  if (u.format == NVFP4) u.scale += inner * u.scale_cols;
+  if (u.format == FP8_BLOCK) u.scale += inner / u.block_rows * u.scale_cols * 4;
+  return u;
+}
+
 inline void experts(const ExpertsArgs& a) {
   const Weight &gate_up = *a.gate_up, &down = *a.down;
   const int64_t inner = down.in, hidden = down.out;
@@ -95,16 +106,12 @@ inline void experts(const ExpertsArgs& a) {
     rows.count = count;
     float* gate = static_cast<float*>(scratch(SCRATCH_TILE, 2 * count * stride * 4));
     float* up = gate + count * stride;
-    const View g = view_of(gate_up, 0, e);
+    View g = gate_view(gate_up, e), u = up_view(gate_up, e, inner);
+    set_next(g, last, u, first);
+    const int64_t next = item + 1 < routing.active_count * tiles ? item + 1 : item;
+    set_next(u, last, gate_view(gate_up, routing.active[next / tiles]), next % tiles * width);
     tile(g, first, last, rows, few, gate, stride);
-    if (gate_up.parts == 2) tile(view_of(gate_up, 1, e), first, last, rows, few, up, stride);
-    else {  // one projection whose rows are gate's, then up's
-      View u = g;
-      u.values += inner * u.row_bytes;
-      if (u.format == NVFP4) u.scale += inner * u.scale_cols;
-      if (u.format == FP8_BLOCK) u.scale += inner / u.block_rows * u.scale_cols * 4;
-      tile(u, first, last, rows, few, up, stride);
-    }
+    tile(u, first, last, rows, few, up, stride);
     for (int64_t r = 0; r < count; r++)
       gated(gate + r * stride, up + r * stride, last - first, h + (begin + r) * inner + first);
   });
@@ -124,7 +131,10 @@ inline void experts(const ExpertsArgs& a) {
       Rows rows = few ? mid.few : mid.many;
       rows.base += begin * rows.row_bytes;
       rows.count = count;
-      tile(view_of(down, 0, e), first, last, rows, few, result, out_stride);
+      View v = view_of(down, 0, e);
+      const bool more = i + 1 < routing.active_count;
+      set_next(v, last, view_of(down, 0, routing.active[more ? i + 1 : 0]), more ? first : last);
+      tile(v, first, last, rows, few, result, out_stride);
       for (int64_t r = 0; r < count; r++) {
         const vf weight = splat(a.weights ? a.weights[routing.order[begin + r]] : 1.0f);
         float* to = total + routing.token[begin + r] * out_stride;

@@ -11,7 +11,25 @@ struct View {
   float factor;  // on every result
   bool fp4;      // activations are FP4
   int64_t ahead;  // bytes from a weight to the one to fetch from memory with it
+  const uint8_t* end;              // of the tile; what would be fetched beyond lies
+  int64_t jump = 0, scale_jump = 0;  // so many bytes further on
 };
+
+// The bytes from a weight, and from its scale, to those to fetch with it.
+struct Ahead {
+  int64_t values, scale;
+};
+inline Ahead ahead_of(const View& v, const uint8_t* values) {
+  const bool beyond = values + v.ahead >= v.end;
+  return {v.ahead + (beyond ? v.jump : 0), v.ahead / 8 + (beyond ? v.scale_jump : 0)};
+}
+
+// After output `last` of v comes output `first` of `next`.
+inline void set_next(View& v, int64_t last, const View& next, int64_t first) {
+  v.end = v.values + last * v.row_bytes;
+  v.jump = next.values + first * next.row_bytes - v.end;
+  if (v.format == NVFP4) v.scale_jump = next.scale + first * next.scale_cols - (v.scale + last * v.scale_cols);
+}
 
 constexpr int64_t FETCH_AHEAD = 16384;  // about a microsecond of one core's reading
 
@@ -29,6 +47,7 @@ inline View view_of(const Weight& weight, int part_index, int64_t expert) {
   v.row_bytes = row_bytes(weight);
   v.ahead = FETCH_AHEAD;
   v.values = part.values + expert * part.out * v.row_bytes;
+  v.end = v.values + part.out * v.row_bytes;
   if (weight.format == NVFP4) {
     v.scale_cols = weight.in / 16;
     v.scale = part.scale + expert * part.out * v.scale_cols;
