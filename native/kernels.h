@@ -114,6 +114,25 @@ struct HeadArgs {
   int threads;
 };
 
+// y[t] = weight[ids[t]]: BF16 [tokens, n]; weight [vocab, n].
+struct EmbeddingArgs {
+  const int64_t* ids;
+  int64_t tokens;
+  const uint16_t* weight;
+  int64_t vocab, n;
+  uint16_t* y;
+};
+
+// FP32 [tokens, n]: cosine and sine of positions[t] * frequencies[i], times magnitude.
+struct AnglesArgs {
+  const int64_t* positions;
+  int64_t tokens;
+  const float* frequencies;
+  int64_t n;
+  float magnitude;
+  float *cos, *sin;
+};
+
 // sum = x + y, BF16 [n].
 struct AddArgs {
   const uint16_t *x, *y;
@@ -158,6 +177,8 @@ struct Fp32Args {
   int threads;
 };
 
+[[noreturn]] void outside_vocabulary(int64_t id, int64_t vocab);  // throws
+
 struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
@@ -171,6 +192,8 @@ struct Kernels {
   void (*latent_entries)(const EntryArgs&);
   void (*store_entries)(const StoreArgs&);
   void (*linear_fp32)(const Fp32Args&);
+  void (*embedding)(const EmbeddingArgs&);
+  void (*angles)(const AnglesArgs&);
   void (*add)(const AddArgs&);
   void (*concat)(const ConcatArgs&);
   uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof

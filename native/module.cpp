@@ -127,6 +127,10 @@ Weight make_weight(
 
 }  // namespace
 
+void outside_vocabulary(int64_t id, int64_t vocab) {
+  throw std::out_of_range("token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
+}
+
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::set_leak_warnings(false);  // weights that live until the interpreter ends are no leak
@@ -229,6 +233,21 @@ NB_MODULE(_native, m) {
   };
   head_product("absorb", &Kernels::absorb);
   head_product("per_head", &Kernels::per_head);
+  m.def(
+      "embedding",
+      [](uintptr_t ids, int64_t tokens, uintptr_t weight, int64_t vocab, int64_t n, uintptr_t y) {
+        launch(&Kernels::embedding,
+               EmbeddingArgs{at<const int64_t>(ids), tokens, at<const uint16_t>(weight), vocab, n, at<uint16_t>(y)});
+      },
+      Unlocked());
+  m.def(
+      "angles",
+      [](uintptr_t positions, int64_t tokens, uintptr_t frequencies, int64_t n, float magnitude, uintptr_t cos,
+         uintptr_t sin) {
+        launch(&Kernels::angles, AnglesArgs{at<const int64_t>(positions), tokens, at<const float>(frequencies), n,
+                                            magnitude, at<float>(cos), at<float>(sin)});
+      },
+      Unlocked());
   m.def(
       "add",
       [](uintptr_t x, uintptr_t y, int64_t n, uintptr_t sum) {

@@ -39,6 +39,21 @@ inline void rotary(const RotaryArgs& a) {
              a.y + (t * a.heads + h) * a.d);
 }
 
+inline void embedding(const EmbeddingArgs& a) {
+  for (int64_t t = 0; t < a.tokens; t++) {
+    if (a.ids[t] < 0 || a.ids[t] >= a.vocab) outside_vocabulary(a.ids[t], a.vocab);
+    __builtin_memcpy(a.y + t * a.n, a.weight + a.ids[t] * a.n, a.n * 2);
+  }
+}
+
+inline void angles(const AnglesArgs& a) {
+  for (int64_t i = 0; i < a.tokens * a.n; i++) {
+    const float angle = static_cast<float>(a.positions[i / a.n]) * a.frequencies[i % a.n];
+    a.cos[i] = __builtin_cosf(angle) * a.magnitude;
+    a.sin[i] = __builtin_sinf(angle) * a.magnitude;
+  }
+}
+
 inline void add(const AddArgs& a) {
   int64_t i = 0;
   for (; i + W <= a.n; i += W) store_bf16(a.sum + i, load_bf16(a.x + i) + load_bf16(a.y + i));

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_fp4_plugin.layers.rotary import cos_sin, inverse_frequencies
+from deepseek_fp4_plugin.kernels.reference import cos_sin
+from deepseek_fp4_plugin.layers.rotary import inverse_frequencies
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 
 

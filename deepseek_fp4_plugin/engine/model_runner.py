@@ -23,23 +23,26 @@ class ModelRunner:
         self.block_size = cache.shape[2]
         self.device = cache.device
         self.drafter = MtpDrafter(model, cache, num_drafts) if num_drafts else None
-        self.decode = RecordedSteps(self._decode, self.device, cache.shape[1])
+        self.recorded = RecordedSteps(self._hidden_and_logits, self.device, cache.shape[1])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         rows = plan.rows
         began = time.perf_counter()
         batch = build(rows, self.block_size, self.device)
-        model = self.model.model
-        embedded, (cos, sin) = model.embed_tokens(batch.forward.input_ids), model.rotary(batch.forward.positions)
-        hidden = self.decode(embedded, cos, sin, batch=batch.forward)
+        replayed = self.recorded(batch=batch.forward)
+        hidden, logits = replayed or (self.model(batch.forward, self.cache), None)
         computed = time.perf_counter()
         result = StepResult([[] for _ in rows], [[] for _ in rows])
         sampled = [i for i, row in enumerate(rows) if row.sample]
         emitted = accepted = positions = None
         if sampled:
             positions = self._sampled_positions(rows, batch, sampled)
-            emitted, accepted = self._sample(rows, sampled, hidden[positions], result)
+            if logits is None:
+                logits = self.model.compute_logits(hidden[positions])
+            else:
+                logits = logits[positions].float()
+            emitted, accepted = self._sample(rows, sampled, logits, result)
         self._prompt_logprobs(rows, batch, hidden, result)
         chosen = time.perf_counter()
         if self.drafter is not None:
@@ -60,8 +63,9 @@ class ModelRunner:
         result.draft_seconds = time.perf_counter() - chosen
         return result
 
-    def _decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, *, batch: ForwardBatch) -> Tensor:
-        return self.model.model.decode(hidden, cos, sin, batch, self.cache)
+    def _hidden_and_logits(self, *, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        hidden = self.model(batch, self.cache)
+        return hidden, self.model.lm_head(hidden)
 
     def _sampled_positions(self, rows: Sequence[PlanRow], batch: InputBatch, sampled: list[int]) -> Tensor:
         """Where the last known token and the drafts of each sampled row lie in the batch: int64 [N]."""
@@ -72,10 +76,12 @@ class ModelRunner:
         return torch.tensor(positions, device=self.device)
 
     def _sample(
-        self, rows: Sequence[PlanRow], sampled: list[int], hidden: Tensor, result: StepResult
+        self, rows: Sequence[PlanRow], sampled: list[int], logits: Tensor, result: StepResult
     ) -> tuple[Tensor, list[int]]:
-        """Fill result.tokens and .logprobs; the token behind each of the N positions, and drafts accepted by row."""
-        logits = self.model.compute_logits(hidden)
+        """Fill result.tokens and .logprobs; the token behind each of the N positions, and drafts accepted by row.
+
+        logits: FP32 [N, vocab], changed by what the requests ask for.
+        """
         chosen = [rows[i] for i in sampled]
         bases, total = [], 0
         for row in chosen:

@@ -6,7 +6,6 @@ function would have, kernel by kernel.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +17,12 @@ MAX_TOKENS = 16  # beyond, computing takes so long that the host does not matter
 MAX_RECORDINGS = 64
 
 
-class StepFunction(Protocol):
-    """A forward of T tokens whose tensors all have T rows; returns [T, n]."""
-
-    def __call__(self, *tensors: Tensor, batch: ForwardBatch) -> Tensor: ...
+# function(*tensors, batch=...): a forward of T tokens. Its tensors beside the batch's, and its results, have T rows.
+StepFunction = Callable[..., tuple[Tensor, ...]]
 
 
 class RecordedSteps:
-    """Calls `function`, by replay where the step is short, all decode, and made of kernels that can be recorded.
+    """Replays `function` where the step is short, all decode, and made of kernels that can be recorded.
 
     cache_blocks: of the whole cache; a request's block table has at most as many.
     """
@@ -35,60 +32,59 @@ class RecordedSteps:
         self.recorder = select.recorder(device)
         self.device, self.cache_blocks = device, cache_blocks
         self._inputs: list[Tensor] = []
-        self._replays: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
+        self._extra: list[Tensor] = []
+        self._replays: dict[tuple[int, int, int], Callable[[], tuple[Tensor, ...]]] = {}
 
-    def __call__(self, *tensors: Tensor, batch: ForwardBatch) -> Tensor:
-        """The result is the caller's: it survives the next call."""
+    def __call__(self, *tensors: Tensor, batch: ForwardBatch) -> tuple[Tensor, ...] | None:
+        """The function's results, which the next call overwrites; None for a step that is not replayed."""
         tokens, requests = batch.num_decode_tokens, batch.num_decode_requests
         if self.recorder is None or batch.chunks or not 0 < tokens <= MAX_TOKENS:
-            return self.function(*tensors, batch=batch)
+            return None
         if not self._inputs:
             self._allocate(tensors)
-        inputs, static = self._static(len(tensors), tokens, requests, batch)
-        for mine, given in zip(inputs, tensors, strict=True):
-            mine.copy_(given)
+        inputs, static = self._fill(tensors, batch)
         key = tokens, requests, torch.get_num_threads()
         if key not in self._replays:
             if len(self._replays) == MAX_RECORDINGS:
                 self._replays.pop(next(iter(self._replays)))  # the oldest
             try:
-                self._replays[key] = self.recorder.record(lambda: self.function(*inputs, batch=static))
+                self._replays[key], results = self.recorder.record(lambda: self.function(*inputs, batch=static))
+                return results
             except select.Unrecordable:
                 self.recorder = None
                 self._replays.clear()
-                return self.function(*tensors, batch=batch)
-        return self._replays[key]().clone()
+                return None
+        return self._replays[key]()
 
     def _allocate(self, tensors: tuple[Tensor, ...]) -> None:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
-        self._inputs = [tensor.new_zeros(MAX_TOKENS, *tensor.shape[1:]) for tensor in tensors]
-        self._slots, self._tables = whole(MAX_TOKENS), whole(MAX_TOKENS, self.cache_blocks)
-        self._starts, self._contexts = whole(MAX_TOKENS + 1), whole(MAX_TOKENS)
+        self._inputs = [whole(MAX_TOKENS) for _ in range(3)]  # ids, positions, slots
+        self._inputs += [whole(MAX_TOKENS + 1), whole(MAX_TOKENS)]  # query starts, context lengths
+        self._tables = whole(MAX_TOKENS, self.cache_blocks)
+        self._extra = [tensor.new_zeros(MAX_TOKENS, *tensor.shape[1:]) for tensor in tensors]
 
-    def _static(
-        self, count: int, tokens: int, requests: int, batch: ForwardBatch
-    ) -> tuple[list[Tensor], ForwardBatch]:
-        """Places of the inputs, and the batch with its tensors copied to theirs."""
-        tables = self._tables[:requests]
-        pairs = [
-            (self._slots[:tokens], batch.slot_mapping),
-            (tables[:, : batch.block_tables.shape[1]], batch.block_tables),
-            (self._starts[: requests + 1], batch.query_start),
-            (self._contexts[:requests], batch.context_lens),
-        ]
-        for mine, given in pairs:
-            mine.copy_(given)
+    def _fill(self, tensors: tuple[Tensor, ...], batch: ForwardBatch) -> tuple[list[Tensor], ForwardBatch]:
+        """Copies the step's inputs to where recordings read them; those places."""
+        assert batch.block_tables is not None
+        given = [batch.input_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.context_lens, *tensors]
+        places = []
+        for place, tensor in zip([*self._inputs, *self._extra], given, strict=True):
+            assert tensor is not None
+            places.append(place[: tensor.shape[0]].copy_(tensor))
+        ids, positions, slots, starts, contexts, *extra = places
+        tables = self._tables[: batch.num_decode_requests]
+        tables[:, : batch.block_tables.shape[1]] = batch.block_tables
         static = replace(
             batch,
-            input_ids=torch.empty(0),
-            positions=torch.empty(0),
-            slot_mapping=pairs[0][0],
+            input_ids=ids,
+            positions=positions,
+            slot_mapping=slots,
             block_tables=tables,
-            query_start=pairs[2][0],
-            context_lens=pairs[3][0],
-            max_query=tokens,
+            query_start=starts,
+            context_lens=contexts,
+            max_query=batch.num_decode_tokens,
             max_context=0,
         )
-        return [tensor[:tokens] for tensor in self._inputs[:count]], static
+        return extra, static

@@ -67,7 +67,7 @@ class MtpDrafter:
         assert model.mtp is not None
         self.model, self.mtp, self.num_drafts = model, model.mtp, num_drafts
         self.cache = cache[model.mtp.index]
-        self.decode = RecordedSteps(self._decode, cache.device, cache.shape[1])
+        self.recorded = RecordedSteps(self._hidden_and_logits, cache.device, cache.shape[1])
 
     def propose(
         self,
@@ -93,7 +93,7 @@ class MtpDrafter:
             ids[torch.tensor(ends, device=ids.device)] = torch.tensor(
                 [rows[i].next_token for i in behind], device=ids.device
             )
-        output = self._forward(replace(batch.forward, input_ids=ids), hidden)
+        output, logits = self._forward(replace(batch.forward, input_ids=ids), hidden)
         if not sampled:
             return []
         # Each sampled request's last accepted token: where it lies in the batch, and its position.
@@ -101,21 +101,33 @@ class MtpDrafter:
         last = [batch.starts[i] + offset for i, offset in zip(sampled, offsets, strict=True)]
         positions = np.array([rows[i].start + offset for i, offset in zip(sampled, offsets, strict=True)])
         blocks = [rows[i].blocks for i in sampled]
-        state = output[torch.tensor(last, device=ids.device)]
-        draft = self.model.compute_logits(state).argmax(-1)
+        rows_of_last = torch.tensor(last, device=ids.device)
+        state, draft = output[rows_of_last], self._best(output, logits, rows_of_last)
         drafts = [draft]
         for _ in range(self.num_drafts - 1):
             positions = positions + 1
             step = build_single(draft, positions, blocks, self.cache.shape[1])
-            state = self._forward(step, state)
-            draft = self.model.compute_logits(state).argmax(-1)
+            state, logits = self._forward(step, state)
+            draft = self._best(state, logits, slice(None))
             drafts.append(draft)
         return torch.stack(drafts, 1).tolist()
 
-    def _forward(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
+    def _forward(self, batch: ForwardBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        replayed = self.recorded(hidden, batch=batch)
+        if replayed is None:
+            return self._hidden(hidden, batch), None
+        output, logits = replayed
+        return output, logits
+
+    def _hidden(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         embedded = self.model.model.embed_tokens(batch.input_ids)
         cos, sin = self.model.model.rotary(batch.positions)
-        return self.decode(embedded, hidden, cos, sin, batch=batch)
-
-    def _decode(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, *, batch: ForwardBatch) -> Tensor:
         return self.mtp(embedded, hidden, cos, sin, batch, self.cache)
+
+    def _hidden_and_logits(self, hidden: Tensor, *, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        output = self._hidden(hidden, batch)
+        return output, self.model.lm_head(output)
+
+    def _best(self, hidden: Tensor, logits: Tensor | None, rows: Tensor | slice) -> Tensor:
+        """Most probable token of each row, int64 [N]."""
+        return (self.model.compute_logits(hidden[rows]) if logits is None else logits[rows]).argmax(-1)

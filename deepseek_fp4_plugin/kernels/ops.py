@@ -19,6 +19,8 @@ __all__ = [
     "absorbed_attention",
     "add",
     "concat",
+    "cos_sin",
+    "embedding",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",
@@ -98,6 +100,16 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 def concat(x: Tensor, y: Tensor) -> Tensor:
     """[T, n] and [T, m] to [T, n + m]."""
     return select.small(x.device).concat(x, y)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [vocab, n] for ids int64 [T]: [T, n]. IndexError for an id outside the vocabulary."""
+    return select.small(weight.device).embedding(ids, weight)
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
+    """FP32 cosines and sines [T, dim / 2] of positions int64 [T] times frequencies FP32 [dim / 2], times magnitude."""
+    return select.small(positions.device).cos_sin(positions, frequencies, magnitude)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

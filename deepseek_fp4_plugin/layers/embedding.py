@@ -23,15 +23,15 @@ class VocabEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 [T] to [T, hidden]."""
         if self.mesh.tp.count == 1:
-            return self.weight[input_ids]
+            return ops.embedding(input_ids, self.weight)
         start, stop = self.mesh.tp.bounds(self.shape[0], self.name)
         here = (input_ids >= start) & (input_ids < stop)
-        rows = self.weight[torch.where(here, input_ids - start, 0)]
+        rows = ops.embedding(torch.where(here, input_ids - start, 0), self.weight)
         return self.mesh.reduce_attention(rows * here.unsqueeze(-1))
 
 
 class LanguageModelHead(nn.Module):
-    """Hidden states to this rank's logits, FP32."""
+    """Hidden states to this rank's logits."""
 
     weight: Tensor
 
@@ -43,5 +43,5 @@ class LanguageModelHead(nn.Module):
         self.weight = source.tensor(f"{self.name}.weight", self.shape, cut=Cut(OUT, self.mesh.tp))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] to FP32 [rows, vocab / tp]."""
-        return ops.plain_linear(hidden, self.weight).float()
+        """[rows, hidden] to [rows, vocab / tp], in the model's dtype."""
+        return ops.plain_linear(hidden, self.weight)

@@ -25,9 +25,3 @@ def inverse_frequencies(dim: int, theta: float, yarn=None) -> Tensor:
     high = min(math.ceil(pair_with_turns(yarn.beta_slow)), dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     return base * ((1 - ramp) + ramp / yarn.factor)
-
-
-def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
-    """FP32 cosines and sines [T, dim / 2] of the angles of `positions` [T]; `magnitude` is YaRN's mscale ratio."""
-    angles = positions.float().unsqueeze(-1) * frequencies
-    return angles.cos() * magnitude, angles.sin() * magnitude

@@ -18,7 +18,7 @@ from deepseek_fp4_plugin.layers.mla import MLA
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.layers.moe import MoE
 from deepseek_fp4_plugin.layers.norm import RMSNorm
-from deepseek_fp4_plugin.layers.rotary import cos_sin, inverse_frequencies
+from deepseek_fp4_plugin.layers.rotary import inverse_frequencies
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config, yarn_mscale
 from deepseek_fp4_plugin.parallel.mesh import Mesh
@@ -63,10 +63,8 @@ class DeepseekV3Model(nn.Module):
 
     def forward(self, batch: ForwardBatch, cache: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [T, hidden].  cache: [layers, blocks, block_size, latent + rope]."""
-        return self.decode(self.embed_tokens(batch.input_ids), *self.rotary(batch.positions), batch, cache)
-
-    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
-        """All layers and the final norm on embedded tokens, [T, hidden]. cos, sin: FP32 [T, rope / 2]."""
+        hidden = self.embed_tokens(batch.input_ids)
+        cos, sin = self.rotary(batch.positions)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, batch, None if cache is None else cache[index])
         return self.norm(hidden)
@@ -86,7 +84,7 @@ class RotaryAngles(nn.Module):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        return cos_sin(positions, self.frequencies, self.magnitude)
+        return ops.cos_sin(positions, self.frequencies, self.magnitude)
 
 
 class DeepseekV3ForCausalLM(nn.Module):
@@ -126,7 +124,7 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] to FP32 [rows, vocab]; only for the rows that will be sampled."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden).float()
 
 
 def resolve_activations(choice: str, fp4_tensor_cores: bool) -> Activations:

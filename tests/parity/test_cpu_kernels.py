@@ -331,6 +331,18 @@ def test_per_head_products(path, weight_format, tokens, nope, latent, v):
     assert error(decoded.values_from_latent(attended, decoded_weight, v), values) <= 2 * TWO_STEPS
 
 
+def test_embedding_and_angles(path):
+    weight, ids = torch.randn(11, 24).to(BF16), torch.tensor([10, 0, 3, 3])
+    assert torch.equal(cpu.embedding(ids, weight), weight[ids])
+    with pytest.raises(IndexError, match="token id -1"):
+        cpu.embedding(torch.tensor([-1]), weight)
+    positions, frequencies = torch.tensor([0, 1, 4095, 163839]), 10000.0 ** -(torch.arange(32) / 32)
+    for native, expected in zip(
+        cpu.cos_sin(positions, frequencies, 0.7), reference.cos_sin(positions, frequencies, 0.7), strict=True
+    ):
+        assert (native - expected).abs().max() <= 2.0**-23
+
+
 def test_add_and_concat(path):
     x, y = torch.randn(3, 37).to(BF16), torch.randn(3, 37).to(BF16)
     assert torch.equal(cpu.add(x, y), x + y)

@@ -26,7 +26,7 @@ def test_engine_computes_the_same(tmp_path, source, drafts):
     outputs = []
     for recorded in (True, False):
         engine = make_engine(model, drafts=drafts, batch=8, cache_dtype=BF16)
-        steps = [engine.runner.decode] + ([engine.runner.drafter.decode] if drafts else [])
+        steps = [engine.runner.recorded] + ([engine.runner.drafter.recorded] if drafts else [])
         for step in steps:
             step.recorder = step.recorder if recorded else None
         requests = [make_request(i, prompt, 24) for i, prompt in enumerate(prompts)]
@@ -51,7 +51,7 @@ def batch_of(tokens: int, requests: int) -> ForwardBatch:
     )
 
 
-def test_replay_reads_new_inputs_and_leaves_old_results():
+def test_replay_reads_new_inputs():
     weight = torch.ones(64, dtype=BF16)
     calls = []
 
@@ -59,14 +59,14 @@ def test_replay_reads_new_inputs_and_leaves_old_results():
         calls.append(x.shape[0])
         for _ in range(50):
             x = ops.add(x, ops.rms_norm(x, weight, 1e-6))
-        return x
+        return (x,)
 
     steps = RecordedSteps(function, CPU, cache_blocks=4)
     inputs = [torch.randn(rows, 64).to(BF16) for rows in (2, 3, 2, 3, 2)]
-    results = [steps(x, batch=batch_of(x.shape[0], x.shape[0])) for x in inputs]
+    results = [steps(x, batch=batch_of(x.shape[0], x.shape[0]))[0].clone() for x in inputs]
     assert calls == [2, 3]
     for x, result in zip(inputs, results, strict=True):
-        assert torch.equal(result, function(x, batch=None))
+        assert torch.equal(result, function(x, batch=None)[0])
     blocks = steps.recorder._memory._blocks
     assert len(blocks) <= 8, "layers must take turns at the same memory"
 
@@ -74,22 +74,30 @@ def test_replay_reads_new_inputs_and_leaves_old_results():
 @pytest.mark.parametrize(
     "step", [lambda x: x * 2, lambda x: torch.zeros_like(x).add_(x), lambda x: x[torch.tensor([0])], torch.cat]
 )
-def test_what_cannot_be_recorded_runs_as_before(step):
+def test_what_torch_computes_is_not_recorded(step):
     def function(x, *, batch):
-        return step([x, x]) if step is torch.cat else step(ops.add(x, x))
+        return (step([x, x]) if step is torch.cat else step(ops.add(x, x)),)
 
     steps = RecordedSteps(function, CPU, cache_blocks=4)
-    for _ in range(2):
-        x = torch.randn(1, 64).to(BF16)
-        assert torch.equal(steps(x, batch=batch_of(1, 1)), function(x, batch=None))
+    assert steps(torch.randn(1, 64).to(BF16), batch=batch_of(1, 1)) is None
     assert steps.recorder is None
 
 
-def test_an_error_while_recording_is_raised_and_recording_ends():
-    def function(x, *, batch):
+def test_an_error_while_recording_or_replaying_is_raised():
+    def failing(x, *, batch):
         raise KeyError("from the step")
 
-    steps = RecordedSteps(function, CPU, cache_blocks=4)
+    steps = RecordedSteps(failing, CPU, cache_blocks=4)
     for _ in range(2):
         with pytest.raises(KeyError, match="from the step"):
             steps(torch.ones(1, 64, dtype=BF16), batch=batch_of(1, 1))
+
+    weight = torch.randn(7, 64).to(BF16)
+    steps = RecordedSteps(lambda *, batch: (ops.embedding(batch.input_ids, weight),), CPU, cache_blocks=4)
+    good, bad = batch_of(1, 1), batch_of(1, 1)
+    bad.input_ids.fill_(7)
+    for _ in range(2):
+        assert torch.equal(steps(batch=good)[0], weight[:1])
+    with pytest.raises(IndexError, match="token id 7 is outside the vocabulary of 7"):
+        steps(batch=bad)
+    assert torch.equal(steps(batch=good)[0], weight[:1])

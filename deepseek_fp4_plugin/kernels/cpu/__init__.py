@@ -13,13 +13,14 @@ from deepseek_fp4_plugin.kernels.cpu.attention import (
     values_from_latent,
 )
 from deepseek_fp4_plugin.kernels.cpu.elementwise import add, concat
+from deepseek_fp4_plugin.kernels.cpu.embedding import embedding
 from deepseek_fp4_plugin.kernels.cpu.extension import available, path, paths, use_path
 from deepseek_fp4_plugin.kernels.cpu.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.cpu.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cpu.norm import rms_norm
 from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
 from deepseek_fp4_plugin.kernels.cpu.recording import Recorder
-from deepseek_fp4_plugin.kernels.cpu.rotary import rotary
+from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
 
@@ -30,6 +31,8 @@ __all__ = [
     "add",
     "available",
     "concat",
+    "cos_sin",
+    "embedding",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",

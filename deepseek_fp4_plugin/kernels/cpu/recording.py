@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_fp4_plugin.kernels.cpu.extension import native
 
+Results = tuple[Tensor, ...]
+
 
 class Unrecordable(RuntimeError):
     """The function computes something outside the native kernels."""
@@ -27,8 +29,10 @@ class Recorder:
     def __init__(self) -> None:
         self._memory = _Memory()
 
-    def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Calls `function` once; the result replays it on what its tensors then hold, and returns the same tensor.
+    def record(self, function: Callable[[], Results]) -> tuple[Callable[[], Results], Results]:
+        """Calls `function`; returns what replays it on what its tensors then hold, and its results.
+
+        A replay returns the same tensors, filled anew; another recording's replay may overwrite them.
 
         The tensors that `function` reads must stay where they are. Raises Unrecordable.
         """
@@ -36,15 +40,15 @@ class Recorder:
         with _Refusing(self._memory):
             recording.start()
             try:
-                output = function()
+                results = function()
             finally:
                 native.Recording.stop()
 
-        def replay() -> Tensor:
+        def replay() -> Results:
             recording.replay()
-            return output
+            return results
 
-        return replay
+        return replay, results
 
 
 class _Refusing(TorchDispatchMode):
@@ -63,7 +67,7 @@ class _Refusing(TorchDispatchMode):
 
 
 class _Memory:
-    """Blocks of powers of two; one is free again as soon as no tensor uses it, so layers take turns at the same ones."""
+    """Blocks of powers of two; one is free again once no tensor uses it, so layers take turns at the same ones."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}

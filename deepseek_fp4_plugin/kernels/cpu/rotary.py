@@ -7,6 +7,15 @@ from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cpu.extension import native
 
 
+def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/rotary.py; FP32 to a unit in the last place."""
+    positions, frequencies = positions.contiguous(), frequencies.contiguous()
+    tokens, n = positions.shape[0], frequencies.shape[0]
+    cos, sin = torch.empty(tokens, n, dtype=torch.float32), torch.empty(tokens, n, dtype=torch.float32)
+    native.angles(positions.data_ptr(), tokens, frequencies.data_ptr(), n, magnitude, cos.data_ptr(), sin.data_ptr())
+    return cos, sin
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See kernels/reference/rotary.py; BF16 here, other dtypes there."""
     if x.dtype is not torch.bfloat16:

@@ -9,10 +9,11 @@ from deepseek_fp4_plugin.kernels.reference.attention import (
     values_from_latent,
 )
 from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
+from deepseek_fp4_plugin.kernels.reference.embedding import embedding
 from deepseek_fp4_plugin.kernels.reference.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
-from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.reference.routing import route
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "absorbed_attention",
     "add",
     "concat",
+    "cos_sin",
+    "embedding",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",

@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
+    """FP32 cosines and sines [T, dim / 2] of the angles of `positions` [T]; `magnitude` is YaRN's mscale ratio."""
+    angles = positions.float().unsqueeze(-1) * frequencies
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pair (2i, 2i+1) by its angle, in FP32.
 
