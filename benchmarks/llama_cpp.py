@@ -31,86 +31,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from deepseek_fp4_plugin import LLM, SamplingParams
-from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter, TensorSpec
-from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.inventory import Weight, weights
-from deepseek_fp4_plugin.numerics import nvfp4
 
-CONFIG = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": 4096,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "moe_intermediate_size": 512,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
-}
+from random_checkpoint import CONFIG, write_checkpoint  # isort: skip
+
 PROMPT, GENERATED = 128, 64
 
 
 def write(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    plain, quantized = {}, {}
-    for weight in weights(DeepseekV3Config.from_dict(CONFIG)):
-        value = _random(weight, generator)
-        plain[weight.name] = value
-        if weight.linear:
-            packed, scale, scale_2 = nvfp4.quantize(value)
-            quantized[weight.name] = packed
-            quantized[f"{weight.module}.weight_scale"] = scale
-            quantized[f"{weight.module}.weight_scale_2"] = scale_2
-        else:
-            quantized[weight.name] = value
-    section = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
-    _write(folder / "bf16", plain, {})
-    hf_quant_config = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": section}
-    _write(folder / "nvfp4", quantized, {"hf_quant_config.json": json.dumps(hf_quant_config)})
+    count = write_checkpoint(folder / "bf16", CONFIG, quantized=False)
+    write_checkpoint(folder / "nvfp4", CONFIG, quantized=True)
     _tokenizer().save(str(folder / "bf16" / "tokenizer.json"))
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "bf16" / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    print(f"{sum(value.numel() for value in plain.values()) / 1e6:.1f}M parameters in {folder}")
-
-
-def _random(weight: Weight, generator: torch.Generator) -> torch.Tensor:
-    if len(weight.shape) == 1:
-        return torch.zeros(weight.shape) if weight.name.endswith("bias") else torch.ones(weight.shape).bfloat16()
-    return (torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5).bfloat16()
-
-
-def _write(folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, str]) -> None:
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = CheckpointWriter(folder, specs, {"kind": "benchmark"}, 10**10)
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish({"config.json": json.dumps(CONFIG, indent=1), **files})
+    print(f"{count / 1e6:.1f}M parameters in {folder}")
 
 
 def _tokenizer() -> Tokenizer:

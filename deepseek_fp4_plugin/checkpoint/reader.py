@@ -1,15 +1,19 @@
 """Read tensors, or slices of them, by name from a folder of safetensors shards.
 
 The index names the shards; what a shard holds is read from its own header, because published NVFP4 checkpoints have
-indexes that omit the scale tensors. Tensors are memory-mapped: a shard is never read whole.
+indexes that omit the scale tensors. Tensors are read one by one into memory of their own: pages of a mapped shard would
+stay resident beside what was made of them.
 """
 
+import io
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,7 +22,7 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_OPEN_SHARDS = 4  # a weight and its scale may sit in different shards; more open maps only hold page tables
+_OPEN_SHARDS = 4  # a weight and its scale may sit in different shards
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,11 +40,12 @@ DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor is and what it is, from the shard's header."""
+    """Where a tensor is and what it is, from the shard's header. offset: of its first byte in the shard."""
 
     shard: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +70,7 @@ class CheckpointReader:
             if name not in self.tensors:
                 raise CheckpointError(f"{INDEX_NAME} in {self.folder} says {name} is in {shard}, but it is not there")
         self.shards = shards
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, io.FileIO] = OrderedDict()
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -80,28 +85,48 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} has no tensor {name}; the checkpoint is incomplete") from None
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor, memory-mapped where possible."""
-        return self._handle(self.info(name).shard).get_tensor(name)
+        """The whole tensor."""
+        info = self.info(name)
+        return self._read(name, info, info.offset, info.shape)
 
     def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) along `axis`, reading only those bytes' pages."""
+        """Elements [start, stop) along `axis`, reading only those bytes, or for columns their pages."""
         info = self.info(name)
         if not 0 <= start <= stop <= info.shape[axis]:
             raise CheckpointError(f"{name} has shape {list(info.shape)}: no slice [{start}, {stop}) along axis {axis}")
-        index = [slice(None)] * len(info.shape)
-        index[axis] = slice(start, stop)
-        return self._handle(info.shard).get_slice(name)[tuple(index)]
+        if axis == 0:
+            row = info.nbytes // info.shape[0] if info.shape[0] else 0
+            return self._read(name, info, info.offset + start * row, (stop - start, *info.shape[1:]))
+        before, size = math.prod(info.shape[:axis]), math.prod(info.shape[axis + 1 :]) * info.dtype.itemsize
+        path = self.folder / info.shard
+        columns = np.memmap(path, np.uint8, "r", info.offset, (before, info.shape[axis] * size))
+        part = torch.from_numpy(columns[:, start * size : stop * size].copy())
+        return part.flatten().view(info.dtype).view(*info.shape[:axis], stop - start, *info.shape[axis + 1 :])
 
     def close(self) -> None:
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
-    def _handle(self, shard: str):
+    def _read(self, name: str, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
+        data = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
+        file = self._file(info.shard)
+        file.seek(offset)
+        view = data.numpy().data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{self.folder / info.shard} ends inside {name}; it changed while being read")
+            view = view[count:]
+        return data.view(info.dtype).view(shape)
+
+    def _file(self, shard: str) -> io.FileIO:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = safe_open(self.folder / shard, framework="pt")
+            self._open[shard] = io.FileIO(self.folder / shard)
             if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
+                self._open.popitem(last=False)[1].close()
         return self._open[shard]
 
 
@@ -143,7 +168,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         with safe_open(path, framework="pt"):  # validates lengths and offsets against the file's size
             pass
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); copy or download it again") from None
     header.pop("__metadata__", None)
@@ -151,5 +177,6 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{name} in {path} has dtype {entry['dtype']}, which this program does not read")
-        infos[name] = TensorInfo(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        offset = 8 + length + entry["data_offsets"][0]
+        infos[name] = TensorInfo(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
     return infos

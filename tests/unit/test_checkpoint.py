@@ -63,6 +63,30 @@ def test_what_is_written_is_read_back_by_us_and_by_safetensors(tmp_path):
     assert torch.equal(reader.get_slice("t10", 0, 2, 5), some_tensors()["t10"][2:5])
 
 
+def test_slices_along_every_axis(tmp_path):
+    tensor = torch.randn(5, 6, 7).bfloat16()
+    writer = CheckpointWriter(tmp_path / "c", specs({"first": tensor[0], "x": tensor}), {})
+    writer.write("first", tensor[0])
+    writer.write("x", tensor)
+    writer.finish({})
+    reader = CheckpointReader(tmp_path / "c")
+    for axis in range(3):
+        for start, stop in ((0, 0), (0, 5), (2, 4), (4, 5)):
+            assert torch.equal(reader.get_slice("x", axis, start, stop), tensor.narrow(axis, start, stop - start))
+    with pytest.raises(CheckpointError, match="no slice"):
+        reader.get_slice("x", 2, 3, 8)
+
+
+def test_a_shard_that_shrinks_while_it_is_open(tmp_path):
+    folder = write_all(tmp_path / "c", list, 10**6)
+    reader = CheckpointReader(folder)
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    last = max(reader, key=lambda name: reader.info(name).offset)
+    with pytest.raises(CheckpointError, match=f"ends inside {last}"):
+        reader.get(last)
+
+
 def test_bytes_do_not_depend_on_the_order(tmp_path):
     assert contents(write_all(tmp_path / "a", list)) == contents(write_all(tmp_path / "b", lambda t: list(t)[::-1]))
 
