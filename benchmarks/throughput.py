@@ -26,7 +26,8 @@ from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.checkpoint.hub import resolve
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter, TensorSpec
-from deepseek_fp4_plugin.engine.input_batch import build_single
+from deepseek_fp4_plugin.engine.input_batch import build_steps
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.numerics import fp8_block
 
 MTP = {"decoding_type": "MTP", "num_nextn_predict_layers": 3}
@@ -58,7 +59,21 @@ def run_loop(llm: LLM, batch: int, steps: int, context: int) -> float:
     ids = torch.full((batch,), 5)
     began = time.perf_counter()
     for step in range(steps):
-        forward = build_single(ids, np.full(batch, context + step), blocks, runner.block_size)
+        (positions, slots, contexts, starts), tables = build_steps(
+            np.full(batch, context + step), 1, blocks, runner.block_size, ids.device
+        )
+        forward = ForwardBatch(
+            ids,
+            positions[0],
+            slots[0],
+            tables,
+            contexts[0],
+            starts,
+            batch,
+            batch,
+            max_query=1,
+            max_context=context + step + 1,
+        )
         ids = runner.model.compute_logits(runner.model(forward, runner.cache)).argmax(-1)
     return batch * steps / (time.perf_counter() - began)
 

@@ -29,5 +29,5 @@ namespace {
 const Kernels TABLE = {ISA::linear,         ISA::experts,       ISA::attention,   ISA::norm,
                        ISA::rotary,         ISA::route,         ISA::quantize,    ISA::absorb,
                        ISA::per_head,       ISA::latent_entries, ISA::store_entries, ISA::linear_fp32,
-                       ISA::embedding,        ISA::angles,         ISA::add,           ISA::concat,
-                       ISA::read};
+                       ISA::embedding,        ISA::angles,         ISA::argmax,        ISA::add,
+                       ISA::concat,           ISA::read};

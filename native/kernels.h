@@ -133,6 +133,13 @@ struct AnglesArgs {
   float *cos, *sin;
 };
 
+// ids[t]: index of the largest of logits[t, :], BF16 [rows, n]; the first of equal ones; a NaN is the largest.
+struct ArgmaxArgs {
+  const uint16_t* logits;
+  int64_t rows, n;
+  int64_t* ids;
+};
+
 // sum = x + y, BF16 [n].
 struct AddArgs {
   const uint16_t *x, *y;
@@ -194,6 +201,7 @@ struct Kernels {
   void (*linear_fp32)(const Fp32Args&);
   void (*embedding)(const EmbeddingArgs&);
   void (*angles)(const AnglesArgs&);
+  void (*argmax)(const ArgmaxArgs&);
   void (*add)(const AddArgs&);
   void (*concat)(const ConcatArgs&);
   uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof

@@ -249,6 +249,12 @@ NB_MODULE(_native, m) {
       },
       Unlocked());
   m.def(
+      "argmax",
+      [](uintptr_t logits, int64_t rows, int64_t n, uintptr_t ids) {
+        launch(&Kernels::argmax, ArgmaxArgs{at<const uint16_t>(logits), rows, n, at<int64_t>(ids)});
+      },
+      Unlocked());
+  m.def(
       "add",
       [](uintptr_t x, uintptr_t y, int64_t n, uintptr_t sum) {
         launch(&Kernels::add, AddArgs{at<const uint16_t>(x), at<const uint16_t>(y), n, at<uint16_t>(sum)});

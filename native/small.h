@@ -76,6 +76,23 @@ inline int64_t largest_of(const float* values, int64_t n) {
   return best;
 }
 
+inline void argmax(const ArgmaxArgs& a) {
+  for (int64_t r = 0; r < a.rows; r++) {
+    const uint16_t* x = a.logits + r * a.n;
+    float largest = -__builtin_inff();
+    int64_t best = 0, i = 0;
+    auto consider = [&](int64_t j) {
+      const float value = from_bf16(x[j]);
+      if (largest == largest && !(value <= largest)) largest = value, best = j;
+    };
+    for (; i + W <= a.n; i += W)
+      if (any(~(vi)(load_bf16(x + i) <= largest)))
+        for (int64_t j = i; j < i + W; j++) consider(j);
+    for (; i < a.n; i++) consider(i);
+    a.ids[r] = best;
+  }
+}
+
 inline void route(const RouteArgs& a) {
   constexpr float NONE = -__builtin_inff();
   float* scores = static_cast<float*>(scratch(SCRATCH_ROUTING, (2 * a.experts + a.groups + 2 * W) * 4));

@@ -70,23 +70,19 @@ def build(rows: Sequence[PlanRow], block_size: int, device: torch.device) -> Inp
     return InputBatch(forward, order, starts)
 
 
-def build_single(ids: Tensor, positions: np.ndarray, blocks: Sequence, block_size: int) -> ForwardBatch:
-    """One token a request: a recurrent step of the MTP module.  ids: int64 [R], on the device that computes."""
+def build_steps(
+    firsts: np.ndarray, count: int, blocks: Sequence, block_size: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`count` steps of one token a request, the recurrent ones of the MTP module; request r's begin at firsts[r].
+
+    Returns positions, slots and context lengths, int64 [count, R], query starts int64 [R + 1]; and the block tables.
+    """
+    positions = firsts + np.arange(count, dtype=np.int64)[:, None]
     table = _block_table(blocks)
     slots = table[np.arange(len(blocks)), positions // block_size] * block_size + positions % block_size
-    device = ids.device
-    return ForwardBatch(
-        input_ids=ids,
-        positions=_tensor(positions, device),
-        slot_mapping=_tensor(slots, device),
-        block_tables=_tensor(table, device),
-        context_lens=_tensor(positions + 1, device),
-        query_start=torch.arange(len(blocks) + 1, device=device),
-        num_decode_requests=len(blocks),
-        num_decode_tokens=len(blocks),
-        max_query=1,
-        max_context=int(positions.max()) + 1,
-    )
+    starts = torch.arange(len(blocks) + 1, device=device)
+    steps = _tensor(positions, device), _tensor(slots, device), _tensor(positions + 1, device), starts
+    return steps, _tensor(table, device)
 
 
 def _positions(firsts: list[int], lengths: list[int]) -> np.ndarray:

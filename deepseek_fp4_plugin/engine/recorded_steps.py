@@ -17,7 +17,7 @@ MAX_TOKENS = 16  # beyond, computing takes so long that the host does not matter
 MAX_RECORDINGS = 64
 
 
-# function(*tensors, batch=...): a forward of T tokens. Its tensors beside the batch's, and its results, have T rows.
+# function(*tensors, batch=...): what a decode step computes of a batch, and of tensors beside it.
 StepFunction = Callable[..., tuple[Tensor, ...]]
 
 
@@ -32,8 +32,7 @@ class RecordedSteps:
         self.recorder = select.recorder(device)
         self.device, self.cache_blocks = device, cache_blocks
         self._inputs: list[Tensor] = []
-        self._extra: list[Tensor] = []
-        self._replays: dict[tuple[int, int, int], Callable[[], tuple[Tensor, ...]]] = {}
+        self._recordings: dict[tuple, tuple[list[Tensor], Callable[[], tuple[Tensor, ...]]]] = {}
 
     def __call__(self, *tensors: Tensor, batch: ForwardBatch) -> tuple[Tensor, ...] | None:
         """The function's results, which the next call overwrites; None for a step that is not replayed."""
@@ -41,42 +40,46 @@ class RecordedSteps:
         if self.recorder is None or batch.chunks or not 0 < tokens <= MAX_TOKENS:
             return None
         if not self._inputs:
-            self._allocate(tensors)
-        inputs, static = self._fill(tensors, batch)
-        key = tokens, requests, torch.get_num_threads()
-        if key not in self._replays:
-            if len(self._replays) == MAX_RECORDINGS:
-                self._replays.pop(next(iter(self._replays)))  # the oldest
-            try:
-                self._replays[key], results = self.recorder.record(lambda: self.function(*inputs, batch=static))
-                return results
-            except select.Unrecordable:
-                self.recorder = None
-                self._replays.clear()
-                return None
-        return self._replays[key]()
+            self._allocate()
+        key = tokens, requests, torch.get_num_threads(), *(tensor.shape for tensor in tensors)
+        static = self._fill(batch)
+        if key in self._recordings:
+            places, replay = self._recordings[key]
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor)
+            return replay()
+        if len(self._recordings) == MAX_RECORDINGS:
+            self._recordings.pop(next(iter(self._recordings)))  # the oldest
+        places = [tensor.clone() for tensor in tensors]
+        try:
+            replay, results = self.recorder.record(lambda: self.function(*places, batch=static))
+        except select.Unrecordable:
+            self.recorder = None
+            self._recordings.clear()
+            return None
+        self._recordings[key] = places, replay
+        return results
 
-    def _allocate(self, tensors: tuple[Tensor, ...]) -> None:
+    def _allocate(self) -> None:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
         self._inputs = [whole(MAX_TOKENS) for _ in range(3)]  # ids, positions, slots
         self._inputs += [whole(MAX_TOKENS + 1), whole(MAX_TOKENS)]  # query starts, context lengths
         self._tables = whole(MAX_TOKENS, self.cache_blocks)
-        self._extra = [tensor.new_zeros(MAX_TOKENS, *tensor.shape[1:]) for tensor in tensors]
 
-    def _fill(self, tensors: tuple[Tensor, ...], batch: ForwardBatch) -> tuple[list[Tensor], ForwardBatch]:
-        """Copies the step's inputs to where recordings read them; those places."""
+    def _fill(self, batch: ForwardBatch) -> ForwardBatch:
+        """Copies the batch to where recordings read it."""
         assert batch.block_tables is not None
-        given = [batch.input_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.context_lens, *tensors]
+        given = batch.input_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.context_lens
         places = []
-        for place, tensor in zip([*self._inputs, *self._extra], given, strict=True):
+        for place, tensor in zip(self._inputs, given, strict=True):
             assert tensor is not None
             places.append(place[: tensor.shape[0]].copy_(tensor))
-        ids, positions, slots, starts, contexts, *extra = places
+        ids, positions, slots, starts, contexts = places
         tables = self._tables[: batch.num_decode_requests]
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables
-        static = replace(
+        return replace(
             batch,
             input_ids=ids,
             positions=positions,
@@ -87,4 +90,3 @@ class RecordedSteps:
             max_query=batch.num_decode_tokens,
             max_context=0,
         )
-        return extra, static

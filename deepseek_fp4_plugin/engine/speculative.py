@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.engine.input_batch import InputBatch, build_single
+from deepseek_fp4_plugin.engine.input_batch import InputBatch, build_steps
 from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
 from deepseek_fp4_plugin.engine.step_plan import PlanRow
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
@@ -67,7 +68,7 @@ class MtpDrafter:
         assert model.mtp is not None
         self.model, self.mtp, self.num_drafts = model, model.mtp, num_drafts
         self.cache = cache[model.mtp.index]
-        self.recorded = RecordedSteps(self._hidden_and_logits, cache.device, cache.shape[1])
+        self.recorded = RecordedSteps(self._drafts, cache.device, cache.shape[1])
 
     def propose(
         self,
@@ -93,41 +94,60 @@ class MtpDrafter:
             ids[torch.tensor(ends, device=ids.device)] = torch.tensor(
                 [rows[i].next_token for i in behind], device=ids.device
             )
-        output, logits = self._forward(replace(batch.forward, input_ids=ids), hidden)
+        forward = replace(batch.forward, input_ids=ids)
         if not sampled:
+            self._hidden(hidden, forward)
             return []
         # Each sampled request's last accepted token: where it lies in the batch, and its position.
         offsets = [len(rows[i].tokens) - 1 - rows[i].num_drafts + n for i, n in zip(sampled, accepted, strict=True)]
         last = [batch.starts[i] + offset for i, offset in zip(sampled, offsets, strict=True)]
-        positions = np.array([rows[i].start + offset for i, offset in zip(sampled, offsets, strict=True)])
-        blocks = [rows[i].blocks for i in sampled]
-        rows_of_last = torch.tensor(last, device=ids.device)
-        state, draft = output[rows_of_last], self._best(output, logits, rows_of_last)
-        drafts = [draft]
-        for _ in range(self.num_drafts - 1):
-            positions = positions + 1
-            step = build_single(draft, positions, blocks, self.cache.shape[1])
-            state, logits = self._forward(step, state)
-            draft = self._best(state, logits, slice(None))
-            drafts.append(draft)
+        firsts = np.array([rows[i].start + offset + 1 for i, offset in zip(sampled, offsets, strict=True)])
+        steps, tables = build_steps(
+            firsts, self.num_drafts - 1, [rows[i].blocks for i in sampled], self.cache.shape[1], ids.device
+        )
+        tensors = hidden, torch.tensor(last, device=ids.device), *steps
+        drafts = None
+        if len(sampled) == len(rows) and batch.order == sampled:  # then the batch's block tables are the steps' too
+            drafts = self.recorded(*tensors, batch=forward)
+        if drafts is None:
+            drafts = self._drafts(*tensors, batch=forward, tables=tables)
         return torch.stack(drafts, 1).tolist()
 
-    def _forward(self, batch: ForwardBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        replayed = self.recorded(hidden, batch=batch)
-        if replayed is None:
-            return self._hidden(hidden, batch), None
-        output, logits = replayed
-        return output, logits
+    def _drafts(
+        self,
+        hidden: Tensor,
+        last: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        contexts: Tensor,
+        starts: Tensor,
+        *,
+        batch: ForwardBatch,
+        tables: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """num_drafts tensors int64 [S].  last: int64 [S], rows of the batch.  Others: see input_batch.build_steps."""
+        state = ops.embedding(last, self._hidden(hidden, batch))
+        drafts = [ops.argmax(self.model.lm_head(state))]
+        tables = batch.block_tables if tables is None else tables
+        assert tables is not None
+        for position, slot, context in zip(positions, slots, contexts, strict=True):
+            step = ForwardBatch(
+                input_ids=drafts[-1],
+                positions=position,
+                slot_mapping=slot,
+                block_tables=tables,
+                context_lens=context,
+                query_start=starts,
+                num_decode_requests=len(last),
+                num_decode_tokens=len(last),
+                max_query=1,
+                max_context=tables.shape[1] * self.cache.shape[1],
+            )
+            state = self._hidden(state, step)
+            drafts.append(ops.argmax(self.model.lm_head(state)))
+        return tuple(drafts)
 
     def _hidden(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         embedded = self.model.model.embed_tokens(batch.input_ids)
         cos, sin = self.model.model.rotary(batch.positions)
         return self.mtp(embedded, hidden, cos, sin, batch, self.cache)
-
-    def _hidden_and_logits(self, hidden: Tensor, *, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        output = self._hidden(hidden, batch)
-        return output, self.model.lm_head(output)
-
-    def _best(self, hidden: Tensor, logits: Tensor | None, rows: Tensor | slice) -> Tensor:
-        """Most probable token of each row, int64 [N]."""
-        return (self.model.compute_logits(hidden[rows]) if logits is None else logits[rows]).argmax(-1)

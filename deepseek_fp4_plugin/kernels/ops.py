@@ -18,6 +18,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "argmax",
     "concat",
     "cos_sin",
     "embedding",
@@ -105,6 +106,11 @@ def concat(x: Tensor, y: Tensor) -> Tensor:
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of weight [vocab, n] for ids int64 [T]: [T, n]. IndexError for an id outside the vocabulary."""
     return select.small(weight.device).embedding(ids, weight)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """[N, vocab] to int64 [N]; of equal ones the first."""
+    return select.small(logits.device).argmax(logits)
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:

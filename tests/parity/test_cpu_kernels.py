@@ -343,6 +343,15 @@ def test_embedding_and_angles(path):
         assert (native - expected).abs().max() <= 2.0**-23
 
 
+@pytest.mark.parametrize("n", [1, 5, 16, 100, 1029])
+def test_argmax(path, n):
+    logits = (torch.randn(20, n) * 2).round().to(BF16)  # many ties
+    logits[3] = -torch.inf
+    logits[4, n // 2] = logits[5, -1] = torch.nan
+    expected = torch.tensor([row.index(max(row)) for row in logits.nan_to_num(1e9).tolist()])
+    assert torch.equal(cpu.argmax(logits), expected)
+
+
 def test_add_and_concat(path):
     x, y = torch.randn(3, 37).to(BF16), torch.randn(3, 37).to(BF16)
     assert torch.equal(cpu.add(x, y), x + y)

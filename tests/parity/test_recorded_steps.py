@@ -31,7 +31,7 @@ def test_engine_computes_the_same(tmp_path, source, drafts):
             step.recorder = step.recorder if recorded else None
         requests = [make_request(i, prompt, 24) for i, prompt in enumerate(prompts)]
         outputs.append(run_all(engine, requests))
-        assert all(bool(step._replays) == recorded for step in steps)
+        assert all(bool(step._recordings) == recorded for step in steps)
     assert outputs[0] == outputs[1]
 
 

@@ -5,6 +5,7 @@ False and kernels.select stays with the portable backends. Which instruction set
 `use_path` overrides it in tests.
 """
 
+from deepseek_fp4_plugin.kernels.cpu.argmax import argmax
 from deepseek_fp4_plugin.kernels.cpu.attention import (
     absorb,
     absorbed_attention,
@@ -29,6 +30,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "argmax",
     "available",
     "concat",
     "cos_sin",

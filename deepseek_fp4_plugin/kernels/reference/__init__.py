@@ -1,5 +1,6 @@
 """Plain torch for every operation, written to be read: keeps the checkpoint's bytes, decodes in FP32 on every call."""
 
+from deepseek_fp4_plugin.kernels.reference.argmax import argmax
 from deepseek_fp4_plugin.kernels.reference.attention import (
     absorb,
     absorbed_attention,
@@ -20,6 +21,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "argmax",
     "concat",
     "cos_sin",
     "embedding",
