@@ -52,6 +52,10 @@ class Recorder:
 
 
 class _Refusing(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, 1.5 s, to keep it away from a function it never sees
+
     def __init__(self, memory: "_Memory"):
         super().__init__()
         self.memory = memory
