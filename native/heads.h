@@ -1,7 +1,7 @@
 // Per-head products around absorbed attention, and what goes into the latent cache.
 
 #if defined(__AVX512BF16__)
-// total[m * v.in + d] += sum over n of x[m * x_stride + n] * weight[row + n][d], d in [chunk * 256, + 256), M rows of x.
+// total[m * v.in + d] = sum over n of x[m * x_stride + n] * weight[row + n][d], d in [chunk * 256, + 256), M rows of x.
 // A block of 16 a lane, as in nvfp4_step; E of its elements at a time, for whose sums there are registers.
 template <int M>
 inline void absorb_nvfp4_chunk(

@@ -1,7 +1,7 @@
 // y = x W^T, rounded to BF16 once.
 
 constexpr int64_t STRIDE = 64;  // outputs of a panel, and the least of a result tile's row
-constexpr int64_t WIDE = 256;   // outputs of a task, where there are enough: what is fetched ahead at its end is lost
+constexpr int64_t WIDE = 256;   // outputs of a task, where there are enough of them
 
 // Outputs a task computes: little enough that all threads get some. Panels are always whole.
 inline int64_t tile_width(int64_t outputs, bool few, int threads, int64_t widest = WIDE) {

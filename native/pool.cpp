@@ -91,7 +91,7 @@ class Pool {
   }
 
   void grow(int helpers) {
-    if (static_cast<int>(shares_.size()) <= helpers) shares_ = std::vector<Share>(helpers + 1);  // all helpers sleep
+    if (static_cast<int>(shares_.size()) <= helpers) shares_ = std::vector<Share>(helpers + 1);  // no helper is in a job
     while (static_cast<int>(started_) < helpers) {
       int index = started_++;
       std::thread(&Pool::help, this, index).detach();

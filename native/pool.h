@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Runs task(context, item) for every item in [0, items), on the caller and up to threads - 1 pool threads: each walks its
-// own part of the items in order, then helps the others. At most 2^32 items. Pool threads are started when first needed, spin for some tens of microseconds
+// own part of the items in order, then helps the others. Fewer than 2^32 items. Pool threads are started when first needed, spin for some tens of microseconds
 // after a job and then sleep. When another thread of the process is inside a job already, the caller works alone.
 void run_parallel(int threads, int64_t items, void (*task)(void* context, int64_t item), void* context);
 

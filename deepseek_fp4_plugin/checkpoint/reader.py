@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -56,7 +55,10 @@ class TensorInfo(NamedTuple):
 
 
 class CheckpointReader:
-    """Name -> lazy tensor or slice. Raises CheckpointError with the file or tensor named."""
+    """Name -> tensor or slice, read when asked for, by one thread at a time.
+
+    Raises CheckpointError with the file or tensor named.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -90,7 +92,7 @@ class CheckpointReader:
         return self._read(name, info, info.offset, info.shape)
 
     def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) along `axis`, reading only those bytes, or for columns their pages."""
+        """Elements [start, stop) along `axis`, reading only those bytes."""
         info = self.info(name)
         if not 0 <= start <= stop <= info.shape[axis]:
             raise CheckpointError(f"{name} has shape {list(info.shape)}: no slice [{start}, {stop}) along axis {axis}")
@@ -98,10 +100,10 @@ class CheckpointReader:
             row = info.nbytes // info.shape[0] if info.shape[0] else 0
             return self._read(name, info, info.offset + start * row, (stop - start, *info.shape[1:]))
         before, size = math.prod(info.shape[:axis]), math.prod(info.shape[axis + 1 :]) * info.dtype.itemsize
-        path = self.folder / info.shard
-        columns = np.memmap(path, np.uint8, "r", info.offset, (before, info.shape[axis] * size))
-        part = torch.from_numpy(columns[:, start * size : stop * size].copy())
-        return part.flatten().view(info.dtype).view(*info.shape[:axis], stop - start, *info.shape[axis + 1 :])
+        data = torch.empty(before * (stop - start) * size, dtype=torch.uint8)
+        for row, part in enumerate(data.view(before, -1) if data.numel() else ()):
+            self._fill(part, name, info, info.offset + (row * info.shape[axis] + start) * size)
+        return data.view(info.dtype).view(*info.shape[:axis], stop - start, *info.shape[axis + 1 :])
 
     def close(self) -> None:
         for file in self._open.values():
@@ -110,6 +112,10 @@ class CheckpointReader:
 
     def _read(self, name: str, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
         data = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
+        self._fill(data, name, info, offset)
+        return data.view(info.dtype).view(shape)
+
+    def _fill(self, data: Tensor, name: str, info: TensorInfo, offset: int) -> None:
         file = self._file(info.shard)
         file.seek(offset)
         view = data.numpy().data
@@ -118,7 +124,6 @@ class CheckpointReader:
             if not count:
                 raise CheckpointError(f"{self.folder / info.shard} ends inside {name}; it changed while being read")
             view = view[count:]
-        return data.view(info.dtype).view(shape)
 
     def _file(self, shard: str) -> io.FileIO:
         if shard in self._open:

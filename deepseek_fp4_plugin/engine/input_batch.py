@@ -1,4 +1,4 @@
-"""From a StepPlan to the tensors of a forward: the only place that builds them."""
+"""From a StepPlan to the tensors of a forward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -16,14 +16,14 @@ from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 
 class ModelRunner:
-    """run(plan) -> result. Keeps no state between steps but the cache's content."""
+    """run(plan) -> result. Keeps nothing of a step but the cache's content, and recordings of step shapes."""
 
     def __init__(self, model: DeepseekV3ForCausalLM, cache: Tensor, num_drafts: int = 0):
         self.model, self.cache = model, cache
         self.block_size = cache.shape[2]
         self.device = cache.device
         self.drafter = MtpDrafter(model, cache, num_drafts) if num_drafts else None
-        self.recorded = RecordedSteps(self._hidden_and_logits, self.device, cache.shape[1])
+        self.recorded = RecordedSteps(self._hidden_and_logits, self.device, *cache.shape[1:3])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:

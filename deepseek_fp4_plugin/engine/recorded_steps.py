@@ -27,10 +27,10 @@ class RecordedSteps:
     cache_blocks: of the whole cache; a request's block table has at most as many.
     """
 
-    def __init__(self, function: StepFunction, device: torch.device, cache_blocks: int):
+    def __init__(self, function: StepFunction, device: torch.device, cache_blocks: int, block_size: int):
         self.function = function
         self.recorder = select.recorder(device)
-        self.device, self.cache_blocks = device, cache_blocks
+        self.device, self.cache_blocks, self.max_context = device, cache_blocks, cache_blocks * block_size
         self._inputs: list[Tensor] = []
         self._recordings: dict[tuple, tuple[list[Tensor], Callable[[], tuple[Tensor, ...]]]] = {}
 
@@ -44,12 +44,12 @@ class RecordedSteps:
         key = tokens, requests, torch.get_num_threads(), *(tensor.shape for tensor in tensors)
         static = self._fill(batch)
         if key in self._recordings:
-            places, replay = self._recordings[key]
+            places, replay = self._recordings[key] = self._recordings.pop(key)  # now the youngest
             for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor)
             return replay()
         if len(self._recordings) == MAX_RECORDINGS:
-            self._recordings.pop(next(iter(self._recordings)))  # the oldest
+            self._recordings.pop(next(iter(self._recordings)))  # the least recently used
         places = [tensor.clone() for tensor in tensors]
         try:
             replay, results = self.recorder.record(lambda: self.function(*places, batch=static))
@@ -88,5 +88,5 @@ class RecordedSteps:
             query_start=starts,
             context_lens=contexts,
             max_query=batch.num_decode_tokens,
-            max_context=0,
+            max_context=self.max_context,
         )

@@ -68,7 +68,7 @@ class MtpDrafter:
         assert model.mtp is not None
         self.model, self.mtp, self.num_drafts = model, model.mtp, num_drafts
         self.cache = cache[model.mtp.index]
-        self.recorded = RecordedSteps(self._drafts, cache.device, cache.shape[1])
+        self.recorded = RecordedSteps(self._drafts, cache.device, *cache.shape[1:3])
 
     def propose(
         self,

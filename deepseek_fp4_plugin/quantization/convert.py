@@ -46,12 +46,8 @@ def convert(
     Raises CheckpointError naming a weight that holds NaN or infinity.
     """
     notes = _Notes(writer.work / _NOTES)
-    layer = None
     for done, unit in enumerate(plan.units):
         progress(done, len(plan.units))
-        if unit.layer != layer:
-            reader.close()  # lets go of the pages of shards read so far
-            layer = unit.layer
         if unit.conversions[0].nvfp4:
             _convert_nvfp4(reader, writer, unit, input_scales, device, notes)
         else:

@@ -103,7 +103,10 @@ def _per_head(kernel, x: Tensor, kv_b: PreparedWeight, first: int, rows: int, ou
     if x.dtype is not torch.bfloat16 or kv_b.activations == "fp4":
         raise ValueError(f"per-head products take BF16 activations, not {x.dtype} or FP4")
     x = x if x.stride(2) == 1 else x.contiguous()
-    tokens, heads, _ = x.shape
+    tokens, heads, width = x.shape
+    each = kv_b.out_features // heads
+    if heads * each != kv_b.out_features or not 0 <= first <= each - rows or width not in (rows, kv_b.in_features):
+        raise ValueError(f"{heads} heads of width {width} do not fit kv_b [{kv_b.out_features}, {kv_b.in_features}]")
     y = torch.empty(tokens, heads, out, dtype=torch.bfloat16)
     kernel(
         kv_b.data.handle,

@@ -18,7 +18,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 def concat(x: Tensor, y: Tensor) -> Tensor:
     """See kernels/reference/elementwise.py; dense BF16 here, others there."""
-    if not (_dense(x) and _dense(y)):
+    if not (_dense(x) and _dense(y) and x.shape[0] == y.shape[0]):
         return reference.concat(x, y)
     rows, n, m = x.shape[0], x.shape[1], y.shape[1]
     out = torch.empty(rows, n + m, dtype=torch.bfloat16)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deepseek_fp4_plugin.kernels.cpu.extension import native
 
@@ -66,8 +67,15 @@ class _Refusing(TorchDispatchMode):
             return self.memory.tensor(args[0], kwargs.get("dtype") or torch.get_default_dtype())
         returns = func._schema.returns
         if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            # reshape() and its like may view or copy, and a new constant looks like a view of one.
+            if func is not torch.ops.aten.lift_fresh.default and _storages(result) <= _storages(args):
+                return result
         raise Unrecordable(f"{func} computes outside the kernels")
+
+
+def _storages(values: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(values) if isinstance(x, Tensor) and x.numel()}
 
 
 class _Memory:

@@ -9,6 +9,8 @@ from deepseek_fp4_plugin.kernels.cpu.extension import native
 
 def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
     """See kernels/reference/rotary.py; FP32 to a unit in the last place."""
+    if positions.dtype is not torch.int64 or frequencies.dtype is not torch.float32:
+        return reference.cos_sin(positions, frequencies, magnitude)
     positions, frequencies = positions.contiguous(), frequencies.contiguous()
     tokens, n = positions.shape[0], frequencies.shape[0]
     cos, sin = torch.empty(tokens, n, dtype=torch.float32), torch.empty(tokens, n, dtype=torch.float32)
