@@ -1,6 +1,6 @@
 """Every CPU operation against this machine's memory and arithmetic, torch's BF16 product and the reference.
 
-    python benchmarks/kernels.py [--json FILE] [--only NAME ...] [--repeats 15] [--threads N]
+    python benchmarks/kernels.py [--json FILE] [--only NAME ...] [--rows N ...] [--repeats 15] [--threads N]
 
 The roof of a row is the larger of two times: its bytes at the read bandwidth, its operations at the rate of torch's
 BF16 product of 2048 x 2048 x 2048. Both are measured in between the operations' turns, and all sides of a group take
@@ -252,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only", nargs="+", default=["products", "experts", "attention", "small", "threads"])
+    parser.add_argument("--rows", nargs="+", type=int, help="of products, these only")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -263,7 +264,8 @@ def main() -> None:
         for name in options.only:
             if name == "products":
                 for shape in SHAPES:
-                    rows += run_group(products(shape), options.repeats, options.threads)
+                    cases = [case for case in products(shape) if not options.rows or case.rows in options.rows]
+                    rows += run_group(cases, options.repeats, options.threads)
             elif name == "threads":
                 cases = [case for case in products(SHAPES[0]) if case.operation == "w4a16" and case.rows in (1, 4, 512)]
                 for threads in sorted({1, *(2**i for i in range(1, 8) if 2**i <= options.threads), options.threads}):
