@@ -365,8 +365,8 @@ inline void dots_of_outputs(
 // out[r * stride + o - first], o in [first, last), rows in dot_layout.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   const int64_t chunks = ceil_div(v.in, CHUNK), bytes = rows.count * rows.row_bytes;
-  constexpr int64_t NEAR = 16384;  // of activations, so that they stay in the first cache while weights pass by
-  if (v.format != NVFP4 || bytes * chunks <= NEAR + NEAR / 2)
+  constexpr int64_t NEAR = 24576;  // of activations, so that they stay in the first cache while weights pass by
+  if (v.format != NVFP4 || bytes * chunks <= NEAR)
     return dots_of_outputs(v, first, last, rows, {0, chunks, nullptr}, out, stride);
   const int64_t length = bytes < NEAR ? NEAR / bytes : 1;
   __m512 sums[GROUP * FEW_ROWS];
