@@ -15,6 +15,7 @@ namespace {
 #include "decode.h"
 #if defined(__AVX512BF16__)
 #include "dot_avx512.h"
+#include "panels_avx512.h"
 #else
 #include "dot_generic.h"
 #endif
