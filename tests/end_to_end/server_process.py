@@ -65,6 +65,16 @@ class Server:
             assert time.monotonic() < deadline, f"still busy: {gauges}"
             time.sleep(0.05)
 
+    def wait_for_line(self, text: str, seconds: float = 20) -> str:
+        """The first line of the log with that text: a request's is written behind its answer."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for line in self.log.splitlines(keepends=True):
+                if text in line and line.endswith("\n"):
+                    return line
+            assert time.monotonic() < deadline, f"no line of the log has {text}"
+            time.sleep(0.005)
+
     def wait_until_waiting(self, requests: int, seconds: float = 20) -> None:
         """Until that many requests stand in the engine's queue."""
         deadline = time.monotonic() + seconds

@@ -530,7 +530,7 @@ def test_priority(server):
 @field("user")
 def test_user_is_in_the_access_log_and_the_prompt_is_not(server):
     ok(server.chat("a very secret prompt", user="customer-17"))
-    line = next(json.loads(line) for line in server.log.splitlines() if '"customer-17"' in line)
+    line = json.loads(server.wait_for_line('"customer-17"'))
     assert line["path"] == "/v1/chat/completions"
     assert line["status"] == 200
     assert line["completion_tokens"] >= 1
