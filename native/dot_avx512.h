@@ -99,14 +99,6 @@ inline __m512 dot_at(__m512 total, __m512i a, const uint8_t* p) {
   return total;
 #endif
 }
-inline __m512i code_dot_at(__m512i total, __m512i a, const uint8_t* p) {
-#if defined(__SANITIZE_ADDRESS__)
-  return _mm512_dpbusd_epi32(total, a, _mm512_loadu_si512(p));
-#else
-  asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "m"(*reinterpret_cast<const uint8_t(*)[64]>(p)));
-  return total;
-#endif
-}
 
 // A load that stays where it is written: hoisted ones would take the sums' registers.
 inline __m512i load_now(const uint8_t* p) {
@@ -119,127 +111,27 @@ inline __m512i load_now(const uint8_t* p) {
 #endif
 }
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+#define INLINED __attribute__((always_inline))
+
 template <int N>
 struct Number {
   static constexpr int value = N;
+  constexpr operator int() const { return N; }
 };
+
+// f(0), ..., f(N - 1) with constants, so that arrays indexed by them become registers.
+template <int N, int I = 0, class F>
+ALWAYS_INLINE void each(const F& f) {
+  if constexpr (I < N) {
+    f(Number<I>());
+    each<N, I + 1>(f);
+  }
+}
 
 // Into the second cache, whose queue of requests to memory is longer than the first one's.
-inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-
-// 256 inputs of O weight rows as they are read: the first and the second half of block b's 16 values in dword b, and
-// the blocks' scales.
-template <int O>
-struct Nvfp4Step {
-  __m512i halves[2][O];
-  __m512 scale[O];
-};
-
-template <int O>
-inline void set_step(Nvfp4Step<O>& step, int o, __m512i first, __m512i second, __m128i scales) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  step.halves[0][o] = _mm512_permutex2var_epi32(first, even, second);
-  step.halves[1][o] = _mm512_permutex2var_epi32(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
-  step.scale[o] = scales16(scales);
-}
-
-// x + at: R rows of activations at this step, which all O weight rows share.
-template <int O, int R>
-inline void nvfp4_step(const Nvfp4Step<O>& step, __m512i table, const uint8_t* const* x, int64_t at, __m512 (*total)[R]) {
-  __m512 t[O][R] = {};
-  UNROLL for (int j = 0; j < 8; j++) {
-    __m512i values[R];
-    if constexpr (O > 1)
-      UNROLL for (int r = 0; r < R; r++) values[r] = load_now(x[r] + at + j * 64);
-    UNROLL for (int o = 0; o < O; o++) {
-      const __m512i d = _mm512_permutexvar_epi16(_mm512_srli_epi16(step.halves[j / 4][o], j % 4 * 4), table);
-      UNROLL for (int r = 0; r < R; r++)
-        t[o][r] = O > 1 ? dot(t[o][r], d, values[r]) : dot_at(t[o][r], d, x[r] + at + j * 64);
-    }
-  }
-  UNROLL for (int o = 0; o < O; o++)
-    UNROLL for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(t[o][r], step.scale[o], total[o][r]);
-}
-
-template <int O, int R>
-inline void fp4_step(const Nvfp4Step<O>& step, __m512i table, const uint8_t* const* x, int64_t at, __m512 (*total)[R]) {
-  __m512i d[4][O];
-  UNROLL for (int j = 0; j < 4; j++)
-    UNROLL for (int o = 0; o < O; o++)
-      d[j][o] = _mm512_permutexvar_epi8(_mm512_srli_epi16(step.halves[j / 2][o], j % 2 * 4), table);
-  UNROLL for (int r = 0; r < R; r++) {
-    const uint8_t* p = x[r] + at;
-    // (w + 12) x - 12 x: the unsigned operand needs the offset, the sums' start takes it out again.
-    __m512i t[O];
-    UNROLL for (int o = 0; o < O; o++) t[o] = load_now(p + CODES_SUM);
-    UNROLL for (int j = 0; j < 4; j++)
-      UNROLL for (int o = 0; o < O; o++) t[o] = code_dot_at(t[o], d[j][o], p + j * 64);
-    UNROLL for (int o = 0; o < O; o++) {
-      const __m512 scale = _mm512_mul_ps(step.scale[o], _mm512_loadu_ps(p + CODES_SCALE));
-      total[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t[o]), scale, total[o][r]);
-    }
-  }
-}
-
-constexpr int64_t GROUP = 8;   // outputs that take turns at a block of inputs
-
-// Inputs of chunks [begin, end), and the sums of earlier ones: sums[o * FEW_ROWS + r].
-struct Part256 {
-  int64_t begin, end;
-  __m512* sums;
-};
-
-// O weight rows from `row` on, times R rows of activations: out[r * stride + o].
-template <int O, int R, bool FP4>
-inline void nvfp4_dots(
-    const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, const Part256& part, float* out,
-    int64_t stride) {
-  const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
-  const uint8_t* values = v.values + row * v.row_bytes;
-  const uint8_t* scale = v.scale + row * v.scale_cols;
-  const Ahead ahead = ahead_of(v, values);
-  __m512 total[O][R] = {};
-  if (part.begin > 0)
-    UNROLL for (int o = 0; o < O; o++)
-      UNROLL for (int r = 0; r < R; r++) total[o][r] = part.sums[o * FEW_ROWS + r];
-  Nvfp4Step<O> step;
-  auto multiply = [&](int64_t chunk) {
-    if constexpr (FP4) fp4_step<O, R>(step, table, x, chunk * x_step, total);
-    else nvfp4_step<O, R>(step, table, x, chunk * x_step, total);
-  };
-  int64_t chunk = part.begin;
-  for (const int64_t whole = part.end * CHUNK <= v.in ? part.end : part.end - 1; chunk < whole; chunk++) {
-    UNROLL for (int o = 0; o < O; o++) {
-      const uint8_t* p = values + o * v.row_bytes + chunk * 128;
-      const uint8_t* s = scale + o * v.scale_cols + chunk * 16;
-      fetch(p + ahead.values);
-      fetch(p + ahead.values + 64);
-      if (chunk % 4 == 0) fetch(s + ahead.scale);
-      set_step(step, o, _mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm_loadu_si128(reinterpret_cast<const __m128i*>(s)));
-    }
-    multiply(chunk);
-  }
-  if (chunk < part.end) {
-    const int64_t rest = v.in - chunk * CHUNK, bytes = rest / 2;
-    const __mmask64 low = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
-    const __mmask64 high = bytes <= 64 ? 0 : (1ull << (bytes - 64)) - 1;
-    const __mmask16 blocks = static_cast<__mmask16>((1u << (rest / 16)) - 1);
-    UNROLL for (int o = 0; o < O; o++) {
-      const uint8_t* p = values + o * v.row_bytes + chunk * 128;
-      const __m128i s = _mm_maskz_loadu_epi8(blocks, scale + o * v.scale_cols + chunk * 16);
-      set_step(step, o, _mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64), s);
-    }
-    multiply(chunk);
-  }
-  if (part.end * CHUNK < v.in) {
-    UNROLL for (int o = 0; o < O; o++)
-      UNROLL for (int r = 0; r < R; r++) part.sums[o * FEW_ROWS + r] = total[o][r];
-    return;
-  }
-  const float factor = v.factor * SCALE_SHIFT * (FP4 ? 0.25f : 1.0f);
-  UNROLL for (int o = 0; o < O; o++)
-    UNROLL for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * factor;
-}
+// Always inline: a compiler that sees a function of nothing but a prefetch may drop the calls.
+ALWAYS_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 template <int O, int R>
 inline void fp8_dots(const View& v, int64_t row, const uint8_t* const* x, int64_t x_step, float* out, int64_t stride) {
@@ -300,74 +192,50 @@ inline void plain_dots(const View& v, int64_t row, const uint8_t* const* x, int6
     UNROLL for (int r = 0; r < R; r++) out[r * stride + o] = _mm512_reduce_add_ps(total[o][r]) * v.factor;
 }
 
+#include "nvfp4_avx512.h"
+
 // O outputs by all rows, as many of them at once as the registers hold sums for.
-template <int O, int MOST, Format FORMAT, bool FP4 = false>
-inline void dots_of_rows(const View& v, int64_t row, const Rows& rows, Part256 part, float* out, int64_t stride) {
-  __m512* const sums = part.sums;
+template <int O, int MOST, Format FORMAT>
+inline void dots_of_rows(const View& v, int64_t row, const Rows& rows, float* out, int64_t stride) {
   for (int64_t r = 0; r < rows.count;) {
     const uint8_t* x[MOST];
-    const int64_t left = rows.count - r, count = left >= MOST ? MOST : left >= 4 ? 4 : left;
+    const int64_t left = rows.count - r, count = left < MOST ? left : MOST;
     for (int64_t i = 0; i < count; i++) x[i] = rows.at(r + i);
-    part.sums = sums + r;
     auto times = [&](auto number) {
       constexpr int R = decltype(number)::value;
       if constexpr (R <= MOST) {
-        if constexpr (FORMAT == NVFP4) nvfp4_dots<O, R, FP4>(v, row, x, rows.step, part, out + r * stride, stride);
-        else if constexpr (FORMAT == FP8_BLOCK) fp8_dots<O, R>(v, row, x, rows.step, out + r * stride, stride);
+        if constexpr (FORMAT == FP8_BLOCK) fp8_dots<O, R>(v, row, x, rows.step, out + r * stride, stride);
         else plain_dots<O, R>(v, row, x, rows.step, out + r * stride, stride);
       }
     };
     if (count == 1) times(Number<1>());
     else if (count == 2) times(Number<2>());
     else if (count == 3) times(Number<3>());
-    else if (count == 4) times(Number<4>());
-    else times(Number<MOST>());
+    else times(Number<4>());
     r += count;
   }
 }
 
 // Sums of O outputs by R rows live in registers, beside O or R operands: O and R are chosen for that, and to be alike,
 // because every load is worth a multiplication.
-inline void dots_of_outputs(
-    const View& v, int64_t first, int64_t last, const Rows& rows, Part256 part, float* out, int64_t stride) {
-  __m512* const sums = part.sums;
-  const bool one = rows.count == 1;
+inline void dots_of_outputs(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   for (int64_t o = first; o < last;) {
     const int64_t left = last - o;
-    part.sums = sums + (o - first) * FEW_ROWS;
     float* to = out + o - first;
-    if (v.format == NVFP4 && v.fp4) {
-      if (one && left >= 4) dots_of_rows<4, 1, NVFP4, true>(v, o, rows, part, to, stride), o += 4;
-      else if (left >= 2) dots_of_rows<2, 8, NVFP4, true>(v, o, rows, part, to, stride), o += 2;
-      else dots_of_rows<1, 8, NVFP4, true>(v, o, rows, part, to, stride), o++;
-    } else if (v.format == NVFP4) {
-      if (rows.count <= 2 && left >= 4) dots_of_rows<4, 2, NVFP4>(v, o, rows, part, to, stride), o += 4;
-      else if (left >= 2) dots_of_rows<2, 4, NVFP4>(v, o, rows, part, to, stride), o += 2;
-      else dots_of_rows<1, 4, NVFP4>(v, o, rows, part, to, stride), o++;
-    } else if (v.format == FP8_BLOCK) {
-      if (one && left >= 4) dots_of_rows<4, 1, FP8_BLOCK>(v, o, rows, part, to, stride), o += 4;
-      else if (left >= 2) dots_of_rows<2, 4, FP8_BLOCK>(v, o, rows, part, to, stride), o += 2;
-      else dots_of_rows<1, 4, FP8_BLOCK>(v, o, rows, part, to, stride), o++;
+    if (v.format == FP8_BLOCK) {
+      if (rows.count == 1 && left >= 4) dots_of_rows<4, 1, FP8_BLOCK>(v, o, rows, to, stride), o += 4;
+      else if (left >= 2) dots_of_rows<2, 4, FP8_BLOCK>(v, o, rows, to, stride), o += 2;
+      else dots_of_rows<1, 4, FP8_BLOCK>(v, o, rows, to, stride), o++;
     } else {
-      if (left >= 4) dots_of_rows<4, 4, PLAIN>(v, o, rows, part, to, stride), o += 4;
-      else dots_of_rows<1, 4, PLAIN>(v, o, rows, part, to, stride), o++;
+      if (left >= 4) dots_of_rows<4, 4, PLAIN>(v, o, rows, to, stride), o += 4;
+      else dots_of_rows<1, 4, PLAIN>(v, o, rows, to, stride), o++;
     }
   }
 }
 
 // out[r * stride + o - first], o in [first, last), rows in dot_layout.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
-  const int64_t chunks = ceil_div(v.in, CHUNK), bytes = rows.count * rows.row_bytes;
-  constexpr int64_t NEAR = 24576;  // of activations, so that they stay in the first cache while weights pass by
-  if (v.format != NVFP4 || bytes * chunks <= NEAR)
-    return dots_of_outputs(v, first, last, rows, {0, chunks, nullptr}, out, stride);
-  const int64_t length = bytes < NEAR ? NEAR / bytes : 1;
-  __m512 sums[GROUP * FEW_ROWS];
-  View group = v;
-  group.ahead = GROUP * v.row_bytes;
-  for (int64_t o = first; o < last; o += GROUP)
-    for (int64_t c = 0; c < chunks; c += length) {
-      const Part256 part{c, c + length < chunks ? c + length : chunks, sums};
-      dots_of_outputs(group, o, o + GROUP < last ? o + GROUP : last, rows, part, out + o - first, stride);
-    }
+  if (v.format != NVFP4) dots_of_outputs(v, first, last, rows, out, stride);
+  else if (v.fp4) few_rows_product<true>(v, first, last, rows, out, stride);
+  else few_rows_product<false>(v, first, last, rows, out, stride);
 }

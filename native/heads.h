@@ -2,7 +2,7 @@
 
 #if defined(__AVX512BF16__)
 // total[m * v.in + d] = sum over n of x[m * x_stride + n] * weight[row + n][d], d in [chunk * 256, + 256), M rows of x.
-// A block of 16 a lane, as in nvfp4_step; E of its elements at a time, for whose sums there are registers.
+// A block of 16 a lane, as in nvfp4_avx512.h; E of its elements at a time, for whose sums there are registers.
 template <int M>
 inline void absorb_nvfp4_chunk(
     const View& v, int64_t row, int64_t rows, const uint16_t* x, int64_t x_stride, int64_t chunk, float* total) {
@@ -24,15 +24,15 @@ inline void absorb_nvfp4_chunk(
         fetch(p + v.ahead + 64);
         if (n % 2 == 0) fetch(s + v.ahead / 8);
       }
-      Nvfp4Step<1> step;
-      set_step(step, 0, _mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64),
-               _mm_maskz_loadu_epi8(present, s));
+      const __m512i packed[2] = {_mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64)};
+      const __m512i halves[2] = {block_halves<0>(packed[0], packed[1]), block_halves<1>(packed[0], packed[1])};
+      const __m512 scale = lane_scales(_mm_maskz_loadu_epi8(present, s));
       __m512 scaled[M];  // exact: 8 and 4 significant bits
       UNROLL for (int m = 0; m < M; m++)
-        scaled[m] = _mm512_mul_ps(step.scale[0], _mm512_set1_ps(from_bf16(x[m * x_stride + n])));
+        scaled[m] = _mm512_mul_ps(scale, _mm512_set1_ps(from_bf16(x[m * x_stride + n])));
       UNROLL for (int e = 0; e < E; e++) {
         // The index's upper bits do not matter.
-        const __m512i codes = _mm512_srli_epi32(step.halves[(first + e) / 8][0], (first + e) % 8 * 4);
+        const __m512i codes = _mm512_srli_epi32(halves[(first + e) / 8], (first + e) % 8 * 4);
         const __m512 value = _mm512_permutexvar_ps(codes, table);
         UNROLL for (int m = 0; m < M; m++) t[m][e] = _mm512_fmadd_ps(value, scaled[m], t[m][e]);
       }
@@ -42,7 +42,7 @@ inline void absorb_nvfp4_chunk(
   }
   for (int m = 0; m < M; m++) {
     transpose(sums[m]);
-    for (int b = 0; b < blocks; b++) _mm512_storeu_si512(total + m * v.in + chunk * CHUNK + b * 16, sums[m][b]);
+    for (int b = 0; b < blocks; b++) _mm512_storeu_si512(total + m * v.in + chunk * CHUNK + b * 16, sums[m][lane_of(b)]);
   }
 }
 

@@ -75,6 +75,8 @@ inline float block_scale(const View& v, int64_t row, int64_t column_block) {
 //   UNPACKED BF16; of each 64 elements: the low, then the high 8 of each 16
 //   CODES    (AVX-512) of each 256 elements twice the FP4 value, int8: of every block of 16 elements 0 2 4 6, then
 //            1 3 5 7, then 8 10 12 14, then 9 11 13 15; FP32 block scales; int32 -12 times the sum of a block's codes
+//   In QUADS and CODES block b of a chunk is lane lane_of(b), where two shuffles of a weight's 128 bytes put it.
+constexpr int64_t lane_of(int64_t block) { return (block & 1) | (block & 8) >> 2 | (block & 6) << 1; }
 enum Layout { FLOATS, HALVES, QUADS, UNPACKED, CODES };
 constexpr int64_t CODES_BYTES = 384, CODES_SCALE = 256, CODES_SUM = 320;
 
@@ -129,12 +131,12 @@ inline void prepare_code_vectors(const float* x, int64_t n, float input_scale, u
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   for (int b = 0; b * 16 < n; b++) {
     int32_t codes[16];
-    reinterpret_cast<float*>(out + CODES_SCALE)[b] = from_e4m3(quantize_block(x + b * 16, input_scale, codes));
+    reinterpret_cast<float*>(out + CODES_SCALE)[lane_of(b)] = from_e4m3(quantize_block(x + b * 16, input_scale, codes));
     const __m512i values = _mm512_permutexvar_epi32(_mm512_loadu_si512(codes), table);
     alignas(16) uint8_t quarters[4][4];
     _mm_store_si128(
         reinterpret_cast<__m128i*>(quarters), _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(order, values)));
-    for (int i = 0; i < 4; i++) __builtin_memcpy(out + i * 64 + b * 4, quarters[i], 4);
+    for (int i = 0; i < 4; i++) __builtin_memcpy(out + i * 64 + lane_of(b) * 4, quarters[i], 4);
   }
   __m512i sums = _mm512_setzero_si512();
   for (int i = 0; i < 4; i++) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(12), _mm512_loadu_si512(out + i * 64));
@@ -150,7 +152,10 @@ inline void split_quads(const uint16_t* x, uint16_t* out) {
     for (int four = 0; four < 4; four++) {
       const uint16_t* from = x + four * 64;
       const __m512i pairs = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), at, _mm512_loadu_si512(from + 32));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * 32 + four * 8), _mm512_castsi512_si128(pairs));
+      const __m128i dwords = _mm512_castsi512_si128(pairs);
+      uint16_t* to = out + i * 32 + lane_of(four * 4) * 2;  // the first two blocks' lanes; the others' are four further
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), dwords);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 8), _mm_unpackhi_epi64(dwords, dwords));
     }
   }
 }

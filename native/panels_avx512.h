@@ -188,7 +188,7 @@ inline void code_rows(
     UNROLL
     for (int j = 0; j < 4; j++) total[m][j] = _mm512_loadu_ps(c + m * stride + j * 16);
   for (int64_t b = 0; b < blocks; b++) {
-    const int64_t chunk = b / 16 * x_step, at = b % 16;
+    const int64_t chunk = b / 16 * x_step, at = lane_of(b % 16);
     UNROLL
     for (int m = 0; m < M; m++) {
       const uint8_t* p = x[m] + chunk;
