@@ -4,7 +4,7 @@ inline Layout layout_for(const Weight&, int64_t) { return FLOATS; }
 inline Layout dot_layout(const Weight&) { return FLOATS; }
 
 // out[r * stride + o - first] = dot of activations r with weight row o, for o in [first, last).
-inline void product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
+inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   constexpr int O = 4;
   int64_t padded = ceil_div(v.in, 128) * 128;
   float* decoded = static_cast<float*>(scratch(SCRATCH_PANEL, O * padded * 4));
@@ -26,8 +26,4 @@ inline void product(const View& v, int64_t first, int64_t last, const Rows& rows
       for (int i = 0; i < count; i++) out[r * stride + o - first + i] = sum(total[i][0] + total[i][1]) * v.factor;
     }
   }
-}
-
-inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
-  product(v, first, last, rows, out, stride);
 }

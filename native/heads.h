@@ -92,8 +92,6 @@ inline bool absorbs_fp8(const View& v, const HeadArgs& a) {
 }
 #endif
 
-constexpr int64_t FEW_TOKENS = 16;  // as many as dot_product has room for
-
 // Rows are added up, so that the weight is read as it lies.
 inline void absorb(const HeadArgs& a) {
   const View v = view_of(*a.weight, 0, 0);
@@ -158,12 +156,7 @@ inline void per_head(const HeadArgs& a) {
     Rows rows = rows_in(memory, layout, a.tokens);
     for (int64_t t = 0; t < a.tokens; t++)
       prepare_row(a.x + t * a.token_stride + h * a.head_stride, v.in, weight, layout, rows.at(t), rows.step);
-    for (int64_t t = 0; t < a.tokens; t += FEW_TOKENS) {
-      Rows few = rows;
-      few.base = rows.at(t);
-      few.count = a.tokens - t < FEW_TOKENS ? a.tokens - t : FEW_TOKENS;
-      dot_product(v, row, row + a.rows, few, result + t * a.rows, a.rows);
-    }
+    dot_product(v, row, row + a.rows, rows, result, a.rows);
     for (int64_t t = 0; t < a.tokens; t++) round_row(result + t * a.rows, a.rows, a.y + (t * a.heads + h) * a.rows);
   });
 }

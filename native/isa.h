@@ -14,7 +14,9 @@ namespace {
 #include "operand.h"
 #include "decode.h"
 #if defined(__AVX512BF16__)
-#include "dot_avx512.h"
+#include "decode_avx512.h"
+#include "nvfp4_avx512.h"
+#include "few_rows_avx512.h"
 #include "panels_avx512.h"
 #else
 #include "dot_generic.h"

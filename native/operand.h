@@ -10,19 +10,10 @@ struct View {
   int64_t block_rows, block_cols, scale_cols;
   float factor;  // on every result
   bool fp4;      // activations are FP4
-  int64_t ahead;  // bytes from a weight to the one to fetch from memory with it
+  int64_t ahead;  // least bytes from a weight to those to fetch from memory with it
   const uint8_t* end;              // of the tile; what would be fetched beyond lies
   int64_t jump = 0, scale_jump = 0;  // so many bytes further on
 };
-
-// The bytes from a weight, and from its scale, to those to fetch with it.
-struct Ahead {
-  int64_t values, scale;
-};
-inline Ahead ahead_of(const View& v, const uint8_t* values) {
-  const bool beyond = values + v.ahead >= v.end;
-  return {v.ahead + (beyond ? v.jump : 0), v.ahead / 8 + (beyond ? v.scale_jump : 0)};
-}
 
 // After output `last` of v comes output `first` of `next`.
 inline void set_next(View& v, int64_t last, const View& next, int64_t first) {
