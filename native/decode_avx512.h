@@ -144,6 +144,14 @@ inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
 }
 
+// A part of a product: inputs of chunks [begin, end), weight rows [row, stop), O at a time while there are so many, and R
+// rows of activations from r0 on. What to fetch from memory meanwhile lies at next and next_scale: as many bytes as are
+// multiplied, in the order that they lie in, though products take turns at the weight rows.
+struct Part256 {
+  int64_t begin, end, row, stop, r0;
+  const uint8_t *next, *next_scale;
+};
+
 // A product of up to FEW_ROWS rows: what all its parts share. out[r * stride + row - first].
 struct FewRows {
   const View& v;
@@ -152,29 +160,35 @@ struct FewRows {
   float factor;
   float* out;
   int64_t stride, first;
-  __m512 sums[GROUP * FEW_ROWS];  // of the inputs so far: output o of its group, row r at o * FEW_ROWS + r
+  __m512 sums[GROUP * FEW_ROWS];  // of a group's earlier chunks
 
   FewRows(const View& v, const Rows& rows, int64_t r0, int64_t count, float* out, int64_t stride, int64_t first)
       : v(v), x_step(rows.step), factor(v.factor), out(out), stride(stride), first(first) {
     if (v.format == NVFP4) factor *= SCALE_SHIFT * (v.fp4 ? 0.25f : 1.0f);
     for (int64_t r = 0; r < count; r++) x[r] = rows.at(r0 + r);
   }
+  // Those of output row + o and row r of the part at o * FEW_ROWS + r.
+  __m512* sums_of(const Part256& p, int64_t row) { return sums + (row - first) % GROUP * FEW_ROWS + p.r0; }
 };
 
-// Inputs of chunks [begin, end) for rows of weights from `row` on and rows of activations from r0 on; sums[.. + o *
-// FEW_ROWS + r] are those of earlier chunks. What to fetch from memory meanwhile lies at next and next_scale: as many
-// bytes as are multiplied, in the order that they lie in, though products take turns at the rows.
-struct Part256 {
-  int64_t row, r0, begin, end;
-  const uint8_t *next, *next_scale;
-  __m512* sums;
-};
-
-// The results of O outputs and R rows.
+// Where these chunks are not the first, the sums of the earlier ones.
 template <int O, int R>
-INLINED inline void store_results(const FewRows& f, const Part256& p, const __m512 (&total)[O][R]) {
+INLINED inline void load_sums(const Part256& p, const __m512* sums, __m512 (&total)[O][R]) {
+  each<O>([&](auto o) INLINED {
+    each<R>([&](auto r) INLINED { total[o][r] = p.begin ? sums[o * FEW_ROWS + r] : _mm512_setzero_ps(); });
+  });
+}
+
+// Where these chunks are not the last, the sums into memory; else the results of O outputs from `row` on.
+template <int O, int R>
+INLINED inline void store_sums(
+    const FewRows& f, const Part256& p, int64_t row, __m512* sums, const __m512 (&total)[O][R]) {
+  if (p.end * CHUNK < f.v.in) {
+    each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = total[o][r]; }); });
+    return;
+  }
   const __m128 factor = _mm_set1_ps(f.factor);
-  float* const out = f.out + p.r0 * f.stride + p.row - f.first;
+  float* const out = f.out + p.r0 * f.stride + row - f.first;
   each<(O * R + 3) / 4>([&](auto four) INLINED {
     constexpr int first = four * 4, most = O * R - 1;
     auto sum = [&](auto k) INLINED { constexpr int i = first + k < most ? first + k : most; return total[i % O][i / O]; };
@@ -185,17 +199,4 @@ INLINED inline void store_results(const FewRows& f, const Part256& p, const __m5
       if constexpr (i <= most) _mm_store_ss(out + i / O * f.stride + i % O, _mm_permute_ps(results, k));
     });
   });
-}
-
-// The sums of earlier chunks, and those of these: into memory, or results where no chunks follow.
-template <int O, int R>
-INLINED inline void load_sums(const Part256& p, __m512 (&total)[O][R]) {
-  each<O>([&](auto o) INLINED {
-    each<R>([&](auto r) INLINED { total[o][r] = p.begin ? p.sums[o * FEW_ROWS + r] : _mm512_setzero_ps(); });
-  });
-}
-template <int O, int R>
-INLINED inline void store_sums(const FewRows& f, const Part256& p, const __m512 (&total)[O][R]) {
-  if (p.end * CHUNK >= f.v.in) return store_results(f, p, total);
-  each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { p.sums[o * FEW_ROWS + r] = total[o][r]; }); });
 }

@@ -8,66 +8,72 @@ template <int O, int R>
 __attribute__((noinline)) void fp8_part(FewRows& f, const Part256& p) {
   const View& v = f.v;
   const E4m3Tables tables = e4m3_tables();
-  const uint8_t* const w = v.values + p.row * v.row_bytes;
   const uint8_t* next = p.next;
   const uint8_t* const* x = f.x + p.r0;
   const int64_t width = v.scale ? v.block_cols : v.in, last = p.end * CHUNK < v.in ? p.end * CHUNK : v.in;
-  __m512 total[O][R];
-  load_sums(p, total);
-  for (int64_t c = p.begin * CHUNK; c < last; c += width) {
-    const int64_t stop = c + width < last ? c + width : last;
-    __m512 part[O][R] = {};
-    for (int64_t k = c; k < stop; k += 64) {
-      const int64_t at = k / CHUNK * f.x_step + k % CHUNK * 2;
-      const __mmask64 mask = stop - k >= 64 ? ~0ull : (1ull << (stop - k)) - 1;
-      __m512i d[2][O];
-      UNROLL for (int o = 0; o < O; o++) {
-        fetch(next + o * 64);
-        const __m512i bytes = _mm512_maskz_loadu_epi8(mask, w + o * v.row_bytes + k);
-        const __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
-        d[0][o] = _mm512_unpacklo_epi8(low, high);
-        d[1][o] = _mm512_unpackhi_epi8(low, high);
-      }
-      next += O * 64;
-      UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int j = 0; j < 2; j++) {
-          const __m512i values = load_now(x[r] + at + j * 64);
-          UNROLL for (int o = 0; o < O; o++) part[o][r] = dot(part[o][r], d[j][o], values);
+  for (int64_t row = p.row; row + O <= p.stop; row += O) {
+    const uint8_t* const w = v.values + row * v.row_bytes;
+    __m512* const sums = f.sums_of(p, row);
+    __m512 total[O][R];
+    load_sums(p, sums, total);
+    for (int64_t c = p.begin * CHUNK; c < last; c += width) {
+      const int64_t stop = c + width < last ? c + width : last;
+      __m512 part[O][R] = {};
+      for (int64_t k = c; k < stop; k += 64) {
+        const int64_t at = k / CHUNK * f.x_step + k % CHUNK * 2;
+        const __mmask64 mask = stop - k >= 64 ? ~0ull : (1ull << (stop - k)) - 1;
+        __m512i d[2][O];
+        UNROLL for (int o = 0; o < O; o++) {
+          fetch(next + o * 64);
+          const __m512i bytes = _mm512_maskz_loadu_epi8(mask, w + o * v.row_bytes + k);
+          const __m512i high = e4m3_high(tables, bytes), low = e4m3_low(tables, bytes);
+          d[0][o] = _mm512_unpacklo_epi8(low, high);
+          d[1][o] = _mm512_unpackhi_epi8(low, high);
         }
+        next += O * 64;
+        UNROLL for (int r = 0; r < R; r++)
+          UNROLL for (int j = 0; j < 2; j++) {
+            const __m512i values = load_now(x[r] + at + j * 64);
+            UNROLL for (int o = 0; o < O; o++) part[o][r] = dot(part[o][r], d[j][o], values);
+          }
+      }
+      UNROLL for (int o = 0; o < O; o++) {
+        const __m512 s = _mm512_set1_ps(block_scale(v, row + o, c / width));
+        UNROLL for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(part[o][r], s, total[o][r]);
+      }
     }
-    UNROLL for (int o = 0; o < O; o++) {
-      const __m512 s = _mm512_set1_ps(block_scale(v, p.row + o, c / width));
-      UNROLL for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(part[o][r], s, total[o][r]);
-    }
+    store_sums(f, p, row, sums, total);
   }
-  store_sums(f, p, total);
 }
 
 // x of BF16 weights in HALVES.
 template <int O, int R>
 __attribute__((noinline)) void plain_part(FewRows& f, const Part256& p) {
   const View& v = f.v;
-  const uint8_t* const w = v.values + p.row * v.row_bytes;
   const uint8_t* next = p.next;
   const uint8_t* const* x = f.x + p.r0;
   const int64_t last = p.end * CHUNK < v.in ? p.end * CHUNK : v.in;
-  __m512 total[O][R];
-  load_sums(p, total);
-  for (int64_t k = p.begin * CHUNK; k < last; k += 32) {
-    const __mmask32 mask = last - k >= 32 ? ~0u : (1u << (last - k)) - 1;
-    const int64_t at = k / CHUNK * f.x_step + k % CHUNK * 2;
-    __m512i d[O];
-    UNROLL for (int o = 0; o < O; o++) {
-      fetch(next + o * 64);
-      d[o] = _mm512_maskz_loadu_epi16(mask, w + o * v.row_bytes + k * 2);
+  for (int64_t row = p.row; row + O <= p.stop; row += O) {
+    const uint8_t* const w = v.values + row * v.row_bytes;
+    __m512* const sums = f.sums_of(p, row);
+    __m512 total[O][R];
+    load_sums(p, sums, total);
+    for (int64_t k = p.begin * CHUNK; k < last; k += 32) {
+      const __mmask32 mask = last - k >= 32 ? ~0u : (1u << (last - k)) - 1;
+      const int64_t at = k / CHUNK * f.x_step + k % CHUNK * 2;
+      __m512i d[O];
+      UNROLL for (int o = 0; o < O; o++) {
+        fetch(next + o * 64);
+        d[o] = _mm512_maskz_loadu_epi16(mask, w + o * v.row_bytes + k * 2);
+      }
+      next += O * 64;
+      UNROLL for (int r = 0; r < R; r++) {
+        const __m512i values = load_now(x[r] + at);
+        UNROLL for (int o = 0; o < O; o++) total[o][r] = dot(total[o][r], d[o], values);
+      }
     }
-    next += O * 64;
-    UNROLL for (int r = 0; r < R; r++) {
-      const __m512i values = load_now(x[r] + at);
-      UNROLL for (int o = 0; o < O; o++) total[o][r] = dot(total[o][r], d[o], values);
-    }
+    store_sums(f, p, row, sums, total);
   }
-  store_sums(f, p, total);
 }
 
 // As many rows of activations at once, up to 4, as spread them evenly. Returns how many.
@@ -93,7 +99,7 @@ inline int64_t cut_of(const View& v) {
 template <Format FORMAT, bool FP4>
 inline void few_rows_product(
     const View& v, int64_t first, int64_t last, const Rows& rows, int64_t r0, int64_t count, float* out, int64_t stride) {
-  constexpr int64_t NEAR = 16384;  // bytes of activations that stay in the first cache while weights pass by
+  constexpr int64_t NEAR = 24576;  // bytes of activations that stay in the first cache while weights pass by
   constexpr int64_t CHUNK_BYTES = FORMAT == NVFP4 ? CHUNK / 2 : FORMAT == FP8_BLOCK ? CHUNK : CHUNK * 2;
   // Outputs at once: as many as registers hold sums for, but memory prefers to be read in order, one after the other.
   constexpr int MOST = FORMAT == FP8_BLOCK ? 2 : 4;
@@ -113,19 +119,17 @@ inline void few_rows_product(
         nvfp4_row<FP4>(f, group, stop, next, next_scale);
         continue;
       }
+    const int64_t whole = (stop - group) / outputs * outputs;  // outputs that come as many at once; the rest singly
     for (int64_t begin = 0; begin < chunks; begin += length) {
       const int64_t end = begin + length < chunks ? begin + length : chunks;
-      for (int64_t row = group; row < stop;) {
-        const int64_t together = stop - row < outputs ? 1 : outputs;
-        const int64_t done = begin * (stop - group) + (row - group) * (end - begin);  // chunks of the group
-        for (int64_t r = 0; r < count;) {
-          const Part256 p{row, r, begin, end, next + done * CHUNK_BYTES, next_scale + done * 16,
-                          f.sums + (row - group) * FEW_ROWS + r};
-          if (together == MOST) r += part_of_rows<MOST, FORMAT, FP4>(f, p, count - r);
-          else if (FORMAT == PLAIN && together == 2) r += part_of_rows<2, FORMAT, FP4>(f, p, count - r);
-          else r += part_of_rows<1, FORMAT, FP4>(f, p, count - r);
-        }
-        row += together;
+      const int64_t done = begin * (stop - group), rest = done + whole * (end - begin);  // chunks of the group
+      for (int64_t r = 0; r < count;) {
+        const Part256 p{begin, end, group, group + whole, r, next + done * CHUNK_BYTES, next_scale + done * 16};
+        const Part256 q{begin, end, group + whole, stop, r, next + rest * CHUNK_BYTES, next_scale + rest * 16};
+        if (whole < stop - group) part_of_rows<1, FORMAT, FP4>(f, q, count - r);
+        if (outputs == MOST) r += part_of_rows<MOST, FORMAT, FP4>(f, p, count - r);
+        else if (FORMAT == PLAIN && outputs == 2) r += part_of_rows<2, FORMAT, FP4>(f, p, count - r);
+        else r += part_of_rows<1, FORMAT, FP4>(f, p, count - r);
       }
     }
   }

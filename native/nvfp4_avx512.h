@@ -40,11 +40,13 @@ INLINED inline void bf16_products(
     each<C>([&](auto c) INLINED {
       each<O>([&](auto o) INLINED {
         const uint8_t* p = w.values + o * w.row_bytes + c * 128;
-        fetch(next + ((h * C + c) * O + o) * 64);
         half[c][o] = block_halves<h>(load_now(p), load_now(p + 64));
       });
     });
     each<4>([&](auto j) INLINED {
+      // Spread out: several at once would hold up the loads behind them.
+      constexpr int LINES = C * O >= 4 ? C * O / 4 : j == 0 ? C * O : 0;
+      each<LINES>([&](auto i) INLINED { fetch(next + (h * C * O + j * LINES + i) * 64); });
       each<C>([&](auto c) INLINED {
         __m512i d[O];
         each<O>([&](auto o) INLINED {
@@ -183,25 +185,28 @@ __attribute__((noinline)) void nvfp4_part(FewRows& f, const Part256& p) {
   const View& v = f.v;
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
   const int64_t step = f.x_step;
-  const uint8_t* next = p.next;
-  __m512* const sums = p.sums;
-  __m512 total[O][R];
-  if constexpr (!WAIT) load_sums(p, total);
-  else if (p.begin == 0)
-    each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = _mm512_setzero_ps(); }); });
-  fetch_bytes(p.next_scale, (p.end - p.begin) * O * 16);
-  for_chunks<O, 1>(v, p.row, p.begin, p.end, [&](auto, int64_t chunk, const Chunk& w) INLINED {
-    multiply_chunks<O, R, 1, FP4>(
-        w, next, table, f.x + p.r0, chunk * step, step, [&](auto o, auto r, __m512 t, __m512 scale) INLINED {
-          __m512* const sum = sums + o * FEW_ROWS + r;
-          if constexpr (WAIT) *sum = _mm512_fmadd_ps(t, scale, (__m512)load_now(reinterpret_cast<const uint8_t*>(sum)));
-          else total[o][r] = _mm512_fmadd_ps(t, scale, total[o][r]);
-        });
-    next += O * 128;
-  });
-  if constexpr (!WAIT) store_sums(f, p, total);
-  else if (p.end * CHUNK >= v.in) {
-    each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { total[o][r] = sums[o * FEW_ROWS + r]; }); });
-    store_results(f, p, total);
+  const uint8_t *next = p.next, *next_scale = p.next_scale;
+  for (int64_t row = p.row; row + O <= p.stop; row += O) {
+    __m512* const sums = f.sums_of(p, row);
+    __m512 total[O][R];
+    if constexpr (!WAIT) load_sums(p, sums, total);
+    else if (p.begin == 0)
+      each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = _mm512_setzero_ps(); }); });
+    fetch_bytes(next_scale, (p.end - p.begin) * O * 16);
+    next_scale += (p.end - p.begin) * O * 16;
+    for_chunks<O, 1>(v, row, p.begin, p.end, [&](auto, int64_t chunk, const Chunk& w) INLINED {
+      multiply_chunks<O, R, 1, FP4>(
+          w, next, table, f.x + p.r0, chunk * step, step, [&](auto o, auto r, __m512 t, __m512 scale) INLINED {
+            __m512* const sum = sums + o * FEW_ROWS + r;
+            if constexpr (WAIT) *sum = _mm512_fmadd_ps(t, scale, (__m512)load_now(reinterpret_cast<const uint8_t*>(sum)));
+            else total[o][r] = _mm512_fmadd_ps(t, scale, total[o][r]);
+          });
+      next += O * 128;
+    });
+    if constexpr (WAIT) {
+      if (p.end * CHUNK < v.in) continue;
+      each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { total[o][r] = sums[o * FEW_ROWS + r]; }); });
+    }
+    store_sums(f, p, row, sums, total);
   }
 }
