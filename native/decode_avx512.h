@@ -144,15 +144,15 @@ inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
 }
 
-// A part of a product: inputs of chunks [begin, end), weight rows [row, stop), O at a time while there are so many, and R
-// rows of activations from r0 on. What to fetch from memory meanwhile lies at next and next_scale: as many bytes as are
-// multiplied, in the order that they lie in, though products take turns at the weight rows.
-struct Part256 {
+// Outputs take turns at a block of inputs. One turn: chunks [begin, end), weight rows [row, stop), O at a time while there
+// are so many, and R rows of activations from r0 on. What to fetch from memory meanwhile lies at next and next_scale: as
+// many bytes as are multiplied, in the order that they lie in.
+struct Turn {
   int64_t begin, end, row, stop, r0;
   const uint8_t *next, *next_scale;
 };
 
-// A product of up to FEW_ROWS rows: what all its parts share. out[r * stride + row - first].
+// A product of up to FEW_ROWS rows: what all its turns share. out[r * stride + row - first].
 struct FewRows {
   const View& v;
   const uint8_t* x[FEW_ROWS];
@@ -167,13 +167,13 @@ struct FewRows {
     if (v.format == NVFP4) factor *= SCALE_SHIFT * (v.fp4 ? 0.25f : 1.0f);
     for (int64_t r = 0; r < count; r++) x[r] = rows.at(r0 + r);
   }
-  // Those of output row + o and row r of the part at o * FEW_ROWS + r.
-  __m512* sums_of(const Part256& p, int64_t row) { return sums + (row - first) % GROUP * FEW_ROWS + p.r0; }
+  // Those of output row + o and row r of the turn at o * FEW_ROWS + r.
+  __m512* sums_of(const Turn& p, int64_t row) { return sums + (row - first) % GROUP * FEW_ROWS + p.r0; }
 };
 
 // Where these chunks are not the first, the sums of the earlier ones.
 template <int O, int R>
-INLINED inline void load_sums(const Part256& p, const __m512* sums, __m512 (&total)[O][R]) {
+INLINED inline void load_sums(const Turn& p, const __m512* sums, __m512 (&total)[O][R]) {
   each<O>([&](auto o) INLINED {
     each<R>([&](auto r) INLINED { total[o][r] = p.begin ? sums[o * FEW_ROWS + r] : _mm512_setzero_ps(); });
   });
@@ -182,7 +182,7 @@ INLINED inline void load_sums(const Part256& p, const __m512* sums, __m512 (&tot
 // Where these chunks are not the last, the sums into memory; else the results of O outputs from `row` on.
 template <int O, int R>
 INLINED inline void store_sums(
-    const FewRows& f, const Part256& p, int64_t row, __m512* sums, const __m512 (&total)[O][R]) {
+    const FewRows& f, const Turn& p, int64_t row, __m512* sums, const __m512 (&total)[O][R]) {
   if (p.end * CHUNK < f.v.in) {
     each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = total[o][r]; }); });
     return;

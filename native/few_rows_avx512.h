@@ -5,7 +5,7 @@
 
 // x of FP8 weights in UNPACKED.
 template <int O, int R>
-__attribute__((noinline)) void fp8_part(FewRows& f, const Part256& p) {
+__attribute__((noinline)) void fp8_part(FewRows& f, const Turn& p) {
   const View& v = f.v;
   const E4m3Tables tables = e4m3_tables();
   const uint8_t* next = p.next;
@@ -48,7 +48,7 @@ __attribute__((noinline)) void fp8_part(FewRows& f, const Part256& p) {
 
 // x of BF16 weights in HALVES.
 template <int O, int R>
-__attribute__((noinline)) void plain_part(FewRows& f, const Part256& p) {
+__attribute__((noinline)) void plain_part(FewRows& f, const Turn& p) {
   const View& v = f.v;
   const uint8_t* next = p.next;
   const uint8_t* const* x = f.x + p.r0;
@@ -78,7 +78,7 @@ __attribute__((noinline)) void plain_part(FewRows& f, const Part256& p) {
 
 // As many rows of activations at once, up to 4, as spread them evenly. Returns how many.
 template <int O, Format FORMAT, bool FP4>
-inline int64_t part_of_rows(FewRows& f, const Part256& p, int64_t left) {
+inline int64_t part_of_rows(FewRows& f, const Turn& p, int64_t left) {
   const int64_t count = left <= 4 ? left : left < 8 ? (left + 1) / 2 : 4;
   each<4>([&](auto r) INLINED {
     if (count != r + 1) return;
@@ -106,17 +106,19 @@ inline void few_rows_product(
   const int64_t outputs = FORMAT == NVFP4 ? 4 : count == 1 ? 1 : FORMAT == PLAIN && count > 8 ? 4 : 2;
   FewRows f(v, rows, r0, count, out + r0 * stride, stride, first);
   const int64_t chunks = ceil_div(v.in, CHUNK), bytes = count * rows.row_bytes, cut = ceil_div(cut_of(v), CHUNK);
+  const bool in_order = chunks >= 4 && (count == 1 || (count == 2 && bytes * chunks <= 32768));
   const bool turns = count > 1 && bytes * chunks > NEAR;
   const int64_t length = !turns ? chunks : bytes * cut < NEAR ? NEAR / (bytes * cut) * cut : cut;
   const int64_t ahead = ceil_div(v.ahead, GROUP * v.row_bytes) * GROUP;  // weight rows
   for (int64_t group = first; group < last; group += GROUP) {
     const int64_t stop = group + GROUP < last ? group + GROUP : last;
     const uint8_t* next = v.values + (group + ahead) * v.row_bytes;
-    const uint8_t* next_scale = FORMAT == NVFP4 ? v.scale + (group + ahead) * v.scale_cols : nullptr;
+    const uint8_t* next_scale = FORMAT == NVFP4 ? v.scale + (group + ahead) * v.scale_cols : next;
     if (next >= v.end) next += v.jump, next_scale += v.scale_jump;
     if constexpr (FORMAT == NVFP4)
-      if (count == 1 && chunks >= 4) {
-        nvfp4_row<FP4>(f, group, stop, next, next_scale);
+      if (in_order) {
+        if (count == 1) nvfp4_in_order<1, FP4>(f, group, stop, next, next_scale);
+        else nvfp4_in_order<2, FP4>(f, group, stop, next, next_scale);
         continue;
       }
     const int64_t whole = (stop - group) / outputs * outputs;  // outputs that come as many at once; the rest singly
@@ -124,8 +126,8 @@ inline void few_rows_product(
       const int64_t end = begin + length < chunks ? begin + length : chunks;
       const int64_t done = begin * (stop - group), rest = done + whole * (end - begin);  // chunks of the group
       for (int64_t r = 0; r < count;) {
-        const Part256 p{begin, end, group, group + whole, r, next + done * CHUNK_BYTES, next_scale + done * 16};
-        const Part256 q{begin, end, group + whole, stop, r, next + rest * CHUNK_BYTES, next_scale + rest * 16};
+        const Turn p{begin, end, group, group + whole, r, next + done * CHUNK_BYTES, next_scale + done * 16};
+        const Turn q{begin, end, group + whole, stop, r, next + rest * CHUNK_BYTES, next_scale + rest * 16};
         if (whole < stop - group) part_of_rows<1, FORMAT, FP4>(f, q, count - r);
         if (outputs == MOST) r += part_of_rows<MOST, FORMAT, FP4>(f, p, count - r);
         else if (FORMAT == PLAIN && outputs == 2) r += part_of_rows<2, FORMAT, FP4>(f, p, count - r);

@@ -150,9 +150,10 @@ INLINED inline void multiply_chunks(
   }
 }
 
-// One row of activations: weights are read in the order that they lie in, which memory likes best.
-template <bool FP4>
-__attribute__((noinline)) void nvfp4_row(
+// A group's outputs by one or two rows of activations: weights are read in the order that they lie in, which memory likes
+// best.
+template <int R, bool FP4>
+__attribute__((noinline)) void nvfp4_in_order(
     FewRows& f, int64_t group, int64_t stop, const uint8_t* next, const uint8_t* next_scale) {
   constexpr int STEP = FP4 ? 1 : 4;  // chunks whose sums are under way at once
   const View& v = f.v;
@@ -161,26 +162,31 @@ __attribute__((noinline)) void nvfp4_row(
   for (int64_t row = group; row < stop; row++) {
     fetch_bytes(next_scale, v.scale_cols);
     next_scale += v.scale_cols;
-    __m512 total = _mm512_setzero_ps();
+    __m512 total[R];
+    each<R>([&](auto r) INLINED { total[r] = _mm512_setzero_ps(); });
     for_chunks<1, STEP>(v, row, 0, chunks, [&](auto count, int64_t chunk, const Chunk& w) INLINED {
-      multiply_chunks<1, 1, count, FP4>(
+      multiply_chunks<1, R, count, FP4>(
           w, next, table, f.x, chunk * step, step,
-          [&](auto, auto, __m512 t, __m512 scale) INLINED { total = _mm512_fmadd_ps(t, scale, total); });
+          [&](auto, auto r, __m512 t, __m512 scale) INLINED { total[r] = _mm512_fmadd_ps(t, scale, total[r]); });
       next += count * 128;
     });
-    f.sums[row - group] = total;
+    each<R>([&](auto r) INLINED { f.sums[r * GROUP + row - group] = total[r]; });
   }
-  for (int64_t i = stop - group; i < GROUP; i++) f.sums[i] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < stop - group; i += 4) {
-    alignas(16) float results[4];
-    _mm_store_ps(results, sum_lanes(f.sums[i], f.sums[i + 1], f.sums[i + 2], f.sums[i + 3]));
-    for (int64_t k = 0; k < 4 && i + k < stop - group; k++) f.out[group - f.first + i + k] = results[k] * f.factor;
-  }
+  for (int64_t i = stop - group; i < GROUP; i++)
+    each<R>([&](auto r) INLINED { f.sums[r * GROUP + i] = _mm512_setzero_ps(); });
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t i = 0; i < stop - group; i += 4) {
+      const __m512* const s = f.sums + r * GROUP + i;
+      float* const out = f.out + r * f.stride + group - f.first + i;
+      alignas(16) float results[4];
+      _mm_store_ps(results, sum_lanes(s[0], s[1], s[2], s[3]));
+      for (int64_t k = 0; k < 4 && i + k < stop - group; k++) out[k] = results[k] * f.factor;
+    }
 }
 
 // Every case is a function of its own, with the registers for itself.
 template <int O, int R, bool FP4>
-__attribute__((noinline)) void nvfp4_part(FewRows& f, const Part256& p) {
+__attribute__((noinline)) void nvfp4_part(FewRows& f, const Turn& p) {
   constexpr bool WAIT = O * R > 8;  // more sums than there are registers for: they wait in memory between chunks
   const View& v = f.v;
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();

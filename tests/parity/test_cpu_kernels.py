@@ -181,14 +181,32 @@ def test_experts(path, weight_format, activations, tokens, k):
 def test_a_row_does_not_depend_on_its_company(path, rows):
     """Bit-equal alone and in a batch of up to 16 rows: what makes greedy decoding the same with and without drafts."""
     for weight_format, activations in FORMATS:
-        native, _ = both([random_part(weight_format, 70, 400)], activations)
+        for width in (400, 4112):  # the wider one is taken in several turns where there are many rows
+            native, _ = both([random_part(weight_format, 70, width)], activations)
+            x = torch.randn(16, width).to(BF16)
+            assert torch.equal(cpu.linear(x, native)[:rows], cpu.linear(x[:rows], native))
         x = torch.randn(16, 400).to(BF16)
-        assert torch.equal(cpu.linear(x, native)[:rows], cpu.linear(x[:rows], native))
         gate_up, _ = both([random_part(weight_format, 48, 400, 4) for _ in range(2)], activations)
         down, _ = both([random_part(weight_format, 400, 48, 4)], activations)
         ids, weights = torch.randint(0, 4, (16, 2)), torch.rand(16, 2)
         whole = cpu.experts_mlp(x, ids, weights, gate_up, down)
         assert torch.equal(whole[:rows], cpu.experts_mlp(x[:rows], ids[:rows], weights[:rows], gate_up, down))
+
+
+@pytest.mark.parametrize("block", [64, 128, 192, 512])
+def test_fp8_scale_blocks_of_other_widths(path, block):
+    """192 does not fit the 256 inputs that few rows are multiplied in: such a row is not cut into turns."""
+    out, width = 40, 4000
+    codes = random_part(WeightFormat.FP8_BLOCK, out, width).weight
+    scale = torch.rand(1, -(-width // block)) + 0.5
+    part = WeightTensors(WeightFormat.FP8_BLOCK, codes, scale, fp8_block=(128, block))
+    native, law = both([part], "bf16")
+    assert native.backend is cpu
+    x = torch.randn(16, width).to(BF16)
+    whole = cpu.linear(x, native)
+    assert error(whole, reference.linear(x, law)) <= TWO_STEPS
+    for rows in (1, 3, 8):
+        assert torch.equal(whole[:rows], cpu.linear(x[:rows], native))
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
