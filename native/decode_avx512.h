@@ -168,27 +168,27 @@ struct FewRows {
     for (int64_t r = 0; r < count; r++) x[r] = rows.at(r0 + r);
   }
   // Those of output row + o and row r of the turn at o * FEW_ROWS + r.
-  __m512* sums_of(const Turn& p, int64_t row) { return sums + (row - first) % GROUP * FEW_ROWS + p.r0; }
+  __m512* sums_of(const Turn& turn, int64_t row) { return sums + (row - first) % GROUP * FEW_ROWS + turn.r0; }
 };
 
 // Where these chunks are not the first, the sums of the earlier ones.
 template <int O, int R>
-INLINED inline void load_sums(const Turn& p, const __m512* sums, __m512 (&total)[O][R]) {
+INLINED inline void load_sums(const Turn& turn, const __m512* sums, __m512 (&total)[O][R]) {
   each<O>([&](auto o) INLINED {
-    each<R>([&](auto r) INLINED { total[o][r] = p.begin ? sums[o * FEW_ROWS + r] : _mm512_setzero_ps(); });
+    each<R>([&](auto r) INLINED { total[o][r] = turn.begin ? sums[o * FEW_ROWS + r] : _mm512_setzero_ps(); });
   });
 }
 
 // Where these chunks are not the last, the sums into memory; else the results of O outputs from `row` on.
 template <int O, int R>
 INLINED inline void store_sums(
-    const FewRows& f, const Turn& p, int64_t row, __m512* sums, const __m512 (&total)[O][R]) {
-  if (p.end * CHUNK < f.v.in) {
+    const FewRows& f, const Turn& turn, int64_t row, __m512* sums, const __m512 (&total)[O][R]) {
+  if (turn.end * CHUNK < f.v.in) {
     each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = total[o][r]; }); });
     return;
   }
   const __m128 factor = _mm_set1_ps(f.factor);
-  float* const out = f.out + p.r0 * f.stride + row - f.first;
+  float* const out = f.out + turn.r0 * f.stride + row - f.first;
   each<(O * R + 3) / 4>([&](auto four) INLINED {
     constexpr int first = four * 4, most = O * R - 1;
     auto sum = [&](auto k) INLINED { constexpr int i = first + k < most ? first + k : most; return total[i % O][i / O]; };

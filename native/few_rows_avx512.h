@@ -5,18 +5,18 @@
 
 // x of FP8 weights in UNPACKED.
 template <int O, int R>
-__attribute__((noinline)) void fp8_part(FewRows& f, const Turn& p) {
+__attribute__((noinline)) void fp8_turn(FewRows& f, const Turn& turn) {
   const View& v = f.v;
   const E4m3Tables tables = e4m3_tables();
-  const uint8_t* next = p.next;
-  const uint8_t* const* x = f.x + p.r0;
-  const int64_t width = v.scale ? v.block_cols : v.in, last = p.end * CHUNK < v.in ? p.end * CHUNK : v.in;
-  for (int64_t row = p.row; row + O <= p.stop; row += O) {
+  const uint8_t* next = turn.next;
+  const uint8_t* const* x = f.x + turn.r0;
+  const int64_t width = v.scale ? v.block_cols : v.in, last = turn.end * CHUNK < v.in ? turn.end * CHUNK : v.in;
+  for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
     const uint8_t* const w = v.values + row * v.row_bytes;
-    __m512* const sums = f.sums_of(p, row);
+    __m512* const sums = f.sums_of(turn, row);
     __m512 total[O][R];
-    load_sums(p, sums, total);
-    for (int64_t c = p.begin * CHUNK; c < last; c += width) {
+    load_sums(turn, sums, total);
+    for (int64_t c = turn.begin * CHUNK; c < last; c += width) {
       const int64_t stop = c + width < last ? c + width : last;
       __m512 part[O][R] = {};
       for (int64_t k = c; k < stop; k += 64) {
@@ -42,23 +42,23 @@ __attribute__((noinline)) void fp8_part(FewRows& f, const Turn& p) {
         UNROLL for (int r = 0; r < R; r++) total[o][r] = _mm512_fmadd_ps(part[o][r], s, total[o][r]);
       }
     }
-    store_sums(f, p, row, sums, total);
+    store_sums(f, turn, row, sums, total);
   }
 }
 
 // x of BF16 weights in HALVES.
 template <int O, int R>
-__attribute__((noinline)) void plain_part(FewRows& f, const Turn& p) {
+__attribute__((noinline)) void plain_turn(FewRows& f, const Turn& turn) {
   const View& v = f.v;
-  const uint8_t* next = p.next;
-  const uint8_t* const* x = f.x + p.r0;
-  const int64_t last = p.end * CHUNK < v.in ? p.end * CHUNK : v.in;
-  for (int64_t row = p.row; row + O <= p.stop; row += O) {
+  const uint8_t* next = turn.next;
+  const uint8_t* const* x = f.x + turn.r0;
+  const int64_t last = turn.end * CHUNK < v.in ? turn.end * CHUNK : v.in;
+  for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
     const uint8_t* const w = v.values + row * v.row_bytes;
-    __m512* const sums = f.sums_of(p, row);
+    __m512* const sums = f.sums_of(turn, row);
     __m512 total[O][R];
-    load_sums(p, sums, total);
-    for (int64_t k = p.begin * CHUNK; k < last; k += 32) {
+    load_sums(turn, sums, total);
+    for (int64_t k = turn.begin * CHUNK; k < last; k += 32) {
       const __mmask32 mask = last - k >= 32 ? ~0u : (1u << (last - k)) - 1;
       const int64_t at = k / CHUNK * f.x_step + k % CHUNK * 2;
       __m512i d[O];
@@ -72,19 +72,19 @@ __attribute__((noinline)) void plain_part(FewRows& f, const Turn& p) {
         UNROLL for (int o = 0; o < O; o++) total[o][r] = dot(total[o][r], d[o], values);
       }
     }
-    store_sums(f, p, row, sums, total);
+    store_sums(f, turn, row, sums, total);
   }
 }
 
 // As many rows of activations at once, up to 4, as spread them evenly. Returns how many.
 template <int O, Format FORMAT, bool FP4>
-inline int64_t part_of_rows(FewRows& f, const Turn& p, int64_t left) {
+inline int64_t turn_of_rows(FewRows& f, const Turn& turn, int64_t left) {
   const int64_t count = left <= 4 ? left : left < 8 ? (left + 1) / 2 : 4;
   each<4>([&](auto r) INLINED {
     if (count != r + 1) return;
-    if constexpr (FORMAT == NVFP4) nvfp4_part<O, r + 1, FP4>(f, p);
-    else if constexpr (FORMAT == FP8_BLOCK) fp8_part<O, r + 1>(f, p);
-    else plain_part<O, r + 1>(f, p);
+    if constexpr (FORMAT == NVFP4) nvfp4_turn<O, r + 1, FP4>(f, turn);
+    else if constexpr (FORMAT == FP8_BLOCK) fp8_turn<O, r + 1>(f, turn);
+    else plain_turn<O, r + 1>(f, turn);
   });
   return count;
 }
@@ -126,12 +126,12 @@ inline void few_rows_product(
       const int64_t end = begin + length < chunks ? begin + length : chunks;
       const int64_t done = begin * (stop - group), rest = done + whole * (end - begin);  // chunks of the group
       for (int64_t r = 0; r < count;) {
-        const Turn p{begin, end, group, group + whole, r, next + done * CHUNK_BYTES, next_scale + done * 16};
-        const Turn q{begin, end, group + whole, stop, r, next + rest * CHUNK_BYTES, next_scale + rest * 16};
-        if (whole < stop - group) part_of_rows<1, FORMAT, FP4>(f, q, count - r);
-        if (outputs == MOST) r += part_of_rows<MOST, FORMAT, FP4>(f, p, count - r);
-        else if (FORMAT == PLAIN && outputs == 2) r += part_of_rows<2, FORMAT, FP4>(f, p, count - r);
-        else r += part_of_rows<1, FORMAT, FP4>(f, p, count - r);
+        const Turn most{begin, end, group, group + whole, r, next + done * CHUNK_BYTES, next_scale + done * 16};
+        const Turn others{begin, end, group + whole, stop, r, next + rest * CHUNK_BYTES, next_scale + rest * 16};
+        if (whole < stop - group) turn_of_rows<1, FORMAT, FP4>(f, others, count - r);
+        if (outputs == MOST) r += turn_of_rows<MOST, FORMAT, FP4>(f, most, count - r);
+        else if (FORMAT == PLAIN && outputs == 2) r += turn_of_rows<2, FORMAT, FP4>(f, most, count - r);
+        else r += turn_of_rows<1, FORMAT, FP4>(f, most, count - r);
       }
     }
   }

@@ -186,23 +186,23 @@ __attribute__((noinline)) void nvfp4_in_order(
 
 // Every case is a function of its own, with the registers for itself.
 template <int O, int R, bool FP4>
-__attribute__((noinline)) void nvfp4_part(FewRows& f, const Turn& p) {
+__attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
   constexpr bool WAIT = O * R > 8;  // more sums than there are registers for: they wait in memory between chunks
   const View& v = f.v;
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
   const int64_t step = f.x_step;
-  const uint8_t *next = p.next, *next_scale = p.next_scale;
-  for (int64_t row = p.row; row + O <= p.stop; row += O) {
-    __m512* const sums = f.sums_of(p, row);
+  const uint8_t *next = turn.next, *next_scale = turn.next_scale;
+  for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
+    __m512* const sums = f.sums_of(turn, row);
     __m512 total[O][R];
-    if constexpr (!WAIT) load_sums(p, sums, total);
-    else if (p.begin == 0)
+    if constexpr (!WAIT) load_sums(turn, sums, total);
+    else if (turn.begin == 0)
       each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = _mm512_setzero_ps(); }); });
-    fetch_bytes(next_scale, (p.end - p.begin) * O * 16);
-    next_scale += (p.end - p.begin) * O * 16;
-    for_chunks<O, 1>(v, row, p.begin, p.end, [&](auto, int64_t chunk, const Chunk& w) INLINED {
+    fetch_bytes(next_scale, (turn.end - turn.begin) * O * 16);
+    next_scale += (turn.end - turn.begin) * O * 16;
+    for_chunks<O, 1>(v, row, turn.begin, turn.end, [&](auto, int64_t chunk, const Chunk& w) INLINED {
       multiply_chunks<O, R, 1, FP4>(
-          w, next, table, f.x + p.r0, chunk * step, step, [&](auto o, auto r, __m512 t, __m512 scale) INLINED {
+          w, next, table, f.x + turn.r0, chunk * step, step, [&](auto o, auto r, __m512 t, __m512 scale) INLINED {
             __m512* const sum = sums + o * FEW_ROWS + r;
             if constexpr (WAIT) *sum = _mm512_fmadd_ps(t, scale, (__m512)load_now(reinterpret_cast<const uint8_t*>(sum)));
             else total[o][r] = _mm512_fmadd_ps(t, scale, total[o][r]);
@@ -210,9 +210,9 @@ __attribute__((noinline)) void nvfp4_part(FewRows& f, const Turn& p) {
       next += O * 128;
     });
     if constexpr (WAIT) {
-      if (p.end * CHUNK < v.in) continue;
+      if (turn.end * CHUNK < v.in) continue;
       each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { total[o][r] = sums[o * FEW_ROWS + r]; }); });
     }
-    store_sums(f, p, row, sums, total);
+    store_sums(f, turn, row, sums, total);
   }
 }
