@@ -1,7 +1,8 @@
 """Our engine and llama.cpp on the same random DeepSeek-architecture weights (268M parameters), taking turns.
 
     python benchmarks/llama_cpp.py write FOLDER
-    python benchmarks/llama_cpp.py run FOLDER [--llama-bench BINARY --gguf NAME=FILE ...] [--repeats 7] [--json FILE]
+    python benchmarks/llama_cpp.py run FOLDER [--llama-bench BINARY --gguf NAME=FILE ...] [--repeats 7] [--prompt 128]
+        [--json FILE]
 
 `write` makes FOLDER/bf16 (for llama.cpp's convert_hf_to_gguf.py) and FOLDER/nvfp4 (every linear in NVFP4, for us).
 llama.cpp is yours to build, for example from the sources inside the llama-cpp-python package:
@@ -15,8 +16,8 @@ llama.cpp is yours to build, for example from the sources inside the llama-cpp-p
     build/bin/llama-quantize --tensor-type ".*=nvfp4" bf16.gguf nvfp4.gguf Q8_0
 
 The converter refuses tokenizers that it does not know: make its get_vocab_base_pre return "deepseek-v3".
-Rates are tokens a second for a prompt of 128 tokens and for 64 generated ones after it, as `llama-bench -p 128 -n 64`
-measures them, with the same number of threads; medians over the turns.
+Rates are tokens a second for a prompt and for 64 generated ones, as `llama-bench -p 128 -n 64` measures them (its
+generated tokens have no prompt before them, ours have), with the same number of threads; medians over the turns.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from deepseek_fp4_plugin import LLM, SamplingParams
 
 from random_checkpoint import CONFIG, write_checkpoint  # isort: skip
 
-PROMPT, GENERATED = 128, 64
+GENERATED = 64
 
 
 def write(folder: Path) -> None:
@@ -62,9 +63,9 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def ours(llm: LLM) -> tuple[float, float]:
+def ours(llm: LLM, prompt: int) -> tuple[float, float]:
     """Prompt and generation tokens a second. A new salt, so that the prefix cache has nothing."""
-    ids = [5 + 7 * i % 4000 for i in range(PROMPT)]
+    ids = [5 + 7 * i % 4000 for i in range(prompt)]
 
     def seconds(tokens: int) -> float:
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -73,16 +74,16 @@ def ours(llm: LLM) -> tuple[float, float]:
         return time.perf_counter() - began
 
     first = seconds(1)
-    return PROMPT / first, GENERATED / (seconds(GENERATED + 1) - first)
+    return prompt / first, GENERATED / (seconds(GENERATED + 1) - first)
 
 
-def theirs(binary: str, model: str, threads: int) -> tuple[float, float]:
+def theirs(binary: str, model: str, threads: int, prompt: int) -> tuple[float, float]:
     command = [
         binary,
         "-m",
         model,
         "-p",
-        str(PROMPT),
+        str(prompt),
         "-n",
         str(GENERATED),
         "-t",
@@ -93,26 +94,28 @@ def theirs(binary: str, model: str, threads: int) -> tuple[float, float]:
         "json",
     ]
     tests = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    prompt = next(test["avg_ts"] for test in tests if test["n_prompt"])
-    return prompt, next(test["avg_ts"] for test in tests if test["n_gen"])
+    prefill = next(test["avg_ts"] for test in tests if test["n_prompt"])
+    return prefill, next(test["avg_ts"] for test in tests if test["n_gen"])
 
 
-def run(folder: Path, binary: str | None, models_: list[str], repeats: int, threads: int, file: str | None) -> None:
+def run(
+    folder: Path, binary: str | None, models_: list[str], repeats: int, threads: int, prompt: int, file: str | None
+) -> None:
     torch.set_num_threads(threads)
     rates: dict[str, list[tuple[float, float]]] = {}
     with LLM(folder / "nvfp4", max_batch_size=1) as llm:
-        ours(llm)
+        ours(llm, prompt)
         for _ in range(repeats):
-            rates.setdefault("ours NVFP4", []).append(ours(llm))
+            rates.setdefault("ours NVFP4", []).append(ours(llm, prompt))
             for entry in models_ if binary else []:
                 name, path = entry.split("=", 1)
-                rates.setdefault(f"llama.cpp {name}", []).append(theirs(str(binary), path, threads))
+                rates.setdefault(f"llama.cpp {name}", []).append(theirs(str(binary), path, threads, prompt))
     rows = []
     print(f"{'engine':<24}{'prompt tok/s':>14}{'generation tok/s':>18}")
     for name, own in rates.items():
-        prompt, generation = (statistics.median(values) for values in zip(*own, strict=True))
-        rows.append({"engine": name, "threads": threads, "prompt": prompt, "generation": generation})
-        print(f"{name:<24}{prompt:>14.0f}{generation:>18.0f}")
+        prefill, generation = (statistics.median(values) for values in zip(*own, strict=True))
+        rows.append({"engine": name, "threads": threads, "prompt": prefill, "generation": generation})
+        print(f"{name:<24}{prefill:>14.0f}{generation:>18.0f}")
     if file:
         Path(file).write_text(json.dumps(rows, indent=1))
 
@@ -126,6 +129,7 @@ def main() -> None:
     runner.add_argument("--llama-bench", metavar="BINARY")
     runner.add_argument("--gguf", nargs="+", default=[], metavar="NAME=FILE")
     runner.add_argument("--repeats", type=int, default=7)
+    runner.add_argument("--prompt", type=int, default=128, help="tokens")
     runner.add_argument("--threads", type=int, default=torch.get_num_threads())
     runner.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -133,7 +137,15 @@ def main() -> None:
         return write(options.folder)
     if options.gguf and not options.llama_bench:
         parser.error("--gguf needs --llama-bench")
-    run(options.folder, options.llama_bench, options.gguf, options.repeats, options.threads, options.json)
+    run(
+        options.folder,
+        options.llama_bench,
+        options.gguf,
+        options.repeats,
+        options.threads,
+        options.prompt,
+        options.json,
+    )
 
 
 if __name__ == "__main__":

@@ -442,7 +442,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         shutil.rmtree(folder)
     assert size > 150_000_000
-    assert peaks[16] < 1.08 * peaks[4], peaks  # runs of the same job differ by up to 4 %
+    assert peaks[16] - peaks[4] < 60_000_000, peaks  # runs of the same job differ by up to 26 MB
 
 
 @pytest.mark.slow
