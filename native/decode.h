@@ -1,5 +1,21 @@
 // One weight row decoded to FP32, for instruction sets and operations without a faster way.
 
+#if !defined(__AVX2__)
+// Both values of every packed byte.
+struct E2m1Pairs {
+  float values[256][2];
+};
+constexpr E2m1Pairs e2m1_pairs() {
+  E2m1Pairs t{};
+  for (int i = 0; i < 256; i++) {
+    t.values[i][0] = TWICE_E2M1[i & 15] * 0.5f;
+    t.values[i][1] = TWICE_E2M1[i >> 4] * 0.5f;
+  }
+  return t;
+}
+alignas(64) inline constexpr E2m1Pairs E2M1_PAIRS = e2m1_pairs();
+#endif
+
 inline void decode_block16(const uint8_t* packed, float scale, float* out) {
 #if defined(__AVX2__)
   const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
@@ -11,31 +27,43 @@ inline void decode_block16(const uint8_t* packed, float scale, float* out) {
   _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values)), factor));
   _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(values, 8))), factor));
 #else
-  float factor = scale * 0.5f;
-  for (int i = 0; i < 8; i++) {
-    out[2 * i] = TWICE_E2M1[packed[i] & 15] * factor;
-    out[2 * i + 1] = TWICE_E2M1[packed[i] >> 4] * factor;
-  }
+  float values[16];
+  for (int i = 0; i < 8; i++) __builtin_memcpy(values + 2 * i, E2M1_PAIRS.values[packed[i]], 8);
+  for (int i = 0; i < 16; i += W) store(out + i, load(values + i) * scale);
 #endif
 }
 
-// FP32 values of one weight row; the padding to a multiple of 128 is zero.
-inline void decode_row(const View& v, int64_t row, float* out) {
+// FP32 values [begin, end) of one weight row: begin a multiple of 16.
+inline void decode_values(const View& v, int64_t row, int64_t begin, int64_t end, float* out) {
   const uint8_t* values = v.values + row * v.row_bytes;
-  int64_t padded = ceil_div(v.in, 128) * 128;
-  for (int64_t i = v.in; i < padded; i++) out[i] = 0;
   if (v.format == NVFP4) {
     const uint8_t* scale = v.scale + row * v.scale_cols;
-    for (int64_t b = 0; b < v.scale_cols; b++) decode_block16(values + b * 8, from_e4m3(scale[b]), out + b * 16);
+    for (int64_t b = begin / 16; b < end / 16; b += W) {
+      const int64_t count = end / 16 - b < W ? end / 16 - b : W;
+      uint8_t codes[W] = {};
+      float scales[W];
+      __builtin_memcpy(codes, scale + b, count);
+      store(scales, from_e4m3(codes));
+      for (int64_t i = b; i < b + count; i++) decode_block16(values + i * 8, scales[i - b], out + i * 16 - begin);
+    }
   } else if (v.format == PLAIN) {
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(values);
-    for (int64_t i = 0; i < v.in; i++) out[i] = from_bf16(halves[i]);
+    int64_t i = begin;
+    for (; i + W <= end; i += W) store(out + i - begin, load_bf16(halves + i));
+    for (; i < end; i++) out[i - begin] = from_bf16(halves[i]);
   } else {
-    int64_t width = v.scale ? v.block_cols : v.in;
-    for (int64_t c = 0; c < v.in; c += width) {
-      float scale = block_scale(v, row, c / width);
-      int64_t stop = c + width < v.in ? c + width : v.in;
-      for (int64_t i = c; i < stop; i++) out[i] = from_e4m3(values[i]) * scale;
+    const int64_t width = v.scale ? v.block_cols : v.in;
+    for (int64_t i = begin; i < end;) {
+      const float scale = block_scale(v, row, i / width);
+      const int64_t stop = (i / width + 1) * width < end ? (i / width + 1) * width : end;
+      for (; i + W <= stop; i += W) store(out + i - begin, from_e4m3(values + i) * scale);
+      for (; i < stop; i++) out[i - begin] = from_e4m3(values[i]) * scale;
     }
   }
+}
+
+// A whole row; the padding to a multiple of 128 is zero.
+inline void decode_row(const View& v, int64_t row, float* out) {
+  decode_values(v, row, 0, v.in, out);
+  for (int64_t i = v.in; i < ceil_div(v.in, 128) * 128; i++) out[i] = 0;
 }

@@ -2,7 +2,6 @@
 
 #define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
 
-constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t GROUP = 8;  // outputs that take turns at a block of inputs
 
 inline Layout dot_layout(const Weight& weight) {
@@ -109,8 +108,6 @@ inline __m512i load_now(const uint8_t* p) {
 #endif
 }
 
-#define INLINED __attribute__((always_inline))
-
 template <int N>
 struct Number {
   static constexpr int value = N;
@@ -124,14 +121,6 @@ INLINED inline void each(const F& f) {
     f(Number<I>());
     each<N, I + 1>(f);
   }
-}
-
-// Into the second cache, whose queue of requests to memory is longer than the first one's. Calls to a function that does
-// nothing else may be dropped by the compiler, so that it must be inlined early.
-INLINED inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-
-INLINED inline void fetch_bytes(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) fetch(p + i);
 }
 
 // The sum over the lanes of each of four vectors.

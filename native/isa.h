@@ -19,6 +19,9 @@ namespace {
 #include "few_rows_avx512.h"
 #include "panels_avx512.h"
 #else
+#if defined(__AVX2__)
+#include "nvfp4_avx2.h"
+#endif
 #include "dot_generic.h"
 #endif
 #include "linear.h"

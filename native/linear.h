@@ -33,21 +33,12 @@ inline Rows prepare_rows(
 
 // out[r * stride + o - first]
 inline void tile(
-    const View& v, int64_t first, int64_t last, const Rows& rows, [[maybe_unused]] bool few, float* out,
-    int64_t stride) {
-#if defined(__AVX512BF16__)
-  if (!few) return panel_product(v, first, last, rows, out, stride);
-#endif
-  dot_product(v, first, last, rows, out, stride);
+    const View& v, int64_t first, int64_t last, const Rows& rows, bool few, float* out, int64_t stride) {
+  if (few) dot_product(v, first, last, rows, out, stride);
+  else panel_product(v, first, last, rows, out, stride);
 }
 
-inline bool are_few([[maybe_unused]] int64_t rows) {
-#if defined(__AVX512BF16__)
-  return rows <= FEW_ROWS;
-#else
-  return true;
-#endif
-}
+inline bool are_few(int64_t rows) { return rows <= FEW_ROWS; }
 
 inline void linear(const LinearArgs& a) {
   const Weight& weight = *a.weight;

@@ -1,5 +1,7 @@
 // Weights as a dot product sees them, and activations in the order that its decoder yields weights in.
 
+constexpr int64_t FEW_ROWS = 16;  // up to so many, a row's results do not depend on the others
+
 // One projection of one expert.
 struct View {
   Format format;
@@ -60,6 +62,7 @@ inline float block_scale(const View& v, int64_t row, int64_t column_block) {
 
 // How prepared activations are laid out. Rows are padded with zeros to a multiple of 256 elements.
 //   FLOATS   FP32, natural order (FP4 activations: code value times block scale)
+//   NIBBLES  (AVX2) FLOATS, of each 16 elements 0 2 4 6 1 3 5 7 8 10 12 14 9 11 13 15
 //   HALVES   BF16, natural order
 //   QUADS    (AVX-512) BF16; of each 256 elements, for i = 0 .. 3: elements i and i + 4 of every block of 16, then for
 //            i = 8 .. 11 the same
@@ -68,11 +71,11 @@ inline float block_scale(const View& v, int64_t row, int64_t column_block) {
 //            1 3 5 7, then 8 10 12 14, then 9 11 13 15; FP32 block scales; int32 -12 times the sum of a block's codes
 //   In QUADS and CODES block b of a chunk is lane lane_of(b), where two shuffles of a weight's 128 bytes put it.
 constexpr int64_t lane_of(int64_t block) { return (block & 1) | (block & 8) >> 2 | (block & 6) << 1; }
-enum Layout { FLOATS, HALVES, QUADS, UNPACKED, CODES };
+enum Layout { FLOATS, NIBBLES, HALVES, QUADS, UNPACKED, CODES };
 constexpr int64_t CODES_BYTES = 384, CODES_SCALE = 256, CODES_SUM = 320;
 
 constexpr int64_t CHUNK = 256;  // elements
-inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS ? 1024 : 512; }
+inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS || layout == NIBBLES ? 1024 : 512; }
 inline int64_t layout_bytes(Layout layout, int64_t n) { return ceil_div(n, CHUNK) * chunk_bytes(layout); }
 
 // Prepared activations, chunk after chunk of 256 elements, in each chunk row after row: a product reads them in this
@@ -165,6 +168,13 @@ inline void prepare_codes(const float* x, int64_t n, float input_scale, [[maybe_
   }
 }
 
+inline void order_nibbles(float* x) {
+  for (int64_t i = 0; i < CHUNK; i += 8) {
+    const float from[8] = {x[i], x[i + 2], x[i + 4], x[i + 6], x[i + 1], x[i + 3], x[i + 5], x[i + 7]};
+    __builtin_memcpy(x + i, from, sizeof(from));
+  }
+}
+
 // n <= CHUNK BF16 activations into one chunk of a layout.
 inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, Layout layout, uint8_t* out) {
   uint16_t padded[CHUNK];
@@ -174,13 +184,14 @@ inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, La
     x = padded;
   }
   uint16_t* o = reinterpret_cast<uint16_t*>(out);
-  if (layout == FLOATS || layout == CODES) {
+  if (layout == FLOATS || layout == NIBBLES || layout == CODES) {
     const bool codes = weight.format == NVFP4 && weight.input_scale > 0;
     float values[CHUNK];
     for (int64_t i = 0; i < CHUNK; i += W) store(values + i, load_bf16(x + i));
     if (!codes || n < CHUNK) __builtin_memset(out, 0, chunk_bytes(layout));
     if (codes) prepare_codes(values, n, weight.input_scale, layout, out);
     else __builtin_memcpy(out, values, sizeof(values));
+    if (layout == NIBBLES) order_nibbles(reinterpret_cast<float*>(out));
   } else if (layout == QUADS) {
 #if defined(__AVX512VNNI__)
     split_quads(x, o);

@@ -140,6 +140,16 @@ inline float from_e4m3(uint8_t code) {
   return code & 0x80 ? -magnitude : magnitude;
 }
 
+// W values. Subnormals by way of a normal number: arithmetic on FP32's own is slow on some processors.
+inline vf from_e4m3(const uint8_t* p) {
+  typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
+  const vu code = __builtin_convertvector(*reinterpret_cast<const vb*>(p), vu), magnitude = (code & 127) << 20;
+  const vf normal = (vf)(magnitude + (120u << 23)), small = (vf)(magnitude + (121u << 23)) - 0.015625f;
+  const vi is_small = (vi)magnitude < (1 << 23), nan = (vi)magnitude == (127 << 20);
+  const vi bits = ((vi)small & is_small) | ((vi)normal & ~is_small) | (nan & 0x7fc00000);
+  return (vf)(bits | (vi)((code & 128) << 24));
+}
+
 // Nearest E4M3 of a value in [0, 448], ties to even.
 inline uint8_t to_e4m3(float x) {
   uint32_t bits;
@@ -148,6 +158,15 @@ inline uint8_t to_e4m3(float x) {
   if (x < 0.015625f) return static_cast<uint8_t>(__builtin_lrintf(x * 512.0f));  // subnormal; 8 is the first normal
   uint32_t rounded = bits + 0x7ffff + (bits >> 20 & 1);
   return static_cast<uint8_t>((rounded >> 20) - (120 << 3));
+}
+
+#define INLINED __attribute__((always_inline))
+
+// Into the second cache, whose queue of requests to memory is longer than the first one's. Calls to a function that does
+// nothing else may be dropped by the compiler, so that it must be inlined early.
+INLINED inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+INLINED inline void fetch_bytes(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) fetch(p + i);
 }
 
 // A closure of this unit's own for every item, on the pool.
