@@ -1,6 +1,7 @@
 """Every CPU operation against this machine's memory and arithmetic, torch's BF16 product and the reference.
 
     python benchmarks/kernels.py [--json FILE] [--only NAME ...] [--rows N ...] [--repeats 15] [--threads N]
+        [--path avx2]
 
 The roof of a row is the larger of two times: its bytes at the read bandwidth, its operations at the rate of torch's
 BF16 product of 2048 x 2048 x 2048. Both are measured in between the operations' turns, and all sides of a group take
@@ -263,12 +264,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, help="of products, these only")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--path", choices=("avx512", "avx2", "portable"), help="another instruction set")
     options = parser.parse_args()
     if not cpu.available():
         raise SystemExit("the native CPU kernels are not built; reinstall the package with a C++17 compiler and cmake")
-    print(f"path {cpu.path()} of {', '.join(cpu.paths())}")
     rows: list[Row] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), cpu.use_path(options.path or cpu.path()):
+        print(f"path {cpu.path()} of {', '.join(cpu.paths())}")
         for name in options.only:
             if name == "products":
                 for shape in SHAPES:
