@@ -255,7 +255,7 @@ inline void attention(const AttentionArgs& a) {
   entries.in = a.latent + a.rope;
   const Layout layout = dot_layout(entries);
   const int64_t all = a.query_start[a.requests] * a.heads;
-  void* memory = scratch(SCRATCH_INPUT, all * layout_bytes(layout, entries.in));
+  void* memory = scratch(SCRATCH_INPUT, rows_bytes(layout, entries.in, all));
   const Rows queries = rows_in(static_cast<uint8_t*>(memory), layout, all);
   int64_t entries_read = 0, pairs = 0;
   for (int64_t r = 0; r < a.requests; r++) {

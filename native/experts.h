@@ -62,8 +62,8 @@ inline ExpertInputs prepare_expert_inputs(
     int32_t e = routing.active[i];
     any_few = are_few(routing.start[e + 1] - routing.start[e]);
   }
-  const int64_t few_bytes = any_few ? count * layout_bytes(few, weight.in) : 0;
-  const int64_t many_bytes = few == many ? 0 : count * layout_bytes(many, weight.in);
+  const int64_t few_bytes = any_few ? rows_bytes(few, weight.in, count) : 0;
+  const int64_t many_bytes = few == many ? 0 : rows_bytes(many, weight.in, count);
   uint8_t* memory = static_cast<uint8_t*>(scratch(slot, few_bytes + many_bytes));
   ExpertInputs inputs{};
   if (few_bytes) inputs.few = prepare_rows(x, weight.in, count, weight, few, memory, threads);

@@ -150,7 +150,7 @@ inline void per_head(const HeadArgs& a) {
       useful_threads(a.threads, a.heads * a.rows * v.row_bytes, a.tokens * a.heads * a.rows * v.in);
   const Layout layout = dot_layout(weight);
   parallel(threads, a.heads, [&](int64_t h) {
-    const int64_t bytes = a.tokens * layout_bytes(layout, v.in), row = h * each + a.first;
+    const int64_t bytes = rows_bytes(layout, v.in, a.tokens), row = h * each + a.first;
     uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_TILE, bytes + a.tokens * a.rows * 4));
     float* result = reinterpret_cast<float*>(memory + bytes);
     Rows rows = rows_in(memory, layout, a.tokens);

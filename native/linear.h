@@ -44,7 +44,7 @@ inline void linear(const LinearArgs& a) {
   const Weight& weight = *a.weight;
   const bool few = are_few(a.rows);
   const Layout layout = layout_for(weight, a.rows);
-  void* memory = scratch(SCRATCH_INPUT, a.rows * layout_bytes(layout, weight.in));
+  void* memory = scratch(SCRATCH_INPUT, rows_bytes(layout, weight.in, a.rows));
   const int threads =
       useful_threads(a.threads, weight.out * row_bytes(weight), a.rows * weight.out * weight.in);
   const Rows rows = prepare_rows(a.x, a.x_stride, a.rows, weight, layout, memory, threads);

@@ -76,7 +76,6 @@ constexpr int64_t CODES_BYTES = 384, CODES_SCALE = 256, CODES_SUM = 320;
 
 constexpr int64_t CHUNK = 256;  // elements
 inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS || layout == NIBBLES ? 1024 : 512; }
-inline int64_t layout_bytes(Layout layout, int64_t n) { return ceil_div(n, CHUNK) * chunk_bytes(layout); }
 
 // Prepared activations, chunk after chunk of 256 elements, in each chunk row after row: a product reads them in this
 // order. Row r's part of chunk c at at(r) + c * step.
@@ -209,7 +208,14 @@ inline void prepare_row(const uint16_t* x, int64_t n, const Weight& weight, Layo
     prepare_chunk(x + c * CHUNK, n - c * CHUNK < CHUNK ? n - c * CHUNK : CHUNK, weight, layout, out + c * step);
 }
 
-// Memory laid out for `count` rows.
+// From a chunk of `count` rows to the next: a line more than they take, or one row's chunks could lie in a few of the
+// first cache's sets, at distances of a power of two.
+inline int64_t chunk_step(Layout layout, int64_t count) { return count * chunk_bytes(layout) + 64; }
+
+// Memory for `count` rows of n elements, and rows laid out in it.
+inline int64_t rows_bytes(Layout layout, int64_t n, int64_t count) {
+  return ceil_div(n, CHUNK) * chunk_step(layout, count);
+}
 inline Rows rows_in(uint8_t* memory, Layout layout, int64_t count) {
-  return {memory, chunk_bytes(layout), count * chunk_bytes(layout), nullptr, count};
+  return {memory, chunk_bytes(layout), chunk_step(layout, count), nullptr, count};
 }
