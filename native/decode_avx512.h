@@ -2,7 +2,8 @@
 
 #define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
 
-constexpr int64_t GROUP = 8;  // outputs that take turns at a block of inputs
+constexpr int64_t GROUP = 8;   // outputs that take turns at a block of inputs
+constexpr int64_t BATCH = 16;  // rows of activations at a time
 
 inline Layout dot_layout(const Weight& weight) {
   if (weight.format == NVFP4) return weight.input_scale > 0 ? CODES : QUADS;
@@ -141,30 +142,30 @@ struct Turn {
   const uint8_t *next, *next_scale;
 };
 
-// A product of up to FEW_ROWS rows: what all its turns share. out[r * stride + row - first].
+// A product of up to BATCH rows: what all its turns share. out[r * stride + row - first].
 struct FewRows {
   const View& v;
-  const uint8_t* x[FEW_ROWS];
+  const uint8_t* x[BATCH];
   int64_t x_step;
   float factor;
   float* out;
   int64_t stride, first;
-  __m512 sums[GROUP * FEW_ROWS];  // of a group's earlier chunks
+  __m512 sums[GROUP * BATCH];  // of a group's earlier chunks
 
   FewRows(const View& v, const Rows& rows, int64_t r0, int64_t count, float* out, int64_t stride, int64_t first)
       : v(v), x_step(rows.step), factor(v.factor), out(out), stride(stride), first(first) {
     if (v.format == NVFP4) factor *= SCALE_SHIFT * (v.fp4 ? 0.25f : 1.0f);
     for (int64_t r = 0; r < count; r++) x[r] = rows.at(r0 + r);
   }
-  // Those of output row + o and row r of the turn at o * FEW_ROWS + r.
-  __m512* sums_of(const Turn& turn, int64_t row) { return sums + (row - first) % GROUP * FEW_ROWS + turn.r0; }
+  // Those of output row + o and row r of the turn at o * BATCH + r.
+  __m512* sums_of(const Turn& turn, int64_t row) { return sums + (row - first) % GROUP * BATCH + turn.r0; }
 };
 
 // Where these chunks are not the first, the sums of the earlier ones.
 template <int O, int R>
 INLINED inline void load_sums(const Turn& turn, const __m512* sums, __m512 (&total)[O][R]) {
   each<O>([&](auto o) INLINED {
-    each<R>([&](auto r) INLINED { total[o][r] = turn.begin ? sums[o * FEW_ROWS + r] : _mm512_setzero_ps(); });
+    each<R>([&](auto r) INLINED { total[o][r] = turn.begin ? sums[o * BATCH + r] : _mm512_setzero_ps(); });
   });
 }
 
@@ -173,7 +174,7 @@ template <int O, int R>
 INLINED inline void store_sums(
     const FewRows& f, const Turn& turn, int64_t row, __m512* sums, const __m512 (&total)[O][R]) {
   if (turn.end * CHUNK < f.v.in) {
-    each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = total[o][r]; }); });
+    each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * BATCH + r] = total[o][r]; }); });
     return;
   }
   const __m128 factor = _mm_set1_ps(f.factor);

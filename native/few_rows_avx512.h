@@ -1,4 +1,4 @@
-// Products of up to 16 rows with AVX-512, for which memory decides.
+// Products of few rows with AVX-512, for which memory decides.
 //
 // Weights are decoded in registers as they stream by, and a result is the sum over one vector's lanes. Each result is
 // computed in the same order whatever the number of rows.
@@ -95,7 +95,7 @@ inline int64_t cut_of(const View& v) {
   return width % CHUNK == 0 ? width : CHUNK % width == 0 ? CHUNK : v.in;
 }
 
-// Rows [r0, r0 + count), count <= FEW_ROWS.
+// Rows [r0, r0 + count), count <= BATCH.
 template <Format FORMAT, bool FP4>
 inline void few_rows_product(
     const View& v, int64_t first, int64_t last, const Rows& rows, int64_t r0, int64_t count, float* out, int64_t stride) {
@@ -139,8 +139,8 @@ inline void few_rows_product(
 
 // out[r * stride + o - first], o in [first, last), rows in dot_layout.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
-  for (int64_t r = 0; r < rows.count; r += FEW_ROWS) {
-    const int64_t count = rows.count - r < FEW_ROWS ? rows.count - r : FEW_ROWS;
+  for (int64_t r = 0; r < rows.count; r += BATCH) {
+    const int64_t count = rows.count - r < BATCH ? rows.count - r : BATCH;
     if (v.format == FP8_BLOCK) few_rows_product<FP8_BLOCK, false>(v, first, last, rows, r, count, out, stride);
     else if (v.format == PLAIN) few_rows_product<PLAIN, false>(v, first, last, rows, r, count, out, stride);
     else if (v.fp4) few_rows_product<NVFP4, true>(v, first, last, rows, r, count, out, stride);

@@ -197,13 +197,13 @@ __attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
     __m512 total[O][R];
     if constexpr (!WAIT) load_sums(turn, sums, total);
     else if (turn.begin == 0)
-      each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * FEW_ROWS + r] = _mm512_setzero_ps(); }); });
+      each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { sums[o * BATCH + r] = _mm512_setzero_ps(); }); });
     fetch_bytes(next_scale, (turn.end - turn.begin) * O * 16);
     next_scale += (turn.end - turn.begin) * O * 16;
     for_chunks<O, 1>(v, row, turn.begin, turn.end, [&](auto, int64_t chunk, const Chunk& w) INLINED {
       multiply_chunks<O, R, 1, FP4>(
           w, next, table, f.x + turn.r0, chunk * step, step, [&](auto o, auto r, __m512 t, __m512 scale) INLINED {
-            __m512* const sum = sums + o * FEW_ROWS + r;
+            __m512* const sum = sums + o * BATCH + r;
             if constexpr (WAIT) *sum = _mm512_fmadd_ps(t, scale, (__m512)load_now(reinterpret_cast<const uint8_t*>(sum)));
             else total[o][r] = _mm512_fmadd_ps(t, scale, total[o][r]);
           });
@@ -211,7 +211,7 @@ __attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
     });
     if constexpr (WAIT) {
       if (turn.end * CHUNK < v.in) continue;
-      each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { total[o][r] = sums[o * FEW_ROWS + r]; }); });
+      each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { total[o][r] = sums[o * BATCH + r]; }); });
     }
     store_sums(f, turn, row, sums, total);
   }

@@ -1,6 +1,6 @@
 // Weights as a dot product sees them, and activations in the order that its decoder yields weights in.
 
-constexpr int64_t FEW_ROWS = 16;  // up to so many, a row's results do not depend on the others
+constexpr int64_t FEW_ROWS = 32;  // up to so many, a row's results do not depend on the others
 
 // One projection of one expert.
 struct View {

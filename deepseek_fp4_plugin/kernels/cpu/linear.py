@@ -1,7 +1,8 @@
 """y = x W^T on the checkpoint's bytes.
 
 Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; FP4
-activations give exact integers for each block of 16. Up to 16 rows a row's result does not depend on the others.
+activations give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights) a row's result does
+not depend on the others.
 """
 
 import sys
