@@ -360,7 +360,8 @@ class EngineConfig(Choices):
     weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations: what NVFP4 layers multiply
     by; auto is fp4 where the device has FP4 tensor cores, else bf16.  max_batch_size, max_num_tokens: requests and
     tokens in one step.  max_seq_len: prompt and answer; None is the model's own.  max_new_tokens: of requests that do
-    not say; None: as many as the context holds.  seed: of the seeds of requests that bring none.
+    not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.  seed: of the
+    seeds of requests that bring none.
     """
 
     model: str = "r1_nano"
@@ -381,6 +382,7 @@ class EngineConfig(Choices):
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
     moe_config: MoeConfig = MoeConfig()
     speculative_config: SpeculativeConfig | None = None
+    stream_interval: Count = 1
     seed: Annotated[Int, Field(ge=0)] = 0
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -394,7 +396,6 @@ class EngineConfig(Choices):
         "disable_overlap_scheduler": (_ANY,),
         "enable_overlap_scheduler": (_ANY,),
         "print_iter_log": (_ANY,),
-        "stream_interval": (_ANY,),
         "num_postprocess_workers": (_ANY,),
         "gpus_per_node": (_ANY,),
         "attn_backend": (_ANY,),

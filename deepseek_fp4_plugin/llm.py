@@ -79,7 +79,7 @@ class LLM:
             config.speculative_config,
             config.seed,
         )
-        self._engine = AsyncEngine(engine)
+        self._engine = AsyncEngine(engine, config.stream_interval)
 
     def generate(
         self,

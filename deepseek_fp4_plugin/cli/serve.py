@@ -68,6 +68,7 @@ _SERVER = (
     metavar="URL",
     help="A web page's origin that may call; may be repeated.",
 )
+@click.option("--stream-interval", type=int, metavar="N", help="Steps between two pieces of a stream [1].")
 @click.option("--max-queue", type=int, metavar="N", help="Answers waiting beyond the batch before 429 [256].")
 @click.option("--max-body-bytes", type=int, metavar="N", help="Of a request [16777216].")
 @click.option(
@@ -100,7 +101,7 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
         options["chat_template"] = chat_template.read_text(encoding="utf-8")
     if api_key_file is not None:
         options["api_keys"] = _keys(api_key_file)
-    engine = {name: flags[name] for name in _PARALLEL if flags[name] is not None}
+    engine = {name: flags[name] for name in (*_PARALLEL, "stream_interval") if flags[name] is not None}
     chosen = engine_config(model, flags, **engine), ServerOptions(**options)
     from deepseek_fp4_plugin.serving.server import serve as run  # torch comes with it: mistakes are told before
 

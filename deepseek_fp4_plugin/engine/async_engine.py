@@ -27,10 +27,15 @@ class EngineDeadError(RuntimeError):
 
 
 class AsyncEngine:
-    """Starts its thread at once. `close` ends it; requests still in work are then cancelled."""
+    """Starts its thread at once. `close` ends it; requests still in work are then cancelled.
 
-    def __init__(self, engine: LLMEngine):
+    stream_interval: a streaming reader is woken when so many steps have given it something; at once for its first
+    tokens and its end.
+    """
+
+    def __init__(self, engine: LLMEngine, stream_interval: int = 1):
         self.engine = engine
+        self.stream_interval = stream_interval
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._handles: dict[Request, RequestHandle] = {}
@@ -44,6 +49,8 @@ class AsyncEngine:
         for request in handle.requests:
             self.engine.check(request)
         handle.engine = self
+        if handle.streaming and self.stream_interval > 1:
+            handle._enough = self.stream_interval * len(handle.requests)
 
         def start() -> None:
             for request in handle.requests:
@@ -117,6 +124,10 @@ class AsyncEngine:
             if emission.finish_reason is not None:
                 del self._handles[emission.request]
             handle._emissions.append((time.perf_counter(), emission))
+            if emission.finish_reason is not None or handle.output.metrics.first_token is None:
+                handle._urgent = True
+            if not handle._ready():
+                continue
             waiter = handle._waiter  # read after the append: see RequestHandle._wait
             if isinstance(waiter, threading.Event):
                 waiter.set()
@@ -161,6 +172,7 @@ class RequestHandle:
         self._index = {request: i for i, request in enumerate(requests)}
         self._detokenizers, self._include_stop = detokenizers, include_stop
         self._emissions: collections.deque[tuple[float, Emission]] = collections.deque()
+        self._enough, self._urgent = 1, False  # emissions that are worth a look; one that is in any case
         self._waiter: threading.Event | tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         output.metrics.arrival = time.perf_counter()
 
@@ -218,11 +230,14 @@ class RequestHandle:
 
     # The engine appends before it looks for a waiter and a reader sets one before it looks again: no wake-up is lost.
 
+    def _ready(self) -> bool:
+        return self._urgent or len(self._emissions) >= self._enough
+
     def _wait(self, deadline: float | None) -> None:
-        if self._emissions:
+        if self._ready():
             return
         event = self._waiter = threading.Event()
-        while not self._emissions:
+        while not self._ready():
             rest = None if deadline is None else deadline - time.monotonic()
             if rest is not None and rest <= 0:
                 raise TimeoutError(f"request {self.request_id} is not finished")
@@ -230,11 +245,11 @@ class RequestHandle:
         self._waiter = None
 
     async def _wait_async(self) -> None:
-        if self._emissions:
+        if self._ready():
             return
         event = asyncio.Event()
         self._waiter = (asyncio.get_running_loop(), event)
-        if not self._emissions:
+        if not self._ready():
             await event.wait()
         self._waiter = None
 
@@ -243,7 +258,7 @@ class RequestHandle:
         output, metrics = self.output, self.output.metrics
         for completion in output.outputs:
             completion.begin_update()
-        changed = False
+        changed = self._urgent = False
         while self._emissions:
             when, emission = self._emissions.popleft()
             request, index = emission.request, self._index[emission.request]

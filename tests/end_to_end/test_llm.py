@@ -93,6 +93,27 @@ def test_streaming_gives_the_same_text_in_pieces(llm, mtp_llm):
         assert len(pieces) > 1
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_stream_interval_gives_fewer_pieces_of_the_same_text(llm, tiny_with_tokenizer, choices):
+    params = SamplingParams(max_tokens=30, n=choices, temperature=0.8, seed=1)
+    whole = [completion.token_ids for completion in llm.generate(PROMPTS[2], params).outputs]
+    with LLM(tiny_with_tokenizer, dtype="float32", max_seq_len=400, stream_interval=4) as coarse:
+        assert [completion.token_ids for completion in coarse.generate(PROMPTS[2], params).outputs] == whole
+        tokens: list[list[int]] = [[] for _ in range(choices)]
+        pieces = 0
+        for output in coarse.generate_async(PROMPTS[2], params, streaming=True):
+            pieces += 1
+            for own, completion in zip(tokens, output.outputs, strict=True):
+                own += completion.token_ids_diff
+        assert tokens == whole
+        assert pieces <= 12  # the first, every fourth step, the ends
+
+        async def read() -> int:
+            return len([None async for _ in coarse.generate_async(PROMPTS[2], params, streaming=True)])
+
+        assert asyncio.run(read()) <= 12
+
+
 def test_stop_strings_cross_tokens_and_are_left_out(llm, mtp_llm):
     whole = llm.generate(PROMPTS[0], SamplingParams(max_tokens=32)).outputs[0]
     stop = whole.text[9:13]  # one character a token: over token boundaries
