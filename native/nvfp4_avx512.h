@@ -124,7 +124,7 @@ INLINED inline void for_chunks(const View& v, int64_t row, int64_t begin, int64_
   }
 }
 
-// add(c, o, r, t, scale) for the products t of `count` chunks, still without the block scales.
+// add(o, r, t, scale) for each chunk in its order, output and row: t is the product, still without the block scales.
 template <int O, int R, int COUNT, bool FP4, class F>
 INLINED inline void multiply_chunks(
     const Chunk& w, const uint8_t* next, __m512i table, const uint8_t* const* x, int64_t at, int64_t step, const F& add) {
