@@ -87,17 +87,6 @@ inline void decode_e4m3(const uint8_t* from, int64_t n, uint16_t* to) {
 
 inline __m512 dot(__m512 total, __m512i a, __m512i b) { return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
 
-// dot() with its last operand in memory. Left to itself the compiler loads all rows' vectors first and then has no
-// registers for the sums.
-inline __m512 dot_at(__m512 total, __m512i a, const uint8_t* p) {
-#if defined(__SANITIZE_ADDRESS__)
-  return dot(total, a, _mm512_loadu_si512(p));
-#else
-  asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "m"(*reinterpret_cast<const uint8_t(*)[64]>(p)));
-  return total;
-#endif
-}
-
 // A load that stays where it is written: hoisted ones would take the sums' registers.
 inline __m512i load_now(const uint8_t* p) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -111,7 +100,6 @@ inline __m512i load_now(const uint8_t* p) {
 
 template <int N>
 struct Number {
-  static constexpr int value = N;
   constexpr operator int() const { return N; }
 };
 

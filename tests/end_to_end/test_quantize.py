@@ -438,11 +438,11 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         config = tiny_config(**shape, num_hidden_layers=layers, num_nextn_predict_layers=0)
         write_checkpoint(folder, config, max_shard_bytes=12_000_000)
         write_tokenizer(folder)
-        peaks[layers] = peak_memory(folder, tmp_path / f"{layers}-nvfp4")
+        peaks[layers] = min(peak_memory(folder, tmp_path / f"{layers}-nvfp4-{run}") for run in range(2))
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         shutil.rmtree(folder)
     assert size > 150_000_000
-    assert peaks[16] - peaks[4] < 60_000_000, peaks  # runs of the same job differ by up to 26 MB
+    assert peaks[16] < 1.08 * peaks[4], peaks  # the lower of two runs: those of the same job differ by up to 8 %
 
 
 @pytest.mark.slow
