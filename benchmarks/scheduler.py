@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -24,13 +25,21 @@ from deepseek_fp4_plugin.engine.step_plan import Sampling, StepPlan, StepResult
 BLOCK = 32
 
 
-class FreeRunner:
-    """Builds the input tensors, then emits a token a request (and two of three drafts) at no cost."""
+class Free:
+    """An executor that builds the input tensors, then emits a token a request (and two of three drafts) at no cost."""
+
+    num_schedulers = 1
 
     def __init__(self, num_drafts: int):
         self.num_drafts, self.device = num_drafts, torch.device("cpu")
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        (self.plan,) = plans
+
+    def collect(self) -> list[StepResult]:
+        return [self._run(self.plan)]
+
+    def _run(self, plan: StepPlan) -> StepResult:
         build(plan.rows, BLOCK, self.device)
         tokens, drafts = [], []
         for row in plan.rows:
@@ -44,7 +53,7 @@ def measure(running: int, num_drafts: int, steps: int) -> float:
     """Median seconds a step with `running` requests decoding."""
     blocks = running * 60
     scheduler = Scheduler(BlockManager(blocks, BLOCK, True, 1), running, 8192, 1 << 20, num_drafts, (3, 4))
-    engine = LLMEngine(scheduler, FreeRunner(num_drafts), 1000)
+    engine = LLMEngine([scheduler], Free(num_drafts), 1000)
     rng = random.Random(0)
     for i in range(running):
         prompt = [rng.randrange(10, 1000) for _ in range(1000)]

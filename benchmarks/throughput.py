@@ -53,7 +53,7 @@ def run_engine(llm: LLM, requests: list[tuple[list[int], int]]) -> float:
 @torch.inference_mode()
 def run_loop(llm: LLM, batch: int, steps: int, context: int) -> float:
     """Tokens a second of the model alone: `batch` requests, one token each a step, argmax and nothing else."""
-    runner = llm._engine.engine.runner
+    runner = llm._executor.runner
     blocks_each = -(-(context + steps + 1) // runner.block_size)
     blocks = [array("q", range(i * blocks_each, (i + 1) * blocks_each)) for i in range(batch)]
     ids = torch.full((batch,), 5)
@@ -149,11 +149,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         llm = LLM(options.model, max_seq_len=1024)
-        drafting = LLM(options.model, max_seq_len=1024, speculative_config=MTP) if llm.model.mtp else None
-        peer = load_transformers(dequantized(options.model, Path(scratch) / "bf16"))
-        requests = workload(
-            options.requests, llm.tokenizer.vocab_size if llm.tokenizer else llm.model.config.vocab_size
+        drafting = (
+            LLM(options.model, max_seq_len=1024, speculative_config=MTP)
+            if llm.model_config.num_nextn_predict_layers
+            else None
         )
+        peer = load_transformers(dequantized(options.model, Path(scratch) / "bf16"))
+        requests = workload(options.requests, llm.tokenizer.vocab_size if llm.tokenizer else llm.vocab_size)
         sides = {"engine": lambda: run_engine(llm, requests)}
         if drafting is not None:
             sides["engine, 3 MTP drafts"] = lambda: run_engine(drafting, requests)

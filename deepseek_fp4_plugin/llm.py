@@ -15,17 +15,16 @@ from typing import Any, cast
 import torch
 
 from deepseek_fp4_plugin.config import EngineConfig, SamplingParams
-from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.admission import Admission
 from deepseek_fp4_plugin.engine.async_engine import AsyncEngine, RequestHandle
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
-from deepseek_fp4_plugin.engine.model_runner import ModelRunner
+from deepseek_fp4_plugin.engine.executor import Executor, InProcessExecutor
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.engine.request import RequestError
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Logprob
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.loading import load_model
 from deepseek_fp4_plugin.tokenizer import Tokenizer
@@ -68,12 +67,14 @@ class LLM:
             logger.warning(line)
         if loaded is None:
             loaded = load_model(name, config.dtype, device, config.nvfp4_activations, progress=progress)
-        self.model = loaded
-        self.tokenizer = _tokenizer(tokenizer or config.tokenizer, loaded.path)
-        engine = _engine(config, loaded, device, self.tokenizer)
+        self._executor: Executor = InProcessExecutor.of(Worker(config, loaded))
+        facts = self._executor.facts
+        self.model_config = facts.model_config
+        self.tokenizer = _tokenizer(tokenizer or config.tokenizer, facts.path)
+        engine = _engine(config, self._executor, self.tokenizer)
         self._admission = Admission(
             self.tokenizer,
-            loaded.config.vocab_size,
+            self.vocab_size,
             engine.max_request_tokens,
             config.max_new_tokens,
             config.speculative_config,
@@ -168,7 +169,7 @@ class LLM:
     @property
     def vocab_size(self) -> int:
         """Rows of the model's logits; a tokenizer may have fewer tokens."""
-        return self.model.config.vocab_size
+        return self.model_config.vocab_size
 
     @property
     def max_request_tokens(self) -> int:
@@ -177,9 +178,8 @@ class LLM:
 
     def memory_use(self) -> dict[str, int]:
         """Bytes of the weights and of the latent cache."""
-        runner = self._engine.engine.runner
-        assert isinstance(runner, ModelRunner)
-        return {"weights": sum(_storages(self.model).values()), "cache": runner.cache.untyped_storage().nbytes()}
+        facts = self._executor.facts
+        return {"weights": facts.weight_bytes, "cache": facts.cache_bytes}
 
     def check_health(self) -> None:
         """Raises EngineDeadError when the engine has stopped."""
@@ -188,6 +188,7 @@ class LLM:
     def shutdown(self) -> None:
         """Cancel what is running and stop the engine's thread. The LLM is of no use afterwards."""
         self._engine.close()
+        self._executor.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -196,59 +197,26 @@ class LLM:
         self.shutdown()
 
 
-def _storages(holder: Any, found: dict[int, int] | None = None) -> dict[int, int]:
-    """Bytes of each tensor storage that a module or a prepared weight holds, by address."""
-    found = {} if found is None else found
-    if isinstance(holder, torch.Tensor):
-        storage = holder.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(holder, torch.nn.Module | PreparedWeight):
-        _storages(vars(holder), found)
-    elif isinstance(holder, dict):
-        _storages(list(holder.values()), found)
-    elif isinstance(holder, list | tuple):
-        for part in holder:
-            _storages(part, found)
-    return found
-
-
-def _engine(config: EngineConfig, model: DeepseekV3ForCausalLM, device: torch.device, tokenizer) -> LLMEngine:
-    """Cache, runner and scheduler of the sizes that the configuration, or this machine, allows."""
-    num_drafts = _num_drafts(config, model)
-    shape, cache_config = model.config, config.kv_cache_config
-    layers = shape.num_hidden_layers + (1 if num_drafts else 0)
-    dtype = kv_cache.resolve_dtype(cache_config.dtype, model)
-    block_size = cache_config.tokens_per_block
-    max_seq_len = min(config.max_seq_len or shape.max_position_embeddings, shape.max_position_embeddings)
-    blocks = kv_cache.num_blocks(
-        kv_cache.bytes_per_token(shape, layers, dtype),
-        block_size,
-        config.max_batch_size * (max_seq_len + num_drafts + block_size),
-        device,
-        cache_config.free_gpu_memory_fraction,
-        cache_config.max_tokens,
-    )
-    cache = kv_cache.allocate(shape, layers, blocks, block_size, dtype, device)
+def _engine(config: EngineConfig, executor: Executor, tokenizer: Tokenizer | None) -> LLMEngine:
+    """Schedulers over the cache that the workers have."""
+    facts = executor.facts
     think_ids = None
     if tokenizer is not None and tokenizer.think_start_id is not None and tokenizer.think_end_id is not None:
         think_ids = (tokenizer.think_start_id, tokenizer.think_end_id)
-    scheduler = Scheduler(
-        BlockManager(blocks, block_size, cache_config.enable_block_reuse, lookahead=1 if num_drafts else 0),
-        config.max_batch_size,
-        config.max_num_tokens,
-        max_seq_len,
-        num_drafts,
-        think_ids,
-    )
-    return LLMEngine(scheduler, ModelRunner(model, cache, num_drafts), shape.vocab_size)
 
+    def scheduler() -> Scheduler:
+        reuse, lookahead = config.kv_cache_config.enable_block_reuse, 1 if facts.num_drafts else 0
+        return Scheduler(
+            BlockManager(facts.cache_blocks, facts.block_size, reuse, lookahead),
+            config.max_batch_size,
+            config.max_num_tokens,
+            facts.max_seq_len,
+            facts.num_drafts,
+            think_ids,
+        )
 
-def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:
-    if config.speculative_config is None:
-        return 0
-    if model.mtp is None:
-        raise ValueError("speculative_config asks for MTP, but this checkpoint has no MTP layer; leave it out")
-    return config.speculative_config.num_nextn_predict_layers
+    schedulers = [scheduler() for _ in range(executor.num_schedulers)]
+    return LLMEngine(schedulers, executor, facts.model_config.vocab_size)
 
 
 def _tokenizer(given: str | Path | Tokenizer | None, path: Path | None) -> Tokenizer | None:

@@ -7,11 +7,13 @@ import torch
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
 from deepseek_fp4_plugin.engine.engine import LLMEngine
+from deepseek_fp4_plugin.engine.executor import InProcessExecutor
 from deepseek_fp4_plugin.engine.kv_cache import allocate
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.request import Request, Stopping
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Sampling, StepPlan, StepResult
+from deepseek_fp4_plugin.engine.worker import WorkerFacts
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 
@@ -42,10 +44,11 @@ def make_engine(
         think_ids,
     )
     runner = ModelRunner(model, cache, drafts)
-    engine = LLMEngine(scheduler, runner, model.config.vocab_size)
+    facts = WorkerFacts(model.config, None, drafts, max_seq_len, blocks, block_size, 0, cache.nbytes)
+    executor = InProcessExecutor(runner, facts)
     if oracle is not None:
-        engine.runner = OracleRunner(runner, scheduler, oracle)
-    return engine
+        executor.runner = OracleRunner(runner, scheduler, oracle)
+    return LLMEngine([scheduler], executor, model.config.vocab_size)
 
 
 class OracleRunner:
@@ -82,11 +85,11 @@ def run_all(engine: LLMEngine, requests: Iterable[Request], max_steps: int = 100
         engine.add(request)
         outputs[request.request_id] = []
     for _ in range(max_steps):
-        if not engine.scheduler.has_work:
+        if not engine.has_work:
             break
         for emission in engine.step():
             outputs[emission.request.request_id] += emission.tokens
-        engine.scheduler.blocks.check([r.blocks for r in engine.scheduler.running])
-    assert not engine.scheduler.has_work, "the engine did not finish"
-    engine.scheduler.blocks.check([])
+        engine.schedulers[0].blocks.check([r.blocks for r in engine.schedulers[0].running])
+    assert not engine.has_work, "the engine did not finish"
+    engine.schedulers[0].blocks.check([])
     return outputs

@@ -104,7 +104,7 @@ class AsyncEngine:
 
     def _take_commands(self) -> bool:
         """Run the commands that have come, waiting for one when there is nothing else to do; False to stop."""
-        block = not self.engine.scheduler.has_work
+        block = not self.engine.has_work
         while True:
             try:
                 command = self._commands.get(block)

@@ -2,18 +2,13 @@
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from deepseek_fp4_plugin.engine.executor import Executor
 from deepseek_fp4_plugin.engine.request import Emission, Request, RequestError, SpeculationCounts
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
-from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
-
-
-class Runner(Protocol):
-    """What computes a step: a ModelRunner, or one that stands for many ranks."""
-
-    def run(self, plan: StepPlan) -> StepResult: ...
 
 
 @dataclass
@@ -47,19 +42,29 @@ class EngineStats:
 
 
 class LLMEngine:
-    """Owns the scheduler and calls the runner. Not thread-safe: AsyncEngine gives it a thread."""
+    """Owns the schedulers and calls the executor. Not thread-safe: AsyncEngine gives it a thread.
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, vocab_size: int):
-        self.scheduler, self.runner, self.vocab_size = scheduler, runner, vocab_size
+    schedulers: one for each attention-data-parallel rank; all alike.
+    """
+
+    def __init__(self, schedulers: Sequence[Scheduler], executor: Executor, vocab_size: int):
+        assert len(schedulers) == executor.num_schedulers
+        self.schedulers, self.executor, self.vocab_size = list(schedulers), executor, vocab_size
+        self._home: dict[Request, Scheduler] = {}
         self._stats = EngineStats()
         self._iterations: deque[dict[str, Any]] = deque(maxlen=1000)
         self._finished: Counter[str] = Counter()
 
     @property
+    def has_work(self) -> bool:
+        return any(scheduler.has_work for scheduler in self.schedulers)
+
+    @property
     def max_request_tokens(self) -> int:
         """Longest prompt + output that one request may have."""
-        blocks = self.scheduler.blocks
-        return min(self.scheduler.max_seq_len, blocks.num_blocks * blocks.block_size - self.scheduler.num_lookahead)
+        scheduler = self.schedulers[0]
+        blocks = scheduler.blocks
+        return min(scheduler.max_seq_len, blocks.num_blocks * blocks.block_size - scheduler.num_lookahead)
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request that could never run. Changes nothing; any thread may call it."""
@@ -77,54 +82,58 @@ class LLMEngine:
             raise RequestError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check` accepted."""
-        self.scheduler.add(request)
+        """Queue a request that `check` accepted, where there is least to do."""
+        scheduler = min(self.schedulers, key=lambda s: len(s.running) + s.num_waiting)
+        self._home[request] = scheduler
+        scheduler.add(request)
 
     def abort(self, request: Request, reason: str = "cancelled") -> Emission | None:
         """End a request in any state; None when it had ended already."""
         if request.finish_reason is not None:
             return None
-        self.scheduler.finish(request, reason)
+        self._home[request].finish(request, reason)
         self._count(request)
         return Emission(request, finish_reason=reason)
 
     def step(self) -> list[Emission]:
         """Run one step. Does nothing when there is no work."""
-        emissions = [e for e in (self.abort(late, "timeout") for late in self.scheduler.expired()) if e]
-        if not self.scheduler.has_work:
+        late = [request for scheduler in self.schedulers for request in scheduler.expired()]
+        emissions = [e for e in (self.abort(request, "timeout") for request in late) if e]
+        if not self.has_work:
             return emissions
         began = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plans = [scheduler.schedule() for scheduler in self.schedulers]
         planned = time.perf_counter()
-        result = self.runner.run(plan)
+        self.executor.submit(plans)
+        results = self.executor.collect()
         ran = time.perf_counter()
-        emitted = self.scheduler.update(result)
+        emitted = [e for s, result in zip(self.schedulers, results, strict=True) for e in s.update(result)]
         stats = self._stats
         generated = 0
         for emission in emitted:
             generated += len(emission.tokens)
             if emission.finish_reason is not None:
                 self._count(emission.request)
+        computed = sum(plan.num_tokens for plan in plans)
         stats.generated_tokens += generated
         stats.steps += 1
-        stats.computed_tokens += plan.num_tokens
+        stats.computed_tokens += computed
         stats.schedule_seconds += planned - began
-        stats.forward_seconds += result.forward_seconds
-        stats.sample_seconds += result.sample_seconds
-        stats.draft_seconds += result.draft_seconds
+        stats.forward_seconds += max(result.forward_seconds for result in results)
+        stats.sample_seconds += max(result.sample_seconds for result in results)
+        stats.draft_seconds += max(result.draft_seconds for result in results)
         ended = time.perf_counter()
         stats.update_seconds += ended - ran
-        scheduler = self.scheduler
         self._iterations.append(
             {
                 "iteration": stats.steps,
                 "seconds": ended - began,
-                "requests": len(plan.rows),
-                "running": len(scheduler.running),
-                "waiting": scheduler.num_waiting,
-                "computed_tokens": plan.num_tokens,
+                "requests": sum(len(plan.rows) for plan in plans),
+                "running": self._total("running"),
+                "waiting": self._total("waiting"),
+                "computed_tokens": computed,
                 "generated_tokens": generated,
-                "cache_blocks_used": scheduler.blocks.num_blocks - scheduler.blocks.num_free,
+                "cache_blocks_used": self._total("cache_blocks_used"),
             }
         )
         return emissions + emitted if emissions else emitted
@@ -135,16 +144,29 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """The live counters, with the present state filled in."""
-        scheduler, stats = self.scheduler, self._stats
-        stats.running, stats.waiting = len(scheduler.running), scheduler.num_waiting
-        stats.cache_blocks = scheduler.blocks.num_blocks
-        stats.cache_blocks_used = scheduler.blocks.num_blocks - scheduler.blocks.num_free
-        stats.prompt_tokens, stats.cached_prompt_tokens = scheduler.prompt_tokens, scheduler.cached_tokens
-        stats.preemptions, stats.finished = scheduler.num_preemptions, dict(self._finished)
+        stats = self._stats
+        for name in _TOTALS:
+            setattr(stats, name, self._total(name))
+        stats.finished = dict(self._finished)
         return stats
+
+    def _total(self, name: str) -> int:
+        return sum(_TOTALS[name](scheduler) for scheduler in self.schedulers)
 
     def _count(self, request: Request) -> None:
         assert request.finish_reason is not None
+        del self._home[request]
         self._finished[request.finish_reason] += 1
         self._stats.thinking.add(request.thinking_counts)
         self._stats.answer.add(request.answer_counts)
+
+
+_TOTALS: dict[str, Callable[[Scheduler], int]] = {
+    "running": lambda s: len(s.running),
+    "waiting": lambda s: s.num_waiting,
+    "cache_blocks": lambda s: s.blocks.num_blocks,
+    "cache_blocks_used": lambda s: s.blocks.num_blocks - s.blocks.num_free,
+    "prompt_tokens": lambda s: s.prompt_tokens,
+    "cached_prompt_tokens": lambda s: s.cached_tokens,
+    "preemptions": lambda s: s.num_preemptions,
+}

@@ -115,14 +115,14 @@ def test_drafts_are_the_same_with_and_without_reuse(model, crowd):
     for reuse in (False, True):
         engine = make_engine(model, drafts=3, reuse=reuse, batch=4)
         seen = []
-        inner = engine.runner.run
+        inner = engine.executor.runner.run
 
         def run(plan, inner=inner, seen=seen):
             result = inner(plan)
             seen.extend(draft for row, draft in zip(plan.rows, result.drafts, strict=True) if row.sample)
             return result
 
-        engine.runner.run = run
+        engine.executor.runner.run = run
         shared = [token * 37 % 320 for token in range(100)]
         alone = [run_all(engine, [make_request(i, shared[: 70 + i])]) for i in range(8)]
         counts.append((alone, seen))
@@ -159,19 +159,19 @@ def test_random_schedules(model, crowd, expected, data):
     for request in requests[late:]:
         engine.add(request)
     step = 0
-    while engine.scheduler.has_work or step < 3:
+    while engine.has_work or step < 3:
         if step == 2:
             for request in requests[:late]:
                 engine.add(request)
         for emission in engine.step():
             outputs[emission.request.request_id] += emission.tokens
         if step == 7:
-            for request in [r for r in engine.scheduler.running if r.request_id in aborted]:
+            for request in [r for r in engine.schedulers[0].running if r.request_id in aborted]:
                 engine.abort(request)
-        engine.scheduler.blocks.check([r.blocks for r in engine.scheduler.running])
+        engine.schedulers[0].blocks.check([r.blocks for r in engine.schedulers[0].running])
         step += 1
         assert step < 5000
-    engine.scheduler.blocks.check([])
+    engine.schedulers[0].blocks.check([])
     for i in chosen:
         if len(outputs[i]) == 16:
             differing(model, crowd[i], expected[i], outputs[i])

@@ -228,7 +228,7 @@ def test_a_dead_engine_says_so(tiny_with_tokenizer):
     def fail(plan):
         raise RuntimeError("device lost")
 
-    llm._engine.engine.runner.run = fail
+    llm._executor.runner.run = fail
     with pytest.raises(EngineDeadError, match="device lost"):
         llm.generate("abc")
     with pytest.raises(EngineDeadError, match="device lost"):
@@ -256,7 +256,7 @@ def test_cache_salt_isolates(llm):
 
 def test_fp8_cache_changes_little(tiny_with_tokenizer):
     with LLM(tiny_with_tokenizer, kv_cache_config={"dtype": "fp8"}, max_batch_size=4) as llm:
-        assert llm._engine.engine.runner.cache.dtype is torch.float8_e4m3fn
+        assert llm._executor.runner.cache.dtype is torch.float8_e4m3fn
         params = SamplingParams(max_tokens=1, prompt_logprobs=0)
         fp8 = llm.generate(PROMPTS[0] * 4, params).prompt_logprobs
     with LLM(tiny_with_tokenizer, max_batch_size=4) as llm:

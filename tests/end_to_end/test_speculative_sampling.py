@@ -44,7 +44,7 @@ def sampled(model, temperature, top_p, monkeypatch) -> tuple[np.ndarray, int]:
     """First three tokens of DRAWS requests whose drafts are the favourites; and how many drafts were accepted."""
     engine = make_engine(model, drafts=3, batch=2048, tokens=1 << 15, blocks=8192)
     likely = favourites(model, temperature)
-    inner = engine.runner.run
+    inner = engine.executor.runner.run
 
     def run(plan):
         result = inner(plan)
@@ -55,11 +55,11 @@ def sampled(model, temperature, top_p, monkeypatch) -> tuple[np.ndarray, int]:
                 drafts[:] = guess
         return result
 
-    monkeypatch.setattr(engine.runner, "run", run)
+    monkeypatch.setattr(engine.executor.runner, "run", run)
     out = {i: [] for i in range(DRAWS)}
     for i in out:
         engine.add(make_request(i, PROMPT, 3, Sampling(greedy=False, temperature=temperature, top_p=top_p, seed=i)))
-    while engine.scheduler.has_work:
+    while engine.has_work:
         for emission in engine.step():
             out[emission.request.request_id] += emission.tokens
     return np.array(list(out.values())), sum(engine.stats().answer.accepted)

@@ -27,7 +27,7 @@ def test_engine_computes_the_same(tmp_path, source, drafts, cache_dtype):
     outputs = []
     for recorded in (True, False):
         engine = make_engine(model, drafts=drafts, batch=8, cache_dtype=cache_dtype)
-        steps = [engine.runner.recorded] + ([engine.runner.drafter.recorded] if drafts else [])
+        steps = [engine.executor.runner.recorded] + ([engine.executor.runner.drafter.recorded] if drafts else [])
         for step in steps:
             step.recorder = step.recorder if recorded else None
         requests = [make_request(i, prompt, 24) for i, prompt in enumerate(prompts)]

@@ -185,7 +185,7 @@ def test_a_dead_engine_is_reported(tmp_path):
         "from deepseek_fp4_plugin.engine import engine\n"
         "step, began = engine.LLMEngine.step, []\n"
         "def failing(self):\n"
-        "    if self.scheduler.running: began.append(1)\n"
+        "    if self.schedulers[0].running: began.append(1)\n"
         "    if len(began) > 20: raise RuntimeError('injected fault')\n"
         "    return step(self)\n"
         "engine.LLMEngine.step = failing\n"

@@ -26,8 +26,8 @@ def test_ten_thousand_requests(tiny_fp8):
     started: dict[int, list[int]] = {}
     live, outputs, aborted, memory = {}, {}, set(), []
     submitted = finished = 0
-    while submitted < REQUESTS or engine.scheduler.has_work:
-        while submitted < REQUESTS and engine.scheduler.num_waiting < 16:
+    while submitted < REQUESTS or engine.has_work:
+        while submitted < REQUESTS and engine.schedulers[0].num_waiting < 16:
             own = [rng.randrange(320) for _ in range(rng.randint(1, 30))]
             prompt = shared[: rng.randint(0, LONGEST - 40)] + own
             request = make_request(submitted, prompt, rng.randint(1, 40), priority=rng.choice((0, 0, 0, 1)))
@@ -49,12 +49,12 @@ def test_ten_thousand_requests(tiny_fp8):
             number = rng.choice(list(live))
             assert engine.abort(live.pop(number)) is not None
             aborted.add(number)
-        engine.scheduler.blocks.check([request.blocks for request in engine.scheduler.running])
+        engine.schedulers[0].blocks.check([request.blocks for request in engine.schedulers[0].running])
         if engine.stats().steps % 500 == 0:
             gc.collect()
             memory.append(process.memory_info().rss / 2**20)
     assert finished + len(aborted) == REQUESTS
-    engine.scheduler.blocks.check([])
+    engine.schedulers[0].blocks.check([])
     stats = engine.stats()
     assert stats.preemptions > 100
     assert stats.cached_prompt_tokens > 10_000
@@ -94,7 +94,7 @@ def test_two_hundred_on_r1_nano():
     aborted = set()
     for made in live.values():
         engine.add(made)
-    while engine.scheduler.has_work:
+    while engine.has_work:
         for emission in engine.step():
             outputs[emission.request.request_id] += emission.tokens
             if emission.finish_reason:
@@ -103,8 +103,8 @@ def test_two_hundred_on_r1_nano():
             number = rng.choice(list(live))
             engine.abort(live.pop(number))
             aborted.add(number)
-        engine.scheduler.blocks.check([made.blocks for made in engine.scheduler.running])
-    engine.scheduler.blocks.check([])
+        engine.schedulers[0].blocks.check([made.blocks for made in engine.schedulers[0].running])
+    engine.schedulers[0].blocks.check([])
     assert not live
     assert engine.stats().preemptions > 0
     excused = 0

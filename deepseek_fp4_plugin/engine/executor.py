@@ -1,0 +1,64 @@
+"""Executor: owns the workers. Plans go in, results come out in the same order; who computes them is its affair."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
+from deepseek_fp4_plugin.engine.worker import Worker, WorkerFacts
+
+
+class Executor(Protocol):
+    """A step has one plan for each attention-data-parallel rank (one in all without it), and as many results."""
+
+    @property
+    def facts(self) -> WorkerFacts:
+        """Cache sizes are the smallest of all ranks, bytes those of one rank."""
+        ...
+
+    @property
+    def num_schedulers(self) -> int:
+        """How many plans a step has."""
+        ...
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        """Start a step. Plans must not change afterwards."""
+        ...
+
+    def collect(self) -> list[StepResult]:
+        """Wait for the oldest step that was submitted and not collected."""
+        ...
+
+    def close(self) -> None:
+        """Ends the workers. Twice is once."""
+        ...
+
+
+class Runner(Protocol):
+    """What computes one rank's steps."""
+
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+class InProcessExecutor:
+    """One rank, in this process and thread: `submit` computes."""
+
+    num_schedulers = 1
+
+    def __init__(self, runner: Runner, facts: WorkerFacts):
+        self.runner, self.facts = runner, facts
+        self._results: deque[StepResult] = deque()
+
+    @classmethod
+    def of(cls, worker: Worker) -> "InProcessExecutor":
+        return cls(worker.runner, worker.facts)
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        (plan,) = plans
+        self._results.append(self.runner.run(plan))
+
+    def collect(self) -> list[StepResult]:
+        return [self._results.popleft()]
+
+    def close(self) -> None:
+        pass
