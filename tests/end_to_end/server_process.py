@@ -14,6 +14,22 @@ import httpx
 R1_NANO = Path(__file__).parents[2] / "deepseek_fp4_plugin" / "assets" / "r1_nano"
 
 
+# Programs for `running_server` whose engine is as slow as a test needs it to be, on any machine.
+_BEFORE_A_STEP = """
+import pathlib, time
+from deepseek_fp4_plugin.engine import engine
+step = engine.LLMEngine.step
+def slowed(self):
+    {wait}
+    return step(self)
+engine.LLMEngine.step = slowed
+from deepseek_fp4_plugin.cli import main
+main()
+"""
+TEN_STEPS_A_SECOND = _BEFORE_A_STEP.format(wait="time.sleep(0.1)")
+HELD = _BEFORE_A_STEP.format(wait='while pathlib.Path("hold").exists(): time.sleep(0.01)')  # in the server's folder
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CARD = ROOT.parent / "shared" / "model_card.md"
+CARD = Path(__file__).with_name("card_snippets.txt")
 
 
 def run(name: str) -> list[str]:
@@ -25,8 +25,6 @@ def changed_lines(snippet: str, name: str) -> list[str]:
 
 
 def card_snippet(words: str) -> str:
-    if not CARD.exists():
-        pytest.skip("the model card is not beside this checkout")
     blocks = re.findall(r"```\w*\n(.*?)```", CARD.read_text(encoding="utf-8"), flags=re.DOTALL)
     return next(block for block in blocks if words in block)
 

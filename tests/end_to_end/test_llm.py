@@ -1,12 +1,15 @@
 """LLM: what a Python user touches, on the tiny model with a real tokenizer."""
 
 import asyncio
+import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepseek_fp4_plugin import LLM, SamplingParams
+from deepseek_fp4_plugin.engine import scheduler
 from deepseek_fp4_plugin.engine.async_engine import EngineDeadError
 from deepseek_fp4_plugin.llm import RequestError
 
@@ -169,15 +172,21 @@ def test_many_readers_on_one_loop(mtp_llm):
         assert texts[i] == mtp_llm.generate(PROMPTS[i % 4], SamplingParams(max_tokens=5 + i)).text
 
 
-def test_abort_and_deadline_deliver_what_there_is(llm):
+def test_abort_and_deadline_deliver_what_there_is(llm, monkeypatch):
     handle = llm.generate_async(PROMPTS[0], SamplingParams(max_tokens=300), streaming=True)
     for output in handle:
         if output.outputs[0].length > 3:
             handle.abort()
     assert handle.output.outputs[0].finish_reason == "cancelled"
     assert 3 < handle.output.outputs[0].length < 300
-    late = llm.generate_async(PROMPTS[0], SamplingParams(max_tokens=300), timeout=0.05).result()
+    # The scheduler's clock jumps when it has been looked at 20 times, once a step: so no engine is too fast for this.
+    looks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + (1000 if next(looks) >= 20 else 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "time", clock)
+        late = llm.generate_async(PROMPTS[0], SamplingParams(max_tokens=300), timeout=500).result()
     assert late.outputs[0].finish_reason == "timeout"
+    assert 0 < late.outputs[0].length < 300
     until = time.monotonic() + 5
     while llm.get_stats().running and time.monotonic() < until:
         time.sleep(0.01)

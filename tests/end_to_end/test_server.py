@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_fp4_plugin.config import SamplingParams
 from deepseek_fp4_plugin.llm import LLM
-from tests.end_to_end.server_process import R1_NANO, Server, free_port, running_server
+from tests.end_to_end.server_process import HELD, R1_NANO, TEN_STEPS_A_SECOND, Server, free_port, running_server
 
 # Word for word the model card's file and command, but for the program's name, the model path and two sizes of 1.
 CARD_YAML = """moe_backend: TRTLLM
@@ -201,8 +201,11 @@ def test_keys_guard_everything_but_health(tmp_path):
 
 
 def test_a_full_queue_is_429_with_retry_after(tmp_path):
-    with running_server(tmp_path, "--max_batch_size", "2", "--max_queue", "2", "--max_seq_len", "2048") as server:
+    arguments = ["--max_batch_size", "2", "--max_queue", "2", "--max_seq_len", "2048"]
+    with running_server(tmp_path, *arguments, program=HELD) as server:
         statuses, retry = [], []
+        hold = tmp_path / "hold"
+        hold.touch()
 
         def send():
             response = server.complete(max_tokens=200, ignore_eos=True)
@@ -213,9 +216,13 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path):
         threads = [threading.Thread(target=send) for _ in range(10)]
         for thread in threads:
             thread.start()
+        until = time.monotonic() + 30
+        while len(statuses) < 6 and time.monotonic() < until:  # none of those taken on can end before the others come
+            time.sleep(0.01)
+        hold.unlink()
         for thread in threads:
             thread.join()
-        assert sorted(statuses) == [200] * 4 + [429] * 6
+        assert statuses == [429] * 6 + [200] * 4
         assert all(int(value) >= 1 for value in retry)
         assert server.complete(n=5, temperature=1.0).status_code == 400  # would never fit
         assert server.complete(max_tokens=4).status_code == 200
@@ -223,7 +230,7 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path):
 
 def test_request_timeout_and_body_limits(tmp_path):
     arguments = ["--request_timeout", "1", "--max_body_bytes", "1000", "--body_timeout", "1"]
-    with running_server(tmp_path, *arguments) as server:
+    with running_server(tmp_path, *arguments, program=TEN_STEPS_A_SECOND) as server:
         assert server.complete("a" * 2000).status_code == 413
         slow = server.complete(max_tokens=30_000, ignore_eos=True)
         assert slow.status_code == 504
