@@ -21,7 +21,7 @@ from deepseek_fp4_plugin.engine.block_manager import BlockManager
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
 from deepseek_fp4_plugin.engine.executor import Executor, InProcessExecutor
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
-from deepseek_fp4_plugin.engine.request import RequestError
+from deepseek_fp4_plugin.engine.request import GenerationError, RequestError
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Logprob
 from deepseek_fp4_plugin.engine.worker import Worker
@@ -29,7 +29,16 @@ from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.loading import load_model
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "EngineStats", "Logprob", "RequestError", "RequestHandle", "RequestOutput"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineStats",
+    "GenerationError",
+    "Logprob",
+    "RequestError",
+    "RequestHandle",
+    "RequestOutput",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +104,8 @@ class LLM:
         """Generate for one prompt (text or token ids) or a list of them; one RequestOutput each, in order.
 
         sampling_params: one for all, or one each.  use_tqdm: show a progress bar.  timeout: seconds for each request.
-        Raises ValueError for a request that cannot be served; none is then started.
+        Raises ValueError for a request that cannot be served; none is then started. Raises GenerationError when one
+        could not be finished (NaN logits), after the others were; its `outputs` are all of them.
         """
         single = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
         prompts = cast("list[Prompt]", [inputs] if single else list(inputs))
@@ -113,11 +123,18 @@ class LLM:
         try:
             for handle in handles:
                 self._engine.submit(handle)
-            outputs = [handle.result() for handle in _with_bar(handles, use_tqdm)]
+            failures = [_failure(handle) for handle in _with_bar(handles, use_tqdm)]
         except BaseException:
             for handle in handles:
                 handle.abort()
             raise
+        outputs = [handle.output for handle in handles]
+        failed = [failure for failure in failures if failure is not None]
+        if failed:
+            others = f" ({len(failed)} of {len(outputs)} requests failed)" if len(outputs) > 1 else ""
+            raised = GenerationError(f"{failed[0]}{others}", failed[0].own_fault)
+            raised.outputs = outputs
+            raise raised
         return outputs[0] if single else outputs
 
     def generate_async(
@@ -234,6 +251,15 @@ def _params(given: Any) -> SamplingParams:
 
 def _device_of(model: DeepseekV3ForCausalLM) -> torch.device:
     return model.model.norm.weight.device
+
+
+def _failure(handle: RequestHandle) -> GenerationError | None:
+    """Wait for a request's end; why it failed, if it did."""
+    try:
+        handle.result()
+    except GenerationError as failure:
+        return failure
+    return None
 
 
 def _with_bar(handles: list[RequestHandle], show: bool):

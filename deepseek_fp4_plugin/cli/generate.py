@@ -40,7 +40,7 @@ def generate(
     chat: bool,
     json_path: str | None,
     **flags: Any,
-) -> None:
+) -> int:
     """Continue each PROMPT with MODEL, a checkpoint folder, a Hugging Face id, or r1_nano.
 
     Greedy unless a sampling flag says otherwise. Without a prompt, standard input is one. The text goes to standard
@@ -70,8 +70,8 @@ def generate(
         try:
             for prompt in inputs:
                 handles.append(llm.generate_async(prompt, params, streaming=True))
-            for text, handle in zip(texts, handles, strict=True):
-                _stream(text, handle, quiet=json_path == "-", heading=len(texts) > 1)
+            quiet, heading = json_path == "-", len(texts) > 1
+            failed = sum(not _stream(text, handle, quiet, heading) for text, handle in zip(texts, handles, strict=True))
         except BaseException:
             for handle in handles:
                 handle.abort()
@@ -79,7 +79,8 @@ def generate(
         outputs = [handle.output for handle in handles]
         screen.note(summary(outputs, time.perf_counter() - began))
         if json_path is not None:
-            screen.write_json(json_path, [_record(t, o) for t, o in zip(texts, outputs, strict=True)])
+            screen.write_json(json_path, [_record(t, h) for t, h in zip(texts, handles, strict=True)])
+    return 1 if failed else 0
 
 
 def load(config: "EngineConfig") -> "LLM":
@@ -114,20 +115,33 @@ def _lines(path: Path | None) -> list[str]:
     return prompts
 
 
-def _stream(prompt: str, handle: "RequestHandle", quiet: bool, heading: bool) -> None:
-    """Write the text as it comes. On a terminal, and of several, the prompt stands in front of it."""
+def _stream(prompt: str, handle: "RequestHandle", quiet: bool, heading: bool) -> bool:
+    """Write the text as it comes. On a terminal, and of several, the prompt stands in front of it.
+
+    False for an answer that could not be finished, which is told on standard error; the others go on.
+    """
+    from deepseek_fp4_plugin.llm import GenerationError
+
     terminal = sys.stdout.isatty()
     if not quiet and (heading or terminal):
         click.echo(click.style(prompt, dim=True) if terminal else f"> {prompt}\n", nl=False)
-    for output in handle:
-        if not quiet:
-            text = output.outputs[0].text_diff
-            click.echo(screen.printable(text) if terminal else text, nl=False)
+    failure = None
+    try:
+        for output in handle:
+            if not quiet:
+                text = output.outputs[0].text_diff
+                click.echo(screen.printable(text) if terminal else text, nl=False)
+    except GenerationError as error:
+        failure = error
     if not quiet:
         click.echo("\n" if heading else "")
+    if failure is not None:
+        click.echo(f"deepseek-fp4: this answer could not be finished: {failure}", err=True)
+    return failure is None
 
 
-def _record(prompt: str, output: "RequestOutput") -> dict[str, Any]:
+def _record(prompt: str, handle: "RequestHandle") -> dict[str, Any]:
+    output, failure = handle.output, handle.failure
     answer, metrics = output.outputs[0], output.metrics
     return {
         "prompt": prompt,
@@ -135,6 +149,7 @@ def _record(prompt: str, output: "RequestOutput") -> dict[str, Any]:
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
+        "error": None if failure is None else str(failure),
         "prompt_tokens": len(output.prompt_token_ids),
         "steps": metrics.steps,
         "drafted": metrics.drafted,

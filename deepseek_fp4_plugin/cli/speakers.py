@@ -27,6 +27,8 @@ class LocalSpeaker:
 
     def stream(self, messages: Messages) -> Generator[Split, None, None]:
         """The answer as it comes. Leaving the iteration early ends the request."""
+        from deepseek_fp4_plugin.llm import GenerationError
+
         assert self._llm.tokenizer is not None
         parser, began = DeepseekR1_0528Parser(), time.perf_counter()
         handle = self._llm.generate_async(self._llm.tokenizer.encode_chat(messages), self._params, streaming=True)
@@ -34,6 +36,8 @@ class LocalSpeaker:
             for output in handle:
                 yield parser.feed(output.outputs[0].text_diff)
             yield parser.finish()
+        except GenerationError as error:
+            raise ValueError(f"this answer could not be finished: {error}") from None
         finally:
             handle.abort()
         answer = handle.outputs[0]

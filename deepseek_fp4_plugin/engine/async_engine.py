@@ -16,7 +16,7 @@ from typing import Any
 
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
-from deepseek_fp4_plugin.engine.request import Emission, Request
+from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ class RequestHandle:
         self._emissions: collections.deque[tuple[float, Emission]] = collections.deque()
         self._enough, self._urgent = 1, False  # emissions that are worth a look; one that is in any case
         self._waiter: threading.Event | tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self.failure: GenerationError | None = None
         output.metrics.arrival = time.perf_counter()
 
     @property
@@ -194,17 +195,23 @@ class RequestHandle:
             self.engine.abort(self)
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Wait for the whole output. Raises TimeoutError after `timeout` seconds, EngineDeadError if it never comes."""
+        """Wait for the whole output.
+
+        Raises TimeoutError after `timeout` seconds, GenerationError if it cannot be finished, EngineDeadError if the
+        engine has stopped.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.finished:
             self._wait(deadline)
             self._take()
+        self._raise_failure()
         return self.output
 
     async def aresult(self) -> RequestOutput:
         while not self.finished:
             await self._wait_async()
             self._take()
+        self._raise_failure()
         return self.output
 
     def __await__(self) -> Any:
@@ -227,6 +234,10 @@ class RequestHandle:
             await self._wait_async()
             if self._take():
                 yield self.output
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     # The engine appends before it looks for a waiter and a reader sets one before it looks again: no wake-up is lost.
 
@@ -263,12 +274,14 @@ class RequestHandle:
             when, emission = self._emissions.popleft()
             request, index = emission.request, self._index[emission.request]
             completion = output.outputs[index]
-            if emission.finish_reason == "error":
-                assert self.engine is not None
-                output.finished = True
-                self.engine.check_health()
             last = emission.finish_reason is not None
             completion.extend(emission, self._text(index, emission, last))
+            if emission.finish_reason == "error":
+                assert self.engine is not None
+                output.finished, self.failure = True, emission.failure
+                self.engine.check_health()
+                self.engine.abort(self)  # its other answers
+                self._raise_failure()
             changed = True
             if emission.tokens and metrics.first_token is None:
                 metrics.first_token = when

@@ -95,6 +95,13 @@ class BlockManager:
             self._by_hash[name] = block
             self._hash_of[block] = name
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Let nobody find these blocks again: what they hold is not to be trusted."""
+        for block in blocks:
+            name = self._hash_of.pop(block, None)
+            if name is not None:
+                del self._by_hash[name]
+
     def check(self, held: Sequence[Sequence[int]]) -> None:
         """Assert that exactly the blocks in `held` are referenced, as often as they occur there. For tests."""
         count = array("i", bytes(4 * self.num_blocks))

@@ -1,5 +1,6 @@
 """LLMEngine: requests in, emissions out, one step at a time. Token ids only; text is its callers' affair."""
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -7,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepseek_fp4_plugin.engine.executor import Executor
-from deepseek_fp4_plugin.engine.request import Emission, Request, RequestError, SpeculationCounts
+from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request, RequestError, SpeculationCounts
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -114,6 +117,8 @@ class LLMEngine:
             generated += len(emission.tokens)
             if emission.finish_reason is not None:
                 self._count(emission.request)
+            if emission.failure is not None and not emission.failure.own_fault:
+                emission.failure = self._explained(emission)
         computed = sum(plan.num_tokens for plan in plans)
         stats.generated_tokens += generated
         stats.steps += 1
@@ -137,6 +142,15 @@ class LLMEngine:
             }
         )
         return emissions + emitted if emissions else emitted
+
+    def _explained(self, emission: Emission) -> GenerationError:
+        """The failure with its cause. A fault of the explanation must not end the others' requests."""
+        try:
+            reason = self.executor.explain(emission.request.token_ids)
+        except Exception as error:
+            reason = f"{emission.failure} (and looking for the cause failed: {error})"
+        logger.error("request %d: %s", emission.request.request_id, reason)
+        return GenerationError(reason)
 
     def take_iterations(self) -> list[dict[str, Any]]:
         """One entry for each step since the last call, the newest thousand at most. Any thread may call it."""

@@ -29,6 +29,10 @@ class Executor(Protocol):
         """Wait for the oldest step that was submitted and not collected."""
         ...
 
+    def explain(self, token_ids: Sequence[int]) -> str:
+        """Why the logits of a request with these tokens are not finite, one sentence."""
+        ...
+
     def close(self) -> None:
         """Ends the workers. Twice is once."""
         ...
@@ -38,6 +42,10 @@ class Runner(Protocol):
     """What computes one rank's steps."""
 
     def run(self, plan: StepPlan) -> StepResult: ...
+
+    def explain(self, token_ids: Sequence[int]) -> str:
+        """Why the logits of a request with these tokens are not finite."""
+        ...
 
 
 class InProcessExecutor:
@@ -59,6 +67,9 @@ class InProcessExecutor:
 
     def collect(self) -> list[StepResult]:
         return [self._results.popleft()]
+
+    def explain(self, token_ids: Sequence[int]) -> str:
+        return self.runner.explain(token_ids)
 
     def close(self) -> None:
         pass

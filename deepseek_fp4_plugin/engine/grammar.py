@@ -9,7 +9,7 @@ import enum
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,26 +51,40 @@ class GrammarState:
 
     def __init__(
         self,
-        matcher: "LLMatcher",
+        fresh: "Callable[[], LLMatcher]",
         vocab_size: int,
         eos_id: int,
         thinking: Thinking = Thinking.OVER,
         think_ids: tuple[int, int] = (-1, -1),
     ) -> None:
-        self._matcher, self._vocab_size, self._eos_id = matcher, vocab_size, eos_id
+        self._fresh, self._vocab_size, self._eos_id = fresh, vocab_size, eos_id
+        self._matcher = fresh()
         self._thinking, self._think_ids = thinking, think_ids
+        self._consumed: list[int] = []
+        self._dead = False
         self.finished = False
         """The text is complete; only the end-of-text token may follow."""
+        self.failure: str | None = None
+        """Why no token may follow, not even the end: the grammar leads nowhere from here, or a limit of the library."""
 
     def masks(self, drafts: Sequence[int]) -> np.ndarray:
         """Allowed tokens after each draft: int32 [len(drafts) + 1, ceil(vocab / 32)], bit t of a row set for token t.
 
         Row i holds after drafts[:i]. Behind a draft that is not allowed the rows are those of that place, of no use.
+        A row without a bit: the grammar has no way on from there, and `failure` says why.
         """
         rows = np.zeros((len(drafts) + 1, (self._vocab_size + 31) // 32), dtype=np.int32)
+        if self._dead:
+            return rows
         thinking, consumed = self._thinking, 0
         for i in range(len(drafts) + 1):
-            self._fill(rows[i], thinking)
+            reason = self._fill(rows[i], thinking)
+            if reason is not None:
+                rows[i + 1 :] = rows[i]
+                self.failure, self._dead = reason, i == 0
+                if i:  # the drafts that lead there may yet be refused
+                    self._start_over()
+                return rows
             # The end is never consumed: the library does not count it, and could not be rolled back.
             if i == len(drafts) or drafts[i] == self._eos_id or not _has_bit(rows[i], drafts[i]):
                 rows[i + 1 :] = rows[i]
@@ -82,15 +96,20 @@ class GrammarState:
         return rows
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Take the tokens that were emitted. Behind one that the grammar does not allow only the end is left."""
+        """Take the tokens that were emitted. Nothing may follow one that the grammar does not allow."""
         for token in tokens:
-            if self.finished:
+            if self.finished or self._dead:
                 return
             if token == self._eos_id:
                 self.finished = True
                 return
             self._thinking, moved = self._next(self._thinking, token)
-            self.finished = moved and (self._matcher.is_stopped() or self._matcher.is_error())
+            if not moved:
+                continue
+            self._consumed.append(token)
+            if self._matcher.is_error():
+                self.failure, self._dead = _no_way_on(self._matcher), True
+            self.finished = not self._dead and self._matcher.is_stopped()
 
     def _next(self, thinking: Thinking, token: int) -> tuple[Thinking, bool]:
         """The state behind `token`, and whether the matcher consumed it."""
@@ -102,19 +121,31 @@ class GrammarState:
         self._matcher.consume_token(token)
         return Thinking.OVER, True
 
-    def _fill(self, row: np.ndarray, thinking: Thinking) -> None:
+    def _fill(self, row: np.ndarray, thinking: Thinking) -> str | None:
+        """Set the row's bits; why there are none, where there are none."""
         if thinking is Thinking.OPEN:
             row[:] = -1
             row[self._eos_id // 32] &= ~np.int32(1 << (self._eos_id % 32))
-            return
+            return None
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._matcher.is_error():
-            # A limit of the library, met in the middle of a text: end it here rather than let it go on unchecked.
-            logger.error("structured output ended early: %s", _one_line(self._matcher.get_error()))
+        if self._matcher.is_error() or not row.any():
             row[:] = 0
-            _set_bit(row, self._eos_id)
+            return _no_way_on(self._matcher)
         if thinking is Thinking.POSSIBLE:
             _set_bit(row, self._think_ids[0])
+        return None
+
+    def _start_over(self) -> None:
+        """A new matcher where the emitted text is: one that has met an error is of no more use."""
+        self._matcher = self._fresh()
+        if self._consumed:
+            self._matcher.consume_tokens(self._consumed)
+
+
+def _no_way_on(matcher: "LLMatcher") -> str:
+    reason = _one_line(matcher.get_error()) if matcher.is_error() else "no token may follow"
+    logger.error("structured output has no way on: %s", reason)
+    return f"the structured output has no way on from here: {reason}"
 
 
 def _has_bit(row: np.ndarray, token: int) -> bool:
@@ -144,14 +175,15 @@ def compile_grammar(
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
     if failed:
         raise ValueError(f"this {kind} cannot be enforced: {_one_line(messages[0])}")
-    matcher = LLMatcher(vocabulary, grammar, log_level=0)
-    if matcher.is_error():
-        raise ValueError(f"this {kind} cannot be enforced: {_one_line(matcher.get_error())}")
     ids = (-1, -1)
     if thinking is not Thinking.OVER:
         assert tokenizer.think_start_id is not None and tokenizer.think_end_id is not None
         ids = (tokenizer.think_start_id, tokenizer.think_end_id)
-    return GrammarState(matcher, vocab_size, tokenizer.eos_id, thinking, ids)
+
+    def fresh() -> LLMatcher:
+        return LLMatcher(vocabulary, grammar, log_level=0)
+
+    return GrammarState(fresh, vocab_size, tokenizer.eos_id, thinking, ids)
 
 
 def _grammar(params: GuidedDecodingParams) -> tuple[str, str]:

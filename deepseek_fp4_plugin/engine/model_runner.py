@@ -1,16 +1,24 @@
 """One rank's share of a step: model, cache, drafts. It sees plans and token ids, never a request."""
 
+import math
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.engine import sampler
+from deepseek_fp4_plugin.engine import diagnosis, sampler
 from deepseek_fp4_plugin.engine.input_batch import InputBatch, build
 from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
 from deepseek_fp4_plugin.engine.speculative import MtpDrafter, passes_relaxed, verify
-from deepseek_fp4_plugin.engine.step_plan import PlanRow, StepPlan, StepResult, TokenLogprobs
+from deepseek_fp4_plugin.engine.step_plan import (
+    NOT_FINITE,
+    NOTHING_ALLOWED,
+    PlanRow,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
@@ -63,6 +71,10 @@ class ModelRunner:
         result.draft_seconds = time.perf_counter() - chosen
         return result
 
+    def explain(self, token_ids: Sequence[int]) -> str:
+        """Why the logits of a request with these tokens are not finite: the first module and weight, one sentence."""
+        return diagnosis.explain(self.model, token_ids, self.device)
+
     def _hidden_and_logits(self, *, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         hidden = self.model(batch, self.cache)
         return hidden, self.model.lm_head(hidden)
@@ -103,6 +115,12 @@ class ModelRunner:
             emitted, accepted, tokens = self._verify(chosen, bases, logits, targets)
         for index, ids in zip(sampled, tokens, strict=True):
             result.tokens[index] = ids
+        greatest = sampler.greatest(logits, targets, chosen).tolist()
+        if not all(map(math.isfinite, greatest)):
+            for index, base, count in zip(sampled, bases, accepted, strict=True):
+                used = [value for value in greatest[base : base + count + 1] if not math.isfinite(value)]
+                if used:
+                    result.failures[index] = NOTHING_ALLOWED if used[0] == -math.inf else NOT_FINITE
         for k, own in raw.items():
             ids = tokens[k]
             count = chosen[k].sampling.logprobs or 0
@@ -143,4 +161,6 @@ class ModelRunner:
                     ids = targets[part : part + 256]
                     logits = self.model.compute_logits(hidden[begin + part : begin + part + len(ids)])
                     entries += sampler.token_logprobs(logits, ids, row.sampling.prompt_logprobs or 0)
+                if not all(math.isfinite(entry[token].logprob) for entry, token in zip(entries, targets, strict=True)):
+                    result.failures[index] = NOT_FINITE
                 result.prompt_logprobs[index] = entries

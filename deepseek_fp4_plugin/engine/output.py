@@ -68,7 +68,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     accepted_draft: list[bool] = field(default_factory=list)  # which tokens had been drafted
     cumulative_logprob: float | None = None
-    finish_reason: str | None = None  # "stop", "length", "timeout", "cancelled"
+    finish_reason: str | None = None  # "stop", "length", "timeout", "cancelled", "error"
     stop_reason: int | str | None = None  # the stop id or string; None for the end-of-text token
     prompt_logprobs: list[TokenLogprobs] | None = None  # one a prompt token but the first
     text_diff: str = ""

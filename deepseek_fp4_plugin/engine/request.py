@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,18 @@ from deepseek_fp4_plugin.engine.step_plan import Sampling, TokenLogprobs
 
 class RequestError(ValueError):
     """A request that cannot be served as asked; the others go on."""
+
+
+class GenerationError(RuntimeError):
+    """A request that could not be finished; the others went on.
+
+    own_fault: the request itself forbade every token.  outputs: what there is, failed requests included; set by LLM.
+    """
+
+    def __init__(self, message: str, own_fault: bool = False):
+        super().__init__(message)
+        self.own_fault = own_fault
+        self.outputs: Any = None
 
 
 class StopText(Protocol):
@@ -41,6 +53,11 @@ class GrammarState(Protocol):
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take emitted tokens."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why the text cannot go on, where it cannot."""
         ...
 
 
@@ -163,5 +180,6 @@ class Emission:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     text: str | None = None  # set where stop strings made the engine decode; else the reader decodes
-    finish_reason: str | None = None  # "stop", "length", "timeout", "cancelled"
+    finish_reason: str | None = None  # "stop", "length", "timeout", "cancelled", "error"
     stop_reason: int | str | None = None
+    failure: GenerationError | None = None  # of "error"; without one the engine itself has failed

@@ -23,8 +23,12 @@ def is_plain(row: PlanRow) -> bool:
 
 
 def process(logits: Tensor, row: PlanRow) -> None:
-    """Apply a row's penalties, bias, bans and grammar to its logits, FP32 [drafts + 1, vocab], in place."""
+    """Apply a row's penalties, bias, bans and grammar to its logits, FP32 [drafts + 1, vocab], in place.
+
+    Logits that are not finite stay so, whatever is forbidden.
+    """
     s = row.sampling
+    broken = ~logits.amax(-1, keepdim=True).isfinite()
     if s.penalized:
         _penalize(logits, row)
     if s.logit_bias:
@@ -37,6 +41,7 @@ def process(logits: Tensor, row: PlanRow) -> None:
         allowed = torch.from_numpy(bits).to(logits.device, torch.bool)
         logits[:, : allowed.shape[1]].masked_fill_(~allowed, -torch.inf)
         logits[:, allowed.shape[1] :] = -torch.inf
+    logits.masked_fill_(broken, torch.nan)
 
 
 def _penalize(logits: Tensor, row: PlanRow) -> None:
@@ -78,6 +83,16 @@ def sample(logits: Tensor, rows: Sequence[PlanRow], bases: Sequence[int]) -> Ten
         torch.from_numpy(uniform(seeds, np.concatenate(positions).astype(np.uint64))).to(logits.device),
     )
     return targets
+
+
+def greatest(logits: Tensor, targets: Tensor, rows: Sequence[PlanRow]) -> Tensor:
+    """Each row's greatest processed logit, FP32 [N]; a target means nothing where it is NaN or infinite.
+
+    -inf: every token is forbidden. Else the model's own logits are not finite.
+    """
+    if all(row.sampling.greedy for row in rows):  # then it lies at the target, NaN before all others
+        return logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return logits.amax(-1)
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -128,10 +143,14 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
 
 
 def _look_up(cdf: Tensor, u: Tensor) -> Tensor:
-    """First index at which an unnormalized cdf, FP64 [N, M], exceeds u of its total."""
+    """First index at which an unnormalized cdf, FP64 [N, M], exceeds u of its total; any index where that is NaN."""
     total = cdf[:, -1]
     below = total.nextafter(torch.zeros_like(total))  # u just under 1 may round up to all of it
-    return torch.searchsorted(cdf, (u * total).minimum(below).unsqueeze(1), right=True).squeeze(1)
+    return (
+        torch.searchsorted(cdf, (u * total).minimum(below).unsqueeze(1), right=True)
+        .squeeze(1)
+        .clamp(max=cdf.shape[1] - 1)
+    )
 
 
 def token_logprobs(logits: Tensor, chosen: Sequence[int], count: int) -> list[TokenLogprobs]:

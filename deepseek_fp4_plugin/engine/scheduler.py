@@ -10,8 +10,8 @@ import heapq
 import time
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
-from deepseek_fp4_plugin.engine.request import Emission, Request
-from deepseek_fp4_plugin.engine.step_plan import PlanRow, StepPlan, StepResult
+from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request
+from deepseek_fp4_plugin.engine.step_plan import NOT_FINITE, PlanRow, StepPlan, StepResult
 
 
 class Scheduler:
@@ -118,6 +118,9 @@ class Scheduler:
         for index, (request, count) in enumerate(self._planned):
             if request.finish_reason is not None:
                 continue  # aborted while the step ran
+            if index in result.failures:
+                emissions.append(self._fail(request, result.failures[index]))
+                continue
             emitted = result.tokens[index]
             prompt_logprobs = result.prompt_logprobs.get(index) if result.prompt_logprobs else None
             if prompt_logprobs:
@@ -161,6 +164,17 @@ class Scheduler:
         return emissions
 
     # ------------------------------------------------------------------ parts
+
+    def _fail(self, request: Request, why: str) -> Emission:
+        """End a request that has no next token. Latents that are not finite are not found as a prefix again."""
+        if why == NOT_FINITE:
+            self.blocks.forget(request.blocks)
+            failure = GenerationError(why)
+        else:
+            reason = request.grammar.failure if request.grammar is not None else None
+            failure = GenerationError(reason or "the request's bans and grammar together forbid every token", True)
+        self.finish(request, "error")
+        return Emission(request, finish_reason="error", failure=failure)
 
     def _prune(self, heap: list) -> None:
         """Drop finished requests once they are the most of a heap: a deadline may be an hour away."""

@@ -67,6 +67,10 @@ class Logprob(NamedTuple):
     rank: int
 
 
+# Why a row has no token.
+NOT_FINITE = "its logits are not finite"
+NOTHING_ALLOWED = "every token is forbidden"
+
 TokenLogprobs = dict[int, Logprob]  # the chosen token first, then the best ones
 
 
@@ -78,6 +82,9 @@ class StepResult:
     drafts: list[list[int]]  # proposed for the next step
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> one a emitted token
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> one a prompt target
+    failures: dict[int, str] = field(
+        default_factory=dict
+    )  # row -> NOT_FINITE or NOTHING_ALLOWED; no token of it counts
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     draft_seconds: float = 0.0

@@ -27,6 +27,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"model": protocol.ErrorResponse, "description": "The body did not arrive in time"},
     413: {"model": protocol.ErrorResponse, "description": "The body is too large"},
     429: {"model": protocol.ErrorResponse, "description": "The queue is full; Retry-After says when to come back"},
+    500: {"model": protocol.ErrorResponse, "description": "The model's logits are not finite; which weight is said"},
     503: {"model": protocol.ErrorResponse, "description": "The engine has failed, or the server is shutting down"},
     504: {"model": protocol.ErrorResponse, "description": "The answer took longer than the server allows"},
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from deepseek_fp4_plugin.llm import CompletionOutput, RequestHandle, RequestOutput
+from deepseek_fp4_plugin.llm import CompletionOutput, GenerationError, RequestHandle, RequestOutput
 from deepseek_fp4_plugin.serving.logprobs import DraftedTokens, TokenTexts
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.middleware import send_error
@@ -136,6 +136,8 @@ class Answer(Response):
                 _check(output)
             body = to_json(self._body(list(outputs)))
         except Exception as error:
+            for prompt, handle in enumerate(self.job.handles):
+                self.job.seen(prompt, handle.output)
             await send_error(send, _as_api_error(error))
             return
         headers = [*_JSON_HEADERS, (b"content-length", str(len(body)).encode())]
@@ -344,5 +346,8 @@ def _check(output: RequestOutput) -> None:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, GenerationError):
+        kind = "BadRequestError" if error.own_fault else "InternalServerError"
+        return ApiError(400 if error.own_fault else 500, f"the answer could not be finished: {error}", kind)
     logger.error("generation failed: %s: %s", type(error).__name__, error)
     return ApiError(503, "the engine failed; see /health and the server's log", "ServiceUnavailableError")

@@ -66,3 +66,13 @@ def test_expanded_attention(length, context):
     q, k, v = torch.randn(length, 4, 24), torch.randn(context, 4, 24), torch.randn(context, 4, 16)
     expected = reference.expanded_attention(q, k, v, 0.3)
     assert (ops.expanded_attention(q, k, v, 0.3) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 4, 20])
+@pytest.mark.parametrize(("what", "value"), [("q", float("nan")), ("q", float("inf")), ("k", float("nan"))])
+def test_nothing_that_is_not_finite_is_lost_in_expanded_attention(length, what, value):
+    q, k, v = torch.randn(length, 4, 24), torch.randn(length + 2, 4, 24), torch.randn(length + 2, 4, 24)
+    {"q": q, "k": k}[what][:, 1] = value  # a whole head, as a damaged scale makes it
+    expected = reference.expanded_attention(q, k, v, 0.3).isfinite()
+    assert not expected[:, 1].any()
+    assert (ops.expanded_attention(q, k, v, 0.3).isfinite() == expected).all()

@@ -15,11 +15,16 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # Only with values as wide as keys does the platform take its fused path; unfused it holds every score in memory.
     width = v.shape[-1]
     v = torch.nn.functional.pad(v, (0, max(0, k.shape[-1] - width)))
+    # The platform's CPU kernel takes scores that are all NaN for a query without keys, and answers zeros.
+    broken = None
+    if q.device.type == "cpu":
+        broken = ~q.isfinite().all(-1, keepdim=True) | k[context - length :].isnan().any(-1, keepdim=True)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     output = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
     )
-    return output.squeeze(0).transpose(0, 1)[..., :width]
+    output = output.squeeze(0).transpose(0, 1)[..., :width]
+    return output if broken is None else output.masked_fill(broken, torch.nan)
 
 
 def absorbed_attention(
