@@ -1,6 +1,6 @@
-"""The scheduler's policy, on a runner without a model: who computes how many tokens, waits, gives way, is found again.
+"""The scheduler's policy, with an executor without a model: who computes how much, waits, gives way, is found again.
 
-What a request's output is must never show how it was scheduled; FakeRunner answers from what the block tables hold.
+What a request's output is must never show how it was scheduled; FakeExecutor answers from what the block tables hold.
 """
 
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from deepseek_fp4_plugin.engine import scheduler
 from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.request import Request, Stopping
 from deepseek_fp4_plugin.engine.step_plan import Sampling
-from tests.fake_runner import continuation, fake_engine, next_token
+from tests.fake_executor import continuation, fake_engine, next_token
 
 
 def request(number: int, prompt, max_tokens: int = 8, **fields) -> Request:
@@ -33,25 +33,25 @@ def serve(engine: LLMEngine, requests: list[Request], max_steps: int = 2000) -> 
         engine.check(r)
         engine.add(r)
     for _ in range(max_steps):
-        if not engine.scheduler.has_work:
+        if not engine.has_work:
             break
         for emission in engine.step():
             number = emission.request.request_id
             outputs.setdefault(number, []).extend(emission.tokens)
             if emission.finish_reason:
                 ended[number] = outputs[number]
-        engine.scheduler.blocks.check([r.blocks for r in engine.scheduler.running])
-    assert not engine.scheduler.has_work, "the engine did not finish"
-    engine.scheduler.blocks.check([])
-    for plan in engine.runner.plans:
-        assert plan.num_tokens == sum(len(row.tokens) for row in plan.rows) <= engine.scheduler.max_num_tokens
-        assert len(plan.rows) <= engine.scheduler.max_batch_size
+        engine.schedulers[0].blocks.check([r.blocks for r in engine.schedulers[0].running])
+    assert not engine.has_work, "the engine did not finish"
+    engine.schedulers[0].blocks.check([])
+    for plan in engine.executor.plans:
+        assert plan.num_tokens == sum(len(row.tokens) for row in plan.rows) <= engine.schedulers[0].max_num_tokens
+        assert len(plan.rows) <= engine.schedulers[0].max_batch_size
     return ended
 
 
 def rows_of(engine: LLMEngine, first_token: int) -> list[tuple[int, int]]:
     """(start, tokens) of every row of the request whose prompt begins with this token."""
-    return [(start, count) for first, start, count in engine.runner.rows if first == first_token]
+    return [(start, count) for first, start, count in engine.executor.rows if first == first_token]
 
 
 # ------------------------------------------------------------------ tokens and budgets
@@ -94,7 +94,7 @@ def test_no_more_requests_run_than_a_batch_takes():
         engine.add(r)
     engine.step()
     assert (engine.stats().running, engine.stats().waiting) == (2, 3)
-    while engine.scheduler.has_work:
+    while engine.has_work:
         engine.step()
         assert engine.stats().running <= 2
     assert all(r.finish_reason == "length" for r in requests)
@@ -163,8 +163,8 @@ def test_who_gave_way_does_not_take_the_blocks_straight_back():
         engine.add(r)
     while not requests[1].num_preemptions:
         engine.step()
-    assert len(engine.runner.plans[-1].rows) == 1
-    while engine.scheduler.has_work:
+    assert len(engine.executor.plans[-1].rows) == 1
+    while engine.has_work:
         engine.step()
     assert [r.token_ids[8:] for r in requests] == [continuation(prompt(i, 8), 20) for i in (1, 2)]
 
@@ -267,10 +267,10 @@ def test_a_request_can_be_ended_in_any_state_and_only_once(state):
     emission = engine.abort(second)
     assert (emission is None) == (state == "finished")
     assert engine.abort(second) is None
-    while engine.scheduler.has_work:
+    while engine.has_work:
         assert all(e.request is first for e in engine.step())
     assert first.token_ids[8:] == continuation(prompt(1, 8), 20)
-    engine.scheduler.blocks.check([])
+    engine.schedulers[0].blocks.check([])
     assert sum(engine.stats().finished.values()) == 2
 
 
@@ -291,10 +291,10 @@ def test_a_deadline_ends_what_runs_and_what_waits_with_what_there_is(monkeypatch
     emissions = engine.step()
     assert {e.request.request_id: e.finish_reason for e in emissions if e.finish_reason} == {1: "timeout", 2: "timeout"}
     assert running.token_ids[6 : 6 + had] == continuation(prompt(1, 6), had)
-    while engine.scheduler.has_work:
+    while engine.has_work:
         engine.step()
     assert free.finish_reason == "length" and free.token_ids[6:] == continuation(prompt(3, 6), 8)
-    engine.scheduler.blocks.check([])
+    engine.schedulers[0].blocks.check([])
 
 
 # ------------------------------------------------------------------ drafts, and everything at once
@@ -305,7 +305,7 @@ def test_drafts_save_steps_and_change_nothing(drafts):
     plain, drafted = fake_engine(), fake_engine(drafts=drafts)
     one, other = (serve(e, [request(i, prompt(i, 7), max_tokens=30) for i in range(3)]) for e in (plain, drafted))
     assert one == other
-    assert len(drafted.runner.plans) < len(plain.runner.plans)
+    assert len(drafted.executor.plans) < len(plain.executor.plans)
     counts = drafted.stats().answer
     assert 0 < sum(counts.accepted) < sum(counts.drafted)
     assert counts.emitted == 90

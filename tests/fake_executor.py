@@ -1,4 +1,4 @@
-"""A runner without a model: it keeps token ids in the cache's slots and answers from what it reads back through the
+"""An executor without a model: it keeps token ids in the cache's slots and answers from what it reads back through the
 block table. So a wrong block, a lost or unwritten slot or a stale prefix shows in the output."""
 
 import zlib
@@ -25,7 +25,7 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class FakeRunner:
+class FakeExecutor:
     """`plans` keeps every step's plan. num_drafts: proposed after each step; the last of a third of them is wrong."""
 
     def __init__(self, blocks: BlockManager, num_drafts: int = 0):
@@ -34,8 +34,18 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.rows: list[tuple[int, int, int]] = []  # a request's first token, start, tokens: of every row of every plan
 
-    def run(self, plan: StepPlan) -> StepResult:
+        self.num_schedulers = 1
+        self._results: list[StepResult] = []
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        (plan,) = plans
         self.plans.append(plan)
+        self._results.append(self._run(plan))
+
+    def collect(self) -> list[StepResult]:
+        return [self._results.pop(0)]
+
+    def _run(self, plan: StepPlan) -> StepResult:
         tokens, drafts = [], []
         for row in plan.rows:
             for position, token in enumerate(row.tokens, row.start):
@@ -89,4 +99,4 @@ def fake_engine(
 ) -> LLMEngine:
     manager = BlockManager(blocks, block_size, reuse, lookahead=1 if drafts else 0)
     scheduler = Scheduler(manager, batch, tokens, max_seq_len, drafts)
-    return LLMEngine(scheduler, FakeRunner(manager, drafts), VOCAB)
+    return LLMEngine([scheduler], FakeExecutor(manager, drafts), VOCAB)
