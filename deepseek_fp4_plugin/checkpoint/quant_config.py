@@ -6,8 +6,9 @@ read for the cache dtype.
 """
 
 import fnmatch
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.findings import Finding, error, note, refuse, warning
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -67,22 +69,10 @@ class QuantConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: dict[str, Any]) -> "QuantConfig":
-        """From hf_quant_config.json if there, else from `config` (the parsed config.json)."""
-        path = Path(folder) / HF_QUANT_CONFIG
-        if path.exists():
-            section = read_json(path).get("quantization", {})
-            return cls(
-                section.get("quant_algo"),
-                section.get("kv_cache_quant_algo"),
-                tuple(section.get("exclude_modules") or ()),
-            )
-        section = config.get("quantization_config") or {}
-        cache = section.get("kv_cache_scheme") or {}
-        return cls(
-            section.get("quant_algo") or section.get("quant_method"),
-            "FP8" if cache.get("num_bits") == 8 and cache.get("type") == "float" else None,
-            tuple(section.get("ignore") or section.get("exclude_modules") or ()),
-        )
+        """From hf_quant_config.json if there, else from `config` (the parsed config.json); CheckpointError if wrong."""
+        result, findings = read_quantization(Path(folder), config)
+        refuse(findings)
+        return result
 
     def excludes(self, module: str) -> bool:
         """True when a pattern names the module or an ancestor: exact, case-sensitive wildcard, or `re:` pattern."""
@@ -95,6 +85,112 @@ class QuantConfig:
             elif any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 return True
         return False
+
+
+def read_quantization(folder: Path, config: dict[str, Any]) -> tuple[QuantConfig, list[Finding]]:
+    """What the two files say, and where they are wrong or disagree; hf_quant_config.json goes before config.json."""
+    findings: list[Finding] = []
+    section = _read_section(config, folder / "config.json", findings)
+    path = folder / HF_QUANT_CONFIG
+    if not path.exists():
+        return section, findings
+    try:
+        content = read_json(path)
+    except CheckpointError as problem:
+        return section, [*findings, error(HF_QUANT_CONFIG, str(problem))]
+    own = _read_own_file(content, path, findings)
+    if config.get("quantization_config"):
+        findings += _disagreements(own, section, folder)
+    return own, findings
+
+
+def _read_own_file(content: dict[str, Any], path: Path, findings: list[Finding]) -> QuantConfig:
+    take = _Section(content.get("quantization"), "quantization", path, findings, may_be_absent=False)
+    return QuantConfig(take.text("quant_algo"), take.text("kv_cache_quant_algo"), take.names("exclude_modules"))
+
+
+def _read_section(config: dict[str, Any], path: Path, findings: list[Finding]) -> QuantConfig:
+    field = "quantization_config"
+    take = _Section(config.get(field), field, path, findings)
+    cache = _Section(take.content.get("kv_cache_scheme"), f"{field}.kv_cache_scheme", path, findings).content
+    is_fp8 = cache.get("num_bits") == 8 and cache.get("type") == "float"
+    if cache and not is_fp8:
+        sentence = f"{path}: {field}.kv_cache_scheme asks for a cache that is not FP8; it is kept in the model's dtype"
+        findings.append(warning(f"{field}.kv_cache_scheme", sentence))
+    algo = take.text("quant_algo") or take.text("quant_method")
+    return QuantConfig(algo, "FP8" if is_fp8 else None, take.names("ignore") or take.names("exclude_modules"))
+
+
+class _Section:
+    """An object of a quantization file; a field of another type becomes a finding and counts as absent."""
+
+    def __init__(self, content: Any, field: str, path: Path, findings: list[Finding], may_be_absent: bool = True):
+        self.field, self.path, self.findings = field, path, findings
+        if not isinstance(content, dict) and not (content is None and may_be_absent):
+            self._wrong(field, content, "an object")
+        self.content: dict[str, Any] = content if isinstance(content, dict) else {}
+
+    def text(self, name: str) -> str | None:
+        value = self.content.get(name)
+        if not isinstance(value, str | None):
+            self._wrong(f"{self.field}.{name}", value, "a name or null")
+            return None
+        return value
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.content.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            self._wrong(f"{self.field}.{name}", value, "a list of module names")
+            return ()
+        for pattern in value:
+            if pattern.startswith("re:") and not _compiles(pattern[3:]):
+                self._wrong(f"{self.field}.{name}", pattern, "a pattern that can be compiled behind re:")
+                return ()
+        return tuple(value)
+
+    def _wrong(self, field: str, value: Any, expected: str) -> None:
+        sentence = f"{self.path}: {field} is {json.dumps(value)[:60]}, expected {expected}"
+        self.findings.append(error(field, f"{sentence}; take the file from the original checkpoint"))
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _disagreements(own: QuantConfig, section: QuantConfig, folder: Path) -> list[Finding]:
+    found = []
+    algorithms = {name.lower() for name in (own.quant_algo, section.quant_algo) if name and name != "modelopt"}
+    if len(algorithms) > 1:  # "modelopt" is config.json's name for the program where it does not name the format
+        sentence = f"{HF_QUANT_CONFIG} says {own.quant_algo} and config.json {section.quant_algo}"
+        found.append(warning("quant_algo", f"{folder}: {sentence}; each weight's own tensors decide"))
+    if own.kv_cache_quant_algo != section.kv_cache_quant_algo:
+        sentence = f"{HF_QUANT_CONFIG} asks for a cache in {own.kv_cache_quant_algo or 'the dtype of the model'}"
+        sentence += f" and config.json for {section.kv_cache_quant_algo or 'the dtype of the model'}"
+        found.append(warning("kv_cache_quant_algo", f"{folder}: {sentence}; {HF_QUANT_CONFIG} is followed"))
+    if set(own.exclude_modules) != set(section.exclude_modules):
+        sentence = "the lists of unquantized modules in its two files differ; each weight's own tensors decide"
+        found.append(note("exclude_modules", f"{folder}: {sentence}"))
+    return found
+
+
+def block_size_findings(config: Mapping[str, Any], where: str) -> list[Finding]:
+    """Whether `weight_block_size` is what FP8 tensors with `weight_scale_inv` are read with: 128 x 128."""
+    section = config.get("quantization_config")
+    if (
+        not isinstance(section, dict)
+        or "weight_block_size" not in section
+        or section["weight_block_size"] == [128, 128]
+    ):
+        return []
+    field = "quantization_config.weight_block_size"
+    sentence = (
+        f"{where}: {field} is {json.dumps(section['weight_block_size'])[:60]}, but the FP8 weights are read in blocks"
+    )
+    return [error(field, f"{sentence} of [128, 128]; take a checkpoint with those, or correct the field")]
 
 
 # The ModelOpt release whose bits are written (docs/format.md). TensorRT-LLM and vLLM look for this producer's name

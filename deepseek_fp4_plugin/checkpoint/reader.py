@@ -1,77 +1,38 @@
 """Read tensors, or slices of them, by name from a folder of safetensors shards.
 
-The index names the shards; what a shard holds is read from its own header, because published NVFP4 checkpoints have
-indexes that omit the scale tensors. Tensors are read one by one into memory of their own: pages of a mapped shard would
-stay resident beside what was made of them.
+Which shard holds a tensor is decided by shards.py. Tensors are read one by one into memory of their own: pages of a
+mapped shard would stay resident beside what was made of them.
 """
 
 import io
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.findings import refuse
+from deepseek_fp4_plugin.checkpoint.json_files import read_json
+from deepseek_fp4_plugin.checkpoint.shards import DTYPES, INDEX_NAME, SINGLE_NAME, Shards, TensorInfo, scan
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+# What users of a reader need besides; the files' law is shards.py and json_files.py.
+__all__ = ["DTYPES", "INDEX_NAME", "SINGLE_NAME", "CheckpointReader", "TensorInfo", "read_json"]
 _OPEN_SHARDS = 4  # a weight and its scale may sit in different shards
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-
-
-class TensorInfo(NamedTuple):
-    """Where a tensor is and what it is, from the shard's header. offset: of its first byte in the shard."""
-
-    shard: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
 
 
 class CheckpointReader:
     """Name -> tensor or slice, read when asked for, by one thread at a time.
 
-    Raises CheckpointError with the file or tensor named.
+    shards: of a caller who has scanned the folder already.  Raises CheckpointError with the file or tensor named.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, shards: Shards | None = None):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder; give a checkpoint folder or a Hugging Face id")
-        shards, indexed = _shards(self.folder)
-        self.tensors: dict[str, TensorInfo] = {}
-        for shard in shards:
-            self.tensors.update(_read_header(self.folder / shard))
-        for name, shard in indexed.items():
-            if name not in self.tensors:
-                raise CheckpointError(f"{INDEX_NAME} in {self.folder} says {name} is in {shard}, but it is not there")
-        self.shards = shards
+        self.shards, self.tensors, findings = shards or scan(self.folder)
+        refuse(findings)
         self._open: OrderedDict[str, io.FileIO] = OrderedDict()
 
     def __contains__(self, name: str) -> bool:
@@ -133,55 +94,3 @@ class CheckpointReader:
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[shard]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint's folder; CheckpointError when absent or malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a checkpoint folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The shard file names of a folder, sorted, and the index's tensor -> shard map (empty for a single file)."""
-    if (folder / INDEX_NAME).exists():
-        indexed = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(indexed, dict) or not indexed:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map")
-        shards = sorted(set(indexed.values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(shards)} shards, first {missing[0]}; download it again"
-            )
-        return shards, indexed
-    if (folder / SINGLE_NAME).exists():
-        return [SINGLE_NAME], {}
-    if any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has safetensors shards but no {INDEX_NAME}; the checkpoint is incomplete")
-    raise CheckpointError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}; it is not a checkpoint")
-
-
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(path, framework="pt"):  # validates lengths and offsets against the file's size
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); copy or download it again") from None
-    header.pop("__metadata__", None)
-    infos = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{name} in {path} has dtype {entry['dtype']}, which this program does not read")
-        offset = 8 + length + entry["data_offsets"][0]
-        infos[name] = TensorInfo(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
-    return infos

@@ -94,10 +94,10 @@ def _make_room(destination: Path) -> None:
 
 def _quantize(destination: Path, device: str, out: screen.Output) -> dict[str, Any]:
     """Steps 1 and 2: sizes before, calibration and conversion with their table."""
-    from deepseek_fp4_plugin.cli.inspect import examine
+    from deepseek_fp4_plugin.cli.inspect import facts, look_at
     from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 
-    source = examine(_SOURCE)
+    source = facts(look_at(_SOURCE))
     architecture = source["architecture"]
     out(f"1. {_SOURCE}: DeepSeek-R1's architecture, small, in FP8 as DeepSeek publishes R1")
     parameters, size = f"{source['parameters'] / 1e6:.1f} M parameters", screen.size(source["bytes"])

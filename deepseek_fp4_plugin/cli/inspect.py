@@ -1,7 +1,8 @@
 """`inspect`: what a checkpoint holds, from its headers alone."""
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,11 @@ from deepseek_fp4_plugin.cli import screen
 from deepseek_fp4_plugin.cli.flags import Command, ModelName, json_flag
 
 if TYPE_CHECKING:
-    from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+    from collections.abc import Mapping
+
+    from deepseek_fp4_plugin.checkpoint.shards import TensorInfo
     from deepseek_fp4_plugin.models.config import DeepseekV3Config
+    from deepseek_fp4_plugin.models.examination import Examination
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale")
 
@@ -31,11 +35,17 @@ def inspect(checkpoint: str, json_path: str | None) -> None:
       deepseek-fp4 inspect ./DeepSeek-R1-0528-FP4
       deepseek-fp4 inspect r1_nano --json r1_nano.json
     """
-    content = examine(checkpoint)
+    from deepseek_fp4_plugin.checkpoint.findings import refuse
+
+    examination = look_at(checkpoint)
+    whole = examination.config is not None and bool(examination.shards.tensors)
+    content = facts(examination) if whole else _findings(examination)
     if json_path is not None:
         screen.write_json(json_path, content)
     if json_path != "-":
         _show(content)
+    if not whole:
+        refuse(examination.findings)
 
 
 @dataclass
@@ -48,25 +58,33 @@ class _Kind:
     scales: Counter[str] = field(default_factory=Counter)
 
 
-def examine(checkpoint: str) -> dict[str, Any]:
-    """The facts as plain JSON values. Raises CheckpointError for a folder that is no whole checkpoint."""
+def look_at(checkpoint: str) -> "Examination":
+    """Raises CheckpointError for what is no local folder."""
     from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
     from deepseek_fp4_plugin.checkpoint.hub import EMBEDDED, resolve
-    from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
-    from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
-    from deepseek_fp4_plugin.models.config import DeepseekV3Config
+    from deepseek_fp4_plugin.models.examination import examine
 
     if not Path(checkpoint).expanduser().is_dir() and checkpoint != EMBEDDED:
         raise CheckpointError(f"{checkpoint} is not a folder here; inspect looks at local checkpoints (or {EMBEDDED})")
-    folder = resolve(checkpoint)
-    config = DeepseekV3Config.from_folder(folder)
-    reader = CheckpointReader(folder)
-    if config.num_nextn_predict_layers and f"model.layers.{config.num_hidden_layers}.eh_proj.weight" not in reader:
-        config = replace(config, num_nextn_predict_layers=0)
-    quantization = QuantConfig.from_folder(folder, read_json(folder / "config.json"))
-    kinds, missing, other = _kinds(reader, config)
+    return examine(resolve(checkpoint))
+
+
+def _findings(examination: "Examination") -> dict[str, Any]:
     return {
-        "folder": str(folder),
+        "folder": str(examination.folder),
+        "findings": [
+            {"severity": str(found.severity), "subject": found.subject, "finding": str(found), "count": found.count}
+            for found in examination.findings
+        ],
+    }
+
+
+def facts(examination: "Examination") -> dict[str, Any]:
+    """What there is and what was found, as plain JSON values."""
+    config, quantization, tensors = examination.config, examination.quantization, examination.shards.tensors
+    assert config is not None
+    kinds, missing, other = _kinds(tensors, config)
+    return _findings(examination) | {
         "architecture": _architecture(config),
         "quantization": {
             "algorithm": quantization.quant_algo or "none",
@@ -85,9 +103,9 @@ def examine(checkpoint: str) -> dict[str, Any]:
             }
             for (mtp, role, form), kind in sorted(kinds.items(), key=lambda item: item[0][0])
         ],
-        "shards": len(reader.shards),
-        "tensors": len(reader.tensors),
-        "bytes": sum(info.nbytes for info in reader.tensors.values()),
+        "shards": len(examination.shards.names),
+        "tensors": len(tensors),
+        "bytes": sum(info.nbytes for info in tensors.values()),
         "parameters": sum(kind.parameters for kind in kinds.values()),
         "missing": missing,
         "other tensors": other,
@@ -95,36 +113,42 @@ def examine(checkpoint: str) -> dict[str, Any]:
 
 
 def _kinds(
-    reader: "CheckpointReader", config: "DeepseekV3Config"
+    tensors: "Mapping[str, TensorInfo]", config: "DeepseekV3Config"
 ) -> tuple[dict[tuple[bool, str, str], _Kind], list[str], list[str]]:
     """(of the MTP layer, role, format) -> what there is; names of weights missing; tensors beside the model's."""
-    from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
-    from deepseek_fp4_plugin.models.inventory import Role, weights
+    from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+    from deepseek_fp4_plugin.checkpoint.scales import dtype_name
+    from deepseek_fp4_plugin.checkpoint.shards import by_module
+    from deepseek_fp4_plugin.checkpoint.weight_rules import judge, read_of
+    from deepseek_fp4_plugin.models.examination import may_be_absent
+    from deepseek_fp4_plugin.models.inventory import weights
 
     kinds: dict[tuple[bool, str, str], _Kind] = {}
-    missing, seen = [], set()
+    groups = by_module(tensors)
+    missing: list[str] = []
+    seen: set[str] = set()
     for weight in weights(config):
         mtp = weight.layer is not None and weight.layer >= config.num_hidden_layers
-        if weight.name not in reader:
-            duplicate = mtp and weight.role in (Role.EMBEDDING, Role.HEAD)
-            if not duplicate:  # the MTP layer may leave out its copies of the model's own
+        module, _, suffix = weight.name.rpartition(".")
+        group = groups.get(module, {})
+        if suffix == "weight" and group:
+            verdict = judge(group, weight.shape)
+            form, present = verdict.format, sorted(read_of(group, verdict), key=lambda name: name != "weight")
+        elif suffix in group:
+            form, present = WeightFormat.PLAIN, [suffix]
+        else:
+            if not may_be_absent(weight, config):
                 missing.append(weight.name)
             continue
-        form = detect_format(reader, weight.module) if weight.name.endswith(".weight") else WeightFormat.PLAIN
-        info = reader.info(weight.name)
-        shown = str(info.dtype).removeprefix("torch.") if form is WeightFormat.PLAIN else str(form)
-        kind = kinds.setdefault((mtp, str(weight.role), shown), _Kind())
-        names = [weight.name, *(f"{weight.module}.{scale}" for scale in _SCALES)]
-        present = [name for name in names if name in reader]
-        seen.update(present)
+        first = group[present[0]]
+        shown = dtype_name(first.dtype) if form in (WeightFormat.PLAIN, None) else str(form)
+        kind = kinds.setdefault((mtp, str(weight.role), shown if form else f"not read ({shown})"), _Kind())
+        seen.update(f"{module}.{name}" for name in present)
         kind.modules += 1
-        kind.bytes += sum(reader.info(name).nbytes for name in present)
-        kind.scales.update(name.rpartition(".")[2] for name in present[1:])
-        count = 1
-        for length in weight.shape:
-            count *= length
-        kind.parameters += count
-    return kinds, missing, [name for name in reader if name not in seen]
+        kind.bytes += sum(group[name].nbytes for name in present)
+        kind.scales.update(name for name in present if name in _SCALES)
+        kind.parameters += math.prod(weight.shape)
+    return kinds, missing, [name for name in tensors if name not in seen]
 
 
 def _architecture(c: "DeepseekV3Config") -> dict[str, str]:
@@ -147,6 +171,13 @@ def _architecture(c: "DeepseekV3Config") -> dict[str, str]:
 def _show(content: dict[str, Any]) -> None:
     out = screen.Output()
     out(content["folder"])
+    if "architecture" in content:
+        _show_facts(content, out)
+    for found in content["findings"]:
+        out(f"{found['severity'].upper() if found['severity'] == 'error' else found['severity']}: {found['finding']}")
+
+
+def _show_facts(content: dict[str, Any], out: screen.Output) -> None:
     facts = content["architecture"] | {name: str(value) for name, value in content["quantization"].items()}
     out(screen.table(("", ""), list(facts.items())))
     out("")

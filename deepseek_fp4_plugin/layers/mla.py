@@ -19,6 +19,10 @@ from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.layers.weight_source import OUT, Cut, WeightSource
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
+LATENT_NORM_EPS = (
+    1e-6  # of the two norms inside attention, whatever the config's rms_norm_eps: DeepSeek's own, and transformers'
+)
+
 
 class MLA(nn.Module):
     """Attention of one layer; heads are cut over the tensor-parallel ranks, output is partial over them."""
@@ -37,10 +41,10 @@ class MLA(nn.Module):
             self.q_proj = column_parallel(f"{name}.q_proj", c.hidden_size, q_out, mesh.tp)
         else:
             self.q_a_proj = Linear([f"{name}.q_a_proj"], c.hidden_size, [c.q_lora_rank])
-            self.q_a_layernorm = RMSNorm(f"{name}.q_a_layernorm", c.q_lora_rank, c.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(f"{name}.q_a_layernorm", c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = column_parallel(f"{name}.q_b_proj", c.q_lora_rank, q_out, mesh.tp)
         self.kv_a_proj_with_mqa = Linear([f"{name}.kv_a_proj_with_mqa"], c.hidden_size, [c.latent_dim])
-        self.kv_a_layernorm = RMSNorm(f"{name}.kv_a_layernorm", c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(f"{name}.kv_a_layernorm", c.kv_lora_rank, LATENT_NORM_EPS)
         self.o_proj = row_parallel(f"{name}.o_proj", c.num_attention_heads * c.v_head_dim, c.hidden_size, mesh.tp)
 
     def load(self, source: WeightSource) -> None:
@@ -83,12 +87,24 @@ class MLA(nn.Module):
         q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # type: ignore[misc]
         c = self.config
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        return q_nope, ops.rotary(q_rope, cos, sin)
+        return q_nope, ops.rotary(self._pairs(q_rope), cos, sin)
 
     def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What the cache holds for each token: [T, latent + rope]."""
         norm = self.kv_a_layernorm
-        return ops.latent_entries(self.kv_a_proj_with_mqa(x), norm.weight, norm.eps, cos, sin)
+        entries = self.kv_a_proj_with_mqa(x)
+        if not self.config.rope_interleave:
+            latent, rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+            entries = torch.cat((latent, self._pairs(rope)), -1)
+        return ops.latent_entries(entries, norm.weight, norm.eps, cos, sin)
+
+    def _pairs(self, rope: Tensor) -> Tensor:
+        """[..., rope] with the values that turn together side by side, as `ops.rotary` wants them.
+
+        They are as published; with `rope_interleave` false value i turns with i + rope / 2. Queries and keys are
+        ordered alike, so their products are what they were.
+        """
+        return rope if self.config.rope_interleave else rope.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
         c = self.config

@@ -13,8 +13,10 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.scales import read_scale
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.numerics import fp8_block
 from deepseek_fp4_plugin.parallel.mesh import WHOLE, Mesh, Shard
 
 OUT, IN = 0, 1
@@ -50,10 +52,15 @@ class WeightSource:
         self.mesh = mesh or Mesh()
         self.activations: Activations = activations
         self.backend = backend
-        self.used: set[str] = set()
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None, cut: Cut = UNCUT) -> Tensor:
-        """An unquantized tensor, checked against the whole `shape`, cut, on the device, in `dtype` or the model's."""
+        """A tensor that is used unquantized, checked against the whole `shape`, cut, on the device, in `dtype` or the
+        model's. One that is stored as FP8 blocks is decoded.
+        """
+        if self.reader.info(name).dtype == torch.float8_e4m3fn:
+            parts = self._fp8_parts(name.removesuffix(".weight"), tuple(shape), cut)
+            decoded = fp8_block.dequantize(parts.weight, parts.scale, torch.float32, parts.fp8_block)
+            return decoded.to(self.device, dtype or self.dtype)
         return self._read(name, tuple(shape), cut).to(self.device, dtype or self.dtype, copy=True)
 
     def linear(
@@ -104,16 +111,16 @@ class WeightSource:
             return WeightTensors(
                 weight_format,
                 self._read(f"{module}.weight", (out_features, in_features // 2), cut),
-                self._read(f"{module}.weight_scale", (out_features, in_features // _NVFP4_BLOCK), cut),
-                self._read(f"{module}.weight_scale_2", (), UNCUT),
+                self._scale(f"{module}.weight_scale", (out_features, in_features // _NVFP4_BLOCK), cut),
+                read_scale(self.reader, f"{module}.weight_scale_2"),
                 self._input_scale(module),
             )
         return self._fp8_parts(module, (out_features, in_features), cut)
 
-    def _fp8_parts(self, module: str, shape: tuple[int, int], cut: Cut) -> WeightTensors:
+    def _fp8_parts(self, module: str, shape: tuple[int, ...], cut: Cut) -> WeightTensors:
         weight = self._read(f"{module}.weight", shape, cut)
         scale_shape = tuple(-(-size // _FP8_BLOCK) for size in shape)
-        scale = self._read(f"{module}.weight_scale_inv", scale_shape, UNCUT)
+        scale = self._scale(f"{module}.weight_scale_inv", scale_shape, UNCUT)
         if cut.shard.count == 1:
             return WeightTensors(WeightFormat.FP8_BLOCK, weight, scale)
         start, stop = cut.shard.bounds(shape[cut.axis], module)
@@ -127,7 +134,7 @@ class WeightSource:
 
     def _input_scale(self, module: str) -> Tensor | None:
         name = f"{module}.input_scale"
-        return self._read(name, (), UNCUT) if name in self.reader else None
+        return read_scale(self.reader, name) if name in self.reader else None
 
     def _largest_input_scale(
         self, prefix: str, projection: str, total: int, weight_format: WeightFormat
@@ -138,13 +145,15 @@ class WeightSource:
         present = [scale for scale in scales if scale is not None]
         return torch.stack(present).amax() if len(present) == total else None
 
+    def _scale(self, name: str, shape: tuple[int, ...], cut: Cut) -> Tensor:
+        return read_scale(self.reader, name, self._read(name, shape, cut))
+
     def _read(self, name: str, shape: tuple[int, ...], cut: Cut) -> Tensor:
         info = self.reader.info(name)
         if info.shape != shape:
             raise CheckpointError(
                 f"{name} in {self.reader.folder} has shape {list(info.shape)}; config.json implies {list(shape)}"
             )
-        self.used.add(name)
         if cut.shard.count == 1:
             return self.reader.get(name)
         start, stop = cut.shard.bounds(shape[cut.axis], name)

@@ -20,7 +20,7 @@ from deepseek_fp4_plugin.layers.moe import MoE
 from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.layers.rotary import inverse_frequencies
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
-from deepseek_fp4_plugin.models.config import DeepseekV3Config, yarn_mscale
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 
@@ -77,9 +77,7 @@ class RotaryAngles(nn.Module):
         super().__init__()
         yarn = config.rope_scaling
         self.frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, yarn)
-        self.magnitude = 1.0
-        if yarn:
-            self.magnitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        self.magnitude = yarn.magnitude if yarn else 1.0
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.frequencies.device != positions.device:

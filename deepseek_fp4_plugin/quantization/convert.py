@@ -15,6 +15,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.scales import read_scale
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
 from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
@@ -63,7 +64,7 @@ def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype
     """A source weight in `dtype` on `device`. Raises CheckpointError naming it when it holds NaN or infinity."""
     weight = reader.get(conversion.weight.name).to(device)
     if conversion.source is WeightFormat.FP8_BLOCK:
-        scale_inv = reader.get(f"{conversion.weight.module}.weight_scale_inv").to(device)
+        scale_inv = read_scale(reader, f"{conversion.weight.module}.weight_scale_inv").to(device)
         weight = fp8_block.dequantize(weight, scale_inv, dtype)
     else:
         weight = weight.to(dtype)

@@ -40,7 +40,7 @@ def model_card(facts: dict[str, Any], report: QuantizationReport, config: Deepse
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
-        _description(source, report, version),
+        _description(source, report, config, version),
         _architecture(config),
         _calibration(report),
         _sizes(report),
@@ -52,13 +52,14 @@ def model_card(facts: dict[str, Any], report: QuantizationReport, config: Deepse
     return "\n\n".join(sections) + "\n"
 
 
-def _description(source: str, report: QuantizationReport, version: str) -> str:
+def _description(source: str, report: QuantizationReport, config: DeepseekV3Config, version: str) -> str:
+    mtp = ", the MTP layer included" if config.num_nextn_predict_layers else ""
     attention = " and the attention's output projections" if report.layout == "v2" else ""
     return f"""## Description
 
 {source} with the weights and the input activations of its MLPs{attention} in NVFP4:
 4-bit E2M1 values in blocks of 16 with one FP8 (E4M3) scale a block and one FP32 scale a tensor. Everything else is
-BF16, the MTP layer included.
+BF16{mtp}.
 
 Made by `deepseek_fp4_plugin` {version}, recipe `{report.recipe}`, layout `{report.layout}`, in the format of ModelOpt
 {PRODUCER["version"]}: `weight`, `weight_scale`, `weight_scale_2` and `input_scale` of a module, `hf_quant_config.json`,

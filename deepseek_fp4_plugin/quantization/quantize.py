@@ -13,8 +13,9 @@ from deepseek_fp4_plugin.checkpoint.hub import resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_taken
-from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.loading import checked_device, without_absent_mtp
+from deepseek_fp4_plugin.models.config import DeepseekV3Config, with_mtp_layers
+from deepseek_fp4_plugin.models.examination import examine
+from deepseek_fp4_plugin.models.loading import checked_device
 from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, hidden_bytes, input_scales
 from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, load_calibration
 from deepseek_fp4_plugin.quantization.convert import convert
@@ -69,9 +70,7 @@ def quantize_checkpoint(
     target = checked_device(device)
     refuse_taken(Path(destination))
     folder = resolve(source)
-    config = DeepseekV3Config.from_folder(folder)
-    reader = CheckpointReader(folder)
-    config = without_absent_mtp(config, reader)
+    config, reader = examine(folder).usable(result="the result")
     plan = make_plan(reader, config, layout)
     data = load_calibration(calibration, Tokenizer.from_folder(folder), samples, tokens, config.vocab_size, seed)
     job = {
@@ -139,6 +138,7 @@ def _files(folder: Path, plan: Plan, report: QuantizationReport, config: Deepsee
     quant_config = nvfp4_quant_config(plan.exclude_modules, _KV_CACHES[report.kv_cache])
     files[HF_QUANT_CONFIG] = _json(quant_config)
     original = {k: v for k, v in read_json(folder / "config.json").items() if k != "quantization_config"}
+    original = with_mtp_layers(original, config.num_nextn_predict_layers)
     files["config.json"] = _json({**original, "quantization_config": nvfp4_config_section(quant_config)})
     files["README.md"] = model_card(source_facts(report.source, folder), report, config, __version__)
     return files

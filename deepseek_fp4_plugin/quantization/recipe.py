@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.findings import refuse
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
-from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.writer import TensorSpec
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.examination import examine_weights, may_be_absent
 from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
-from deepseek_fp4_plugin.models.loading import unplaced
-from deepseek_fp4_plugin.numerics.fp8_block import BLOCK as FP8_BLOCK
 from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK
 
 RECIPES = ("max",)  # how scales are found: from the largest magnitude
@@ -103,26 +103,19 @@ def make_plan(reader: CheckpointReader, config: DeepseekV3Config, layout: str) -
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
+    refuse(examine_weights(reader.folder, reader.tensors, config, read_json(reader.folder / "config.json"))[1])
     units: list[Unit] = []
     specs: list[TensorSpec] = []
-    seen: set[str] = set()
     for group in _groups(config):
         conversions = []
         for weight in group:
-            if weight.name not in reader and _may_be_absent(weight, config):
+            if weight.name not in reader and may_be_absent(weight, config):
                 continue
             conversion = _conversion(reader, weight, becomes_nvfp4(weight, config, layout))
-            seen.update(conversion.source_names)
             specs += result_tensors(conversion, reader.info(weight.name).dtype)
             conversions.append(conversion)
         if conversions:
             units.append(Unit(tuple(conversions)))
-    unread = unplaced((name for name in reader if name not in seen), config)
-    if unread:
-        raise CheckpointError(
-            f"{reader.folder} has {len(unread)} tensors this model has no place for, first {unread[0]}; "
-            "does config.json belong to these weights?"
-        )
     return Plan(tuple(units), tuple(specs), tuple(excluded_modules(config, layout)))
 
 
@@ -161,34 +154,14 @@ def _groups(config: DeepseekV3Config) -> Iterator[list[Weight]]:
 
 
 def _conversion(reader: CheckpointReader, weight: Weight, nvfp4: bool) -> Conversion:
-    info = reader.info(weight.name)
     source = detect_format(reader, weight.module) if weight.name.endswith(".weight") else WeightFormat.PLAIN
     if source is WeightFormat.NVFP4:
         raise CheckpointError(
             f"{weight.name} in {reader.folder} is NVFP4 already; quantize the FP8 or BF16 original instead"
         )
-    _expect_shape(reader, weight.name, weight.shape)
-    if source is WeightFormat.FP8_BLOCK:
-        blocks = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
-        _expect_shape(reader, f"{weight.module}.weight_scale_inv", blocks)
-    elif not info.dtype.is_floating_point:
-        raise CheckpointError(f"{weight.name} in {reader.folder} has dtype {info.dtype}, expected a floating one")
     if nvfp4 and weight.shape[1] % BLOCK:
         raise CheckpointError(
             f"{weight.name} in {reader.folder} has {weight.shape[1]} inputs, which NVFP4 cannot hold: "
             f"its blocks are {BLOCK} wide"
         )
     return Conversion(weight, source, nvfp4)
-
-
-def _expect_shape(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
-    found = reader.info(name).shape
-    if found != shape:
-        raise CheckpointError(
-            f"{name} in {reader.folder} has shape {list(found)}, but config.json implies {list(shape)}"
-        )
-
-
-def _may_be_absent(weight: Weight, config: DeepseekV3Config) -> bool:
-    """The MTP layer's copies of embedding and head equal the main model's, and some exporters leave them out."""
-    return weight.layer == config.num_hidden_layers and weight.role in (Role.EMBEDDING, Role.HEAD)

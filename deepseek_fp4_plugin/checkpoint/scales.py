@@ -1,0 +1,75 @@
+"""What the numbers of a scale mean, by its name and dtype: read as FP32, or refused by name.
+
+A scale in one byte is an exponent (E8M0 of the OCP microscaling formats, DeepSeek's `ue8m0`): value 2^(byte - 127), and
+byte 255 is NaN, whether the file calls the dtype F8_E8M0 or U8. Taken as a plain number it would be wrong by any power
+of ten and still give fluent text.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+
+_REAL = (torch.float32, torch.bfloat16, torch.float16)
+_EXPONENT = (torch.float8_e8m0fnu, torch.uint8)
+# Last part of a scale's name -> the dtypes that it may have.
+SCALE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "weight_scale_inv": _REAL + _EXPONENT,
+    "weight_scale": (torch.float8_e4m3fn,),  # of NVFP4
+    "weight_scale_2": _REAL,
+    "input_scale": _REAL,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_scale(reader: CheckpointReader, name: str, raw: Tensor | None = None) -> Tensor:
+    """A scale's values: FP32, but NVFP4's `weight_scale` as the E4M3 it is.
+
+    raw: of a caller that has read it (a part of it) already.  A tensor scale may be stored with shape [] or [1] and
+    comes back as []. Raises CheckpointError for a dtype without a meaning here, and for NaN, infinity or a negative
+    number: no quantizer writes them, and each makes the model's output garbage.
+    """
+    info, suffix = reader.info(name), name.rpartition(".")[2]
+    if info.dtype not in SCALE_DTYPES[suffix]:
+        raise CheckpointError(f"{name} in {reader.folder} {wrong_scale_dtype(suffix, info.dtype)}")
+    scale = reader.get(name) if raw is None else raw
+    if suffix == "weight_scale":
+        _check(reader, name, scale)
+        return scale
+    if info.dtype in _EXPONENT:
+        scale = scale.view(torch.uint8).view(torch.float8_e8m0fnu)
+    scale = scale.float()
+    if suffix in ("weight_scale_2", "input_scale") and scale.numel() == 1:
+        scale = scale.reshape(())
+    _check(reader, name, scale)
+    return scale
+
+
+def wrong_scale_dtype(suffix: str, dtype: torch.dtype) -> str:
+    allowed = [dtype_name(known) for known in SCALE_DTYPES[suffix]]
+    return f"has dtype {dtype_name(dtype)}, which is no {suffix}: it must be {' or '.join(allowed)}"
+
+
+def is_tensor_scale(shape: tuple[int, ...]) -> bool:
+    """True for the shapes that one scale for a whole tensor is stored with: [], [1]."""
+    return math.prod(shape) == 1
+
+
+def _check(reader: CheckpointReader, name: str, scale: Tensor) -> None:
+    """weight_scale may stay E4M3, whose bytes tell by themselves: 0x7F and 0xFF are NaN, above 0x80 is negative."""
+    if scale.dtype == torch.float8_e4m3fn:
+        raw = scale.view(torch.uint8)
+        good = not bool(((raw > 0x80) | (raw == 0x7F)).any())
+    else:
+        good = bool(torch.isfinite(scale).all()) and not bool((scale < 0).any())
+    if not good:
+        raise CheckpointError(
+            f"{name} in {reader.folder} holds NaN, infinity or a negative number, which no scale can be; "
+            f"download {reader.info(name).shard} again"
+        )
