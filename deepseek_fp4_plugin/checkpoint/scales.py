@@ -32,23 +32,37 @@ def read_scale(reader: CheckpointReader, name: str, raw: Tensor | None = None) -
     """A scale's values: FP32, but NVFP4's `weight_scale` as the E4M3 it is.
 
     raw: of a caller that has read it (a part of it) already.  A tensor scale may be stored with shape [] or [1] and
-    comes back as []. Raises CheckpointError for a dtype without a meaning here, and for NaN, infinity or a negative
-    number: no quantizer writes them, and each makes the model's output garbage.
+    comes back as []. Raises CheckpointError for a dtype without a meaning here and for a negative number, which no
+    quantizer writes. NaN and infinity come through: who writes a checkpoint refuses them, who runs one says so.
     """
     info, suffix = reader.info(name), name.rpartition(".")[2]
     if info.dtype not in SCALE_DTYPES[suffix]:
         raise CheckpointError(f"{name} in {reader.folder} {wrong_scale_dtype(suffix, info.dtype)}")
     scale = reader.get(name) if raw is None else raw
-    if suffix == "weight_scale":
-        _check(reader, name, scale)
-        return scale
     if info.dtype in _EXPONENT:
-        scale = scale.view(torch.uint8).view(torch.float8_e8m0fnu)
-    scale = scale.float()
+        scale = scale.view(torch.float8_e8m0fnu)
+    if suffix != "weight_scale":
+        scale = scale.float()
     if suffix in ("weight_scale_2", "input_scale") and scale.numel() == 1:
         scale = scale.reshape(())
-    _check(reader, name, scale)
+    if _has_negative(scale):
+        raise CheckpointError(
+            f"{name} in {reader.folder} holds a negative number, which no scale can be; download {info.shard} again"
+        )
     return scale
+
+
+def all_finite(scale: Tensor) -> bool:
+    if scale.dtype == torch.float8_e4m3fn:  # its NaN is all ones behind the sign, and it has no infinity
+        return not bool((scale.view(torch.uint8) & 0x7F == 0x7F).any())
+    return bool(torch.isfinite(scale).all())
+
+
+def _has_negative(scale: Tensor) -> bool:
+    if scale.dtype == torch.float8_e4m3fn:
+        raw = scale.view(torch.uint8)
+        return bool(((raw > 0x80) & (raw < 0xFF)).any())  # 0x80 is -0, 0xFF NaN
+    return bool((scale < 0).any())
 
 
 def wrong_scale_dtype(suffix: str, dtype: torch.dtype) -> str:
@@ -59,17 +73,3 @@ def wrong_scale_dtype(suffix: str, dtype: torch.dtype) -> str:
 def is_tensor_scale(shape: tuple[int, ...]) -> bool:
     """True for the shapes that one scale for a whole tensor is stored with: [], [1]."""
     return math.prod(shape) == 1
-
-
-def _check(reader: CheckpointReader, name: str, scale: Tensor) -> None:
-    """weight_scale may stay E4M3, whose bytes tell by themselves: 0x7F and 0xFF are NaN, above 0x80 is negative."""
-    if scale.dtype == torch.float8_e4m3fn:
-        raw = scale.view(torch.uint8)
-        good = not bool(((raw > 0x80) | (raw == 0x7F)).any())
-    else:
-        good = bool(torch.isfinite(scale).all()) and not bool((scale < 0).any())
-    if not good:
-        raise CheckpointError(
-            f"{name} in {reader.folder} holds NaN, infinity or a negative number, which no scale can be; "
-            f"download {reader.info(name).shard} again"
-        )

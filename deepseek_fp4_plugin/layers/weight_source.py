@@ -13,7 +13,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
-from deepseek_fp4_plugin.checkpoint.scales import read_scale
+from deepseek_fp4_plugin.checkpoint.scales import all_finite, read_scale
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import fp8_block
@@ -52,6 +52,7 @@ class WeightSource:
         self.mesh = mesh or Mesh()
         self.activations: Activations = activations
         self.backend = backend
+        self.not_finite: list[str] = []  # scales read with NaN or infinity in them
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None, cut: Cut = UNCUT) -> Tensor:
         """A tensor that is used unquantized, checked against the whole `shape`, cut, on the device, in `dtype` or the
@@ -112,7 +113,7 @@ class WeightSource:
                 weight_format,
                 self._read(f"{module}.weight", (out_features, in_features // 2), cut),
                 self._scale(f"{module}.weight_scale", (out_features, in_features // _NVFP4_BLOCK), cut),
-                read_scale(self.reader, f"{module}.weight_scale_2"),
+                self._scale(f"{module}.weight_scale_2"),
                 self._input_scale(module),
             )
         return self._fp8_parts(module, (out_features, in_features), cut)
@@ -134,7 +135,7 @@ class WeightSource:
 
     def _input_scale(self, module: str) -> Tensor | None:
         name = f"{module}.input_scale"
-        return read_scale(self.reader, name) if name in self.reader else None
+        return self._scale(name) if name in self.reader else None
 
     def _largest_input_scale(
         self, prefix: str, projection: str, total: int, weight_format: WeightFormat
@@ -145,8 +146,12 @@ class WeightSource:
         present = [scale for scale in scales if scale is not None]
         return torch.stack(present).amax() if len(present) == total else None
 
-    def _scale(self, name: str, shape: tuple[int, ...], cut: Cut) -> Tensor:
-        return read_scale(self.reader, name, self._read(name, shape, cut))
+    def _scale(self, name: str, shape: tuple[int, ...] | None = None, cut: Cut = UNCUT) -> Tensor:
+        """shape: of a scale that is not one for the whole tensor."""
+        scale = read_scale(self.reader, name, None if shape is None else self._read(name, shape, cut))
+        if not all_finite(scale):
+            self.not_finite.append(name)
+        return scale
 
     def _read(self, name: str, shape: tuple[int, ...], cut: Cut) -> Tensor:
         info = self.reader.info(name)

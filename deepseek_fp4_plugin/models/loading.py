@@ -1,5 +1,6 @@
 """Stream a checkpoint into a model, or into one decoder layer, reading only this rank's slices."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM, resolv
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # parts done, parts in all
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16}
 
@@ -44,6 +46,16 @@ def load_model(
     )
     model = DeepseekV3ForCausalLM(config, mesh)
     load_weights(model, source, progress)
+    if source.not_finite:
+        count = f" ({len(source.not_finite)} such scales)" if len(source.not_finite) > 1 else ""
+        first = source.not_finite[0]
+        logger.warning(
+            "%s in %s holds NaN or infinity%s: requests that meet it will fail; download %s again",
+            first,
+            folder,
+            count,
+            reader.info(first).shard,
+        )
     model.path = folder
     model.quantization = examination.quantization
     reader.close()
