@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import cpu, decoded, reference
+from deepseek_fp4_plugin.kernels import cpu, decoded, ops, reference
 from deepseek_fp4_plugin.kernels.cpu.extension import native
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 
 ROTATED = 512 << 20  # bytes
-BF16 = torch.bfloat16
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
 SHAPES = ((7168, 7168), (2048, 7168), (7168, 2048))  # out, in: a square one, and the two of R1's experts
 FP4_SCALE = torch.tensor(2e-3)
+EXPERT_KINDS: tuple[tuple[str, Activations], ...] = (("experts w4a16", "bf16"), ("experts w4a4", "fp4"))
 
 
 @dataclass
@@ -143,9 +144,8 @@ def weight_bytes(part: WeightTensors) -> int:
     return part.weight.numel() * part.weight.element_size() + scale
 
 
-def rotating(parts: list[WeightTensors], backend, activations="bf16") -> Iterator[PreparedWeight]:
-    scale = FP4_SCALE if activations == "fp4" else None
-    return itertools.cycle([backend.prepare([part], BF16, activations, scale) for part in parts])
+def rotating(parts: list[WeightTensors], backend: str, activations: Activations = "bf16") -> Iterator[PreparedWeight]:
+    return itertools.cycle([ops.prepare([part], CPU, BF16, activations, backend) for part in parts])
 
 
 def products(shape: tuple[int, int]) -> list[Case]:
@@ -163,8 +163,8 @@ def products(shape: tuple[int, int]) -> list[Case]:
         cases.append(Case(name, f"{out} x {width}", rows, moved, flops, lambda: call(x), slow))
 
     nvfp4, fp8, plain = (weights(f) for f in (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK, WeightFormat.PLAIN))
-    w4a16, w4a4 = rotating(nvfp4, cpu), rotating(nvfp4, cpu, "fp4")
-    w8a16, law = rotating(fp8, cpu), rotating(nvfp4, reference)
+    w4a16, w4a4 = rotating(nvfp4, "cpu"), rotating(nvfp4, "cpu", "fp4")
+    w8a16, law = rotating(fp8, "cpu"), rotating(nvfp4, "reference")
     bf16 = itertools.cycle([part.weight for part in plain])
     for rows in (1, 2, 4, 8, 16, 64, 512):
         add("w4a16", rows, nvfp4[0], lambda x: cpu.linear(x, next(w4a16)))
@@ -190,10 +190,9 @@ def experts() -> list[Case]:
         active = round(sum(len(choice.unique()) for choice in choices) / len(choices))
         weights, x = torch.rand(tokens, k), torch.randn(tokens, hidden).to(BF16)
         flops = 2 * 3 * tokens * k * hidden * inner
-        for name, activations in (("experts w4a16", "bf16"), ("experts w4a4", "fp4")):
-            scale = FP4_SCALE if activations == "fp4" else None
-            gate_up = cpu.prepare(parts[:2], BF16, activations, scale)
-            down = cpu.prepare(parts[2:], BF16, activations, scale)
+        for name, activations in EXPERT_KINDS:
+            gate_up = ops.prepare(parts[:2], CPU, BF16, activations, "cpu")
+            down = ops.prepare(parts[2:], CPU, BF16, activations, "cpu")
 
             def fused(x=x, weights=weights, ids=ids, gate_up=gate_up, down=down):
                 return cpu.experts_mlp(x, next(ids), weights, gate_up, down)

@@ -55,14 +55,17 @@ def _packages() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     import torch
 
+    from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
     from deepseek_fp4_plugin.kernels import select
+    from deepseek_fp4_plugin.kernels.weights import Case
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     facts = {}
     for device in devices:
-        facts[f"weights on {device}"] = select.default_backend(device)
-        facts[f"attention on {device}"] = select.attention(device).__name__.rpartition(".")[2]
+        for weight in WeightFormat:
+            facts[f"{weight.name} weights on {device}"] = select.explain(Case(device, torch.bfloat16, weight))
+        facts[f"attention, norms, routing on {device}"] = select.explain(Case(device, torch.bfloat16))
         fp4 = select.has_fp4_tensor_cores(device)
         facts[f"nvfp4_activations=auto on {device}"] = "fp4" if fp4 else "bf16 (no FP4 tensor cores)"
     return facts

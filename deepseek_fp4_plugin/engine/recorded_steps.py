@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import select
+from deepseek_fp4_plugin.kernels.recording import Unrecordable
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 
 MAX_TOKENS = 16  # beyond, computing takes so long that the host does not matter
@@ -53,7 +54,7 @@ class RecordedSteps:
         places = [tensor.clone() for tensor in tensors]
         try:
             replay, results = self.recorder.record(lambda: self.function(*places, batch=static))
-        except select.Unrecordable:
+        except Unrecordable:
             self.recorder = None
             self._recordings.clear()
             return None

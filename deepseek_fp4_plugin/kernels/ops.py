@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import select
+from deepseek_fp4_plugin.kernels import reference, select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
-from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedWeight, WeightTensors
 
 __all__ = [
     "absorb",
@@ -61,8 +61,21 @@ def prepare(
             raise ValueError("FP4 activations need a positive input_scale for every quantized linear")
         input_scale = torch.stack([scale.float() for scale in scales]).amax().to(device)
     moved = [_to(part, device) for part in parts]
-    chosen = select.backend(backend or select.default_backend(device))
-    return chosen.prepare(moved, dtype, activations if nvfp4 else "bf16", input_scale)
+    if not nvfp4:
+        activations = "bf16"
+    columns = min(part.fp8_block[1] for part in parts)
+    case = Case(device, dtype, parts[0].format, activations, columns)
+    entry = select.named(backend) if backend else select.choose(case)
+    return PreparedWeight(
+        backend=entry.backend,
+        format=parts[0].format,
+        out_features=sum(part.out_features for part in parts),
+        in_features=parts[0].in_features,
+        dtype=dtype,
+        activations=activations,
+        input_scale=input_scale,
+        data=entry.backend.prepare(moved, dtype, activations, input_scale),
+    )
 
 
 def linear(x: Tensor, weight: PreparedWeight) -> Tensor:
@@ -85,42 +98,44 @@ def experts_mlp(
     x: [T, hidden].  expert_ids: int [T, k], -1 for an expert of another rank.  expert_weights: FP32 [T, k].
     observe: see kernels/reference/moe.py; for calibration.  Returns [T, hidden].
     """
-    return gate_up.backend.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+    if observe or down.backend is not gate_up.backend:
+        return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
+    return gate_up.backend.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., n].  weight: [n].  Returns x's shape and dtype; statistics FP32."""
-    return select.small(x.device).rms_norm(x, weight, eps)
+    return select.kernels(x.device, x.dtype).rms_norm(x, weight, eps)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, both [T, n]: the residual connections."""
-    return select.small(x.device).add(x, y)
+    return select.kernels(x.device, x.dtype).add(x, y)
 
 
 def concat(x: Tensor, y: Tensor) -> Tensor:
     """[T, n] and [T, m] to [T, n + m]."""
-    return select.small(x.device).concat(x, y)
+    return select.kernels(x.device, x.dtype).concat(x, y)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of weight [vocab, n] for ids int64 [T]: [T, n]. IndexError for an id outside the vocabulary."""
-    return select.small(weight.device).embedding(ids, weight)
+    return select.kernels(weight.device, weight.dtype).embedding(ids, weight)
 
 
 def argmax(logits: Tensor) -> Tensor:
     """[N, vocab] to int64 [N]; of equal ones the first."""
-    return select.small(logits.device).argmax(logits)
+    return select.kernels(logits.device, logits.dtype).argmax(logits)
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
     """FP32 cosines and sines [T, dim / 2] of positions int64 [T] times frequencies FP32 [dim / 2], times magnitude."""
-    return select.small(positions.device).cos_sin(positions, frequencies, magnitude)
+    return select.kernels(positions.device).cos_sin(positions, frequencies, magnitude)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent pairs.  x: [T, heads, d].  cos, sin: FP32 [T, d / 2].  Returns [T, heads, d] in x's dtype."""
-    return select.small(x.device).rotary(x, cos, sin)
+    return select.kernels(x.device, x.dtype).rotary(x, cos, sin)
 
 
 def route(
@@ -130,12 +145,12 @@ def route(
 
     bias: FP32 [experts], for the choice only. Within each token the experts come in any order.
     """
-    return select.small(logits.device).route(logits, bias, k, n_group, topk_group, normalize, scaling)
+    return select.kernels(logits.device).route(logits, bias, k, n_group, topk_group, normalize, scaling)
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x: [rows, in] by an unquantized weight [out, in], in the weight's dtype (FP32 for the router): [rows, out]."""
-    return select.small(x.device).plain_linear(x, weight)
+    return select.kernels(x.device, x.dtype).plain_linear(x, weight)
 
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
@@ -156,16 +171,18 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 
     kv: [T, latent + rope], kv_a_proj's output.  weight: [latent], the norm's.  cos, sin: FP32 [T, rope / 2].
     """
-    return select.small(kv.device).latent_entries(kv, weight, eps, cos, sin)
+    return select.kernels(kv.device, kv.dtype).latent_entries(kv, weight, eps, cos, sin)
 
 
 def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
     """Write entries [T, width] at their slots int64 [T] of cache [blocks, block_size, width]; FP8 saturates at 448."""
-    select.small(cache.device).store_entries(cache, slots, entries)
+    select.kernels(entries.device, entries.dtype).store_entries(cache, slots, entries)
 
 
 def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
     """down(silu(gate x) * up x): x [rows, hidden] to [rows, hidden]."""
+    if down.backend is not gate_up.backend:
+        return reference.gated_mlp(x, gate_up, down)
     return gate_up.backend.gated_mlp(x, gate_up, down)
 
 
@@ -174,7 +191,7 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     q: [T, heads, d].  k: [S, heads, d].  v: [S, heads, dv].  Returns [T, heads, dv].
     """
-    return select.attention(q.device).expanded_attention(q, k, v, scale)
+    return select.kernels(q.device, q.dtype).expanded_attention(q, k, v, scale)
 
 
 def absorbed_attention(
@@ -195,8 +212,8 @@ def absorbed_attention(
     block_tables: int64 [R, B].  query_start: int64 [R + 1].  context_lens: int64 [R], newest tokens included.
     max_query, max_context: host bounds of both.  Returns [T, heads, latent].
     """
-    backend = select.attention(q_latent.device)
-    return backend.absorbed_attention(
+    kernels = select.kernels(q_latent.device, q_latent.dtype)
+    return kernels.absorbed_attention(
         q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
     )
 

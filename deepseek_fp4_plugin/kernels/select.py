@@ -1,64 +1,109 @@
-"""The choice of backend, made once for each weight when it is prepared. Alone in importing backends.
+"""The choice of backend, made once for each weight and each device. Alone in importing backends.
 
-| device | backend | what it is |
-| CPU    | cpu     | native kernels on the checkpoint's bytes, BF16 activations; where the extension was built |
-| CPU    | decoded | weights decoded once at load to the compute dtype, then the platform's matrix product |
-| CUDA   | decoded | the same |
-| any    | reference | checkpoint bytes, decoded in FP32 on every call: the law that the others are tested against |
+`TABLE` is asked from the top; the first backend that does not refuse a weight prepares it and multiplies by it. What
+works without a prepared weight is the first one's on the device.
+
+    cpu        native kernels on the checkpoint's bytes, BF16 activations; where the extension was built
+    decoded    weights decoded once at load to the compute dtype, then the platform's matrix product; any device
+    reference  checkpoint bytes, decoded in FP32 on every call: the law that the others are tested against
 """
 
 import functools
+import inspect
 import warnings
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from deepseek_fp4_plugin.kernels import cpu, decoded, reference
-from deepseek_fp4_plugin.kernels.cpu.recording import Unrecordable as Unrecordable
+from deepseek_fp4_plugin.kernels.cuda_graph import GraphRecorder
+from deepseek_fp4_plugin.kernels.recording import Recorder
+from deepseek_fp4_plugin.kernels.weights import Backend, Case
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "decoded": decoded, "reference": reference}
+
+@dataclass(frozen=True)
+class Entry:
+    """refuses: why this backend does not serve a case, or None.  reason: why it is preferred where it does."""
+
+    name: str
+    backend: Backend
+    refuses: Callable[[Case], str | None]
+    reason: str
 
 
-def default_backend(device: torch.device) -> str:
-    """The backend that prepares weights on `device` unless the caller names one."""
-    return "cpu" if device.type == "cpu" and _native() else "decoded"
+def checked(name: str, backend: Backend) -> Backend:
+    """The backend. Raises TypeError naming every operation that it lacks or takes with other arguments."""
+    wrong = []
+    for operation, wanted in vars(Backend).items():
+        if operation.startswith("_") or not inspect.isfunction(wanted):
+            continue
+        own = getattr(backend, operation, None)
+        if not callable(own):
+            wrong.append(f"{operation} is missing")
+            continue
+        expected = list(inspect.signature(wanted).parameters)[1:]  # without self
+        given = list(inspect.signature(own).parameters.values())
+        surplus = given[len(expected) :]
+        if [p.name for p in given[: len(expected)]] != expected or any(p.default is p.empty for p in surplus):
+            wrong.append(f"{operation} does not take ({', '.join(expected)})")
+    if wrong:
+        raise TypeError(f"kernel backend {name!r} is not complete: {'; '.join(wrong)}")
+    return backend
+
+
+TABLE: tuple[Entry, ...] = (
+    Entry("cpu", checked("cpu", cpu), cpu.refuses, "native kernels on the checkpoint's bytes"),
+    Entry("decoded", checked("decoded", decoded), lambda case: None, "decoded once at load, the platform's products"),
+    Entry("reference", checked("reference", reference), lambda case: None, "plain torch, decoded on every call"),
+)
+
+
+def choose(case: Case) -> Entry:
+    """The first entry of the table that serves the case; a processor without its native kernels is told of once."""
+    if case.device.type == "cpu" and not cpu.available():
+        _warn()
+    return next(entry for entry in TABLE if entry.refuses(case) is None)
+
+
+def named(name: str) -> Entry:
+    """The entry of this name. Raises ValueError for one that is unknown or cannot run here."""
+    for entry in TABLE:
+        if entry.name == name:
+            if name == "cpu" and not cpu.available():
+                raise ValueError(f"kernel backend 'cpu' cannot run here: {cpu.NOT_BUILT}")
+            return entry
+    raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(entry.name for entry in TABLE)}")
 
 
 @functools.cache
-def _native() -> bool:
-    """Whether the CPU extension is there; the first question warns if it is not."""
-    if not cpu.available():
-        warnings.warn(
-            "the native CPU kernels are not built, so weights are decoded to BF16 and run several times slower; "
-            "reinstall the package with a C++17 compiler and cmake at hand",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return cpu.available()
+def kernels(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
+    """The backend of operations without a prepared weight on tensors of `dtype`; None where they have one only."""
+    return choose(Case(device, dtype)).backend
 
 
-def backend(name: str) -> ModuleType:
-    if name == "cpu" and not cpu.available():
-        raise ValueError("kernel backend 'cpu' was not built: reinstall the package with a C++17 compiler and cmake")
-    try:
-        return BACKENDS[name]
-    except KeyError:
-        raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(BACKENDS)}") from None
+def explain(case: Case) -> str:
+    """Which backend serves a case, and why: for people."""
+    chosen = choose(case)
+    refused = [f"{e.name}: {why}" for e in TABLE[: TABLE.index(chosen)] if (why := e.refuses(case))]
+    return f"{chosen.name} ({'; '.join([chosen.reason, *refused])})"
 
 
-def attention(device: torch.device) -> ModuleType:
-    """The backend whose attention runs on `device`."""
-    return cpu if device.type == "cpu" and _native() else decoded
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        "the native CPU kernels are not built, so weights are decoded to BF16 and run several times slower; "
+        "reinstall the package with a C++17 compiler and cmake at hand",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
-def small(device: torch.device) -> ModuleType:
-    """The backend whose operations without a prepared weight run on `device`."""
-    return cpu if device.type == "cpu" and _native() else reference
-
-
-def recorder(device: torch.device) -> cpu.Recorder | None:
+def recorder(device: torch.device) -> Recorder | None:
     """What records and replays kernels on `device`, if anything does."""
-    return cpu.Recorder() if device.type == "cpu" and _native() else None
+    if device.type == "cuda":
+        return GraphRecorder(device)
+    return cpu.Recorder() if cpu.refuses(Case(device)) is None else None
 
 
 def has_fp4_tensor_cores(device: torch.device) -> bool:

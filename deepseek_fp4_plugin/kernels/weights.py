@@ -1,8 +1,8 @@
-"""What goes into a kernel's weight preparation, and the opaque thing that comes out."""
+"""What goes into a kernel's weight preparation, the opaque thing that comes out, and the contract of who makes it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class PreparedWeight:
     dtype: the activations' dtype.  activations: "fp4" rounds the input to NVFP4 with `input_scale` before multiplying.
     """
 
-    backend: ModuleType
+    backend: "Backend"
     format: WeightFormat
     out_features: int
     in_features: int
@@ -54,3 +54,98 @@ class PreparedWeight:
     activations: Activations
     input_scale: OptionalTensor
     data: Any
+
+
+class Case(NamedTuple):
+    """What a backend may be asked to serve: a weight, or with `format` None tensors of `dtype`; None is any dtype."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    format: WeightFormat | None = None
+    activations: Activations = "bf16"
+    scale_columns: int = 128  # of an FP8 weight
+
+
+class Backend(Protocol):
+    """What a kernel backend must offer: every operation of `kernels.ops`, with these arguments.
+
+    A backend is a module. For an operation that it has no kernel of its own for it takes another's function. Shapes and
+    meaning are those of `kernels.ops`; `prepare` returns what the backend wants to find in PreparedWeight.data.
+    """
+
+    def prepare(
+        self,
+        parts: Sequence[WeightTensors],
+        dtype: torch.dtype,
+        activations: Activations,
+        input_scale: OptionalTensor,
+        /,
+    ) -> Any: ...
+
+    # By a prepared weight.
+    def linear(self, x: Tensor, weight: PreparedWeight, expert: int | None = None, /) -> Tensor: ...
+
+    def gated_mlp(self, x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, /) -> Tensor: ...
+
+    def experts_mlp(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        gate_up: PreparedWeight,
+        down: PreparedWeight,
+        /,
+    ) -> Tensor: ...
+
+    def absorb(self, q_nope: Tensor, kv_b: PreparedWeight, /) -> Tensor: ...
+
+    def values_from_latent(self, attended: Tensor, kv_b: PreparedWeight, v: int, /) -> Tensor: ...
+
+    # By plain tensors.
+    def plain_linear(self, x: Tensor, weight: Tensor, /) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, /) -> Tensor: ...
+
+    def add(self, x: Tensor, y: Tensor, /) -> Tensor: ...
+
+    def concat(self, x: Tensor, y: Tensor, /) -> Tensor: ...
+
+    def embedding(self, ids: Tensor, weight: Tensor, /) -> Tensor: ...
+
+    def argmax(self, logits: Tensor, /) -> Tensor: ...
+
+    def cos_sin(self, positions: Tensor, frequencies: Tensor, magnitude: float, /) -> tuple[Tensor, Tensor]: ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor: ...
+
+    def route(
+        self,
+        logits: Tensor,
+        bias: Tensor,
+        k: int,
+        n_group: int,
+        topk_group: int,
+        normalize: bool,
+        scaling: float,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def latent_entries(self, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, /) -> Tensor: ...
+
+    def store_entries(self, cache: Tensor, slots: Tensor, entries: Tensor, /) -> None: ...
+
+    def expanded_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, /) -> Tensor: ...
+
+    def absorbed_attention(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        max_query: int,
+        max_context: int,
+        scale: float,
+        /,
+    ) -> Tensor: ...

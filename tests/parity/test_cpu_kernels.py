@@ -5,6 +5,8 @@ few thousand additions (about 1e-5 of the largest result), and after it by one B
 2^-8 of a value, at most 2^-8 of the largest. Two steps are allowed.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,8 +72,8 @@ FORMAT_IDS = ["bf16", "fp8", "w4a16", "w4a4"]
 
 
 def both(parts, activations, input_scale=2e-3):
-    scale = torch.tensor(input_scale) if activations == "fp4" else None
-    return [backend.prepare(parts, BF16, activations, scale) for backend in (cpu, reference)]
+    parts = [replace(part, input_scale=torch.tensor(input_scale)) for part in parts]
+    return [ops.prepare(parts, torch.device("cpu"), BF16, activations, backend) for backend in ("cpu", "reference")]
 
 
 @pytest.mark.parametrize(("weight_format", "activations"), FORMATS, ids=FORMAT_IDS)

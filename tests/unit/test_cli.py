@@ -204,7 +204,7 @@ def test_doctor(capsys) -> None:
     assert run(["doctor", "--json", "-"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["torch"] == torch.__version__
-    assert facts["kernels"]["weights on cpu"] and "GiB" in facts["machine"]["memory"]
+    assert facts["kernels"]["NVFP4 weights on cpu"] and "GiB" in facts["machine"]["memory"]
     assert run(["doctor"]) == 0
     assert torch.__version__ in capsys.readouterr().out
 

@@ -15,7 +15,8 @@ from deepseek_fp4_plugin.kernels.cpu.attention import (
 )
 from deepseek_fp4_plugin.kernels.cpu.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.cpu.embedding import embedding
-from deepseek_fp4_plugin.kernels.cpu.extension import available, path, paths, use_path
+from deepseek_fp4_plugin.kernels.cpu.extension import NOT_BUILT, available, path, paths, use_path
+from deepseek_fp4_plugin.kernels.cpu.limits import refuses
 from deepseek_fp4_plugin.kernels.cpu.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.cpu.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cpu.norm import rms_norm
@@ -26,6 +27,7 @@ from deepseek_fp4_plugin.kernels.cpu.routing import route
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
 
 __all__ = [
+    "NOT_BUILT",
     "Recorder",
     "absorb",
     "absorbed_attention",
@@ -45,6 +47,7 @@ __all__ = [
     "plain_linear",
     "prepare",
     "quantize_activation",
+    "refuses",
     "rms_norm",
     "rotary",
     "route",

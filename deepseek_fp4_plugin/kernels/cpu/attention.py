@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels import decoded, reference
-from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
@@ -19,15 +18,12 @@ def absorbed_attention(
     max_context: int,
     scale: float,
 ) -> Tensor:
-    """See kernels/reference/attention.py. Scores and sums FP32, probabilities BF16; other dtypes take another path.
+    """See kernels/reference/attention.py. Scores and sums FP32, probabilities BF16; cache in BF16 or FP8.
 
     A query's result does not depend on the other queries, on those behind it in its request, or on threads.
     """
     fp8 = cache.dtype is torch.float8_e4m3fn
-    if q_latent.dtype is not torch.bfloat16 or not (fp8 or cache.dtype is torch.bfloat16):
-        return decoded.absorbed_attention(
-            q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
-        )
+    require_bf16(q_latent, q_rope, *([] if fp8 else [cache]))
     q_latent = q_latent if q_latent.stride(2) == 1 else q_latent.contiguous()
     q_rope = q_rope if q_rope.stride(2) == 1 else q_rope.contiguous()
     block_tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
@@ -68,9 +64,9 @@ def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """See kernels/reference/attention.py; BF16 here, other dtypes there."""
-    if kv.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16 or kv.stride(1) != 1:
-        return reference.latent_entries(kv, weight, eps, cos, sin)
+    """See kernels/reference/attention.py; BF16."""
+    require_bf16(kv, weight)
+    kv = kv if kv.stride(1) == 1 else kv.contiguous()
     tokens, width = kv.shape
     latent = weight.shape[0]
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -91,10 +87,11 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 
 
 def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
-    """See kernels/reference/attention.py; BF16 entries into a BF16 or FP8 cache here, others there."""
+    """See kernels/reference/attention.py; BF16 entries into a BF16 or FP8 cache."""
     fp8 = cache.dtype is torch.float8_e4m3fn
-    if entries.dtype is not torch.bfloat16 or not (fp8 or cache.dtype is torch.bfloat16) or not cache.is_contiguous():
-        return reference.store_entries(cache, slots, entries)
+    require_bf16(entries, *([] if fp8 else [cache]))
+    if not cache.is_contiguous():
+        raise ValueError(f"one layer's latent cache must be contiguous; strides are {cache.stride()}")
     entries, slots = entries.contiguous(), slots.contiguous()
     native.store_entries(entries.data_ptr(), *entries.shape, slots.data_ptr(), cache.data_ptr(), fp8)
 

@@ -3,11 +3,17 @@
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
 native: Any
 try:
     from deepseek_fp4_plugin.kernels.cpu import _native as native  # type: ignore[attr-defined,no-redef]
 except ImportError:
     native = None
+
+
+NOT_BUILT = "it was not built; reinstall the package with a C++17 compiler and cmake at hand"
 
 
 def available() -> bool:
@@ -23,6 +29,13 @@ def paths() -> list[str]:
 def path() -> str:
     """The path in use."""
     return native.path()
+
+
+def require_bf16(*tensors: Tensor) -> None:
+    """Raises ValueError for tensors that the kernels do not read."""
+    for tensor in tensors:
+        if tensor.dtype is not torch.bfloat16:
+            raise ValueError(f"the CPU kernels take BF16, not {tensor.dtype}")
 
 
 @contextmanager

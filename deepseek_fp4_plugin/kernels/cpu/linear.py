@@ -5,7 +5,6 @@ activations give exact integers for each block of 16. Up to 32 rows (16 of BF16 
 not depend on the others.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import decoded, reference
-from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
 _FORMATS = {WeightFormat.PLAIN: 0, WeightFormat.FP8_BLOCK: 1, WeightFormat.NVFP4: 2}
-_ALIGNED_COLUMNS = 64  # FP8 scale blocks must be whole multiples of this many columns
 _FEW_ROWS = 16  # up to this many rows of BF16 weights our product beats the platform's
 
 
@@ -31,12 +29,8 @@ class NativeWeight(NamedTuple):
 
 def prepare(
     parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
-) -> PreparedWeight:
-    """Keep the parts' bytes. What the extension has no kernel for is decoded once: other dtypes than BF16, and FP8
-    slices that cut through scale blocks."""
-    fp8 = parts[0].format is WeightFormat.FP8_BLOCK
-    if dtype is not torch.bfloat16 or (fp8 and any(part.fp8_block[1] % _ALIGNED_COLUMNS for part in parts)):
-        return decoded.prepare(parts, dtype, activations, input_scale)
+) -> NativeWeight:
+    """Keep the parts' bytes, and describe them to the extension."""
     kept = tuple(_contiguous(part) for part in parts)
     experts = kept[0].weight.shape[0] if kept[0].weight.ndim == 3 else 1
     handle = native.weight(
@@ -47,22 +41,12 @@ def prepare(
         float(input_scale) if activations == "fp4" else 0.0,
         [(_address(part.weight), _address(part.scale), _address(part.scale_2), part.out_features) for part in kept],
     )
-    return PreparedWeight(
-        backend=sys.modules["deepseek_fp4_plugin.kernels.cpu"],
-        format=kept[0].format,
-        out_features=sum(part.out_features for part in kept),
-        in_features=kept[0].in_features,
-        dtype=dtype,
-        activations=activations,
-        input_scale=input_scale,
-        data=NativeWeight(handle, kept),
-    )
+    return NativeWeight(handle, kept)
 
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
     """x: BF16 [rows, in].  Returns BF16 [rows, out]; `expert` picks one of a stack."""
-    if x.dtype is not torch.bfloat16:
-        raise ValueError(f"the CPU kernels multiply BF16 activations, not {x.dtype}")
+    require_bf16(x)
     rows = x.shape[0]
     if weight.format is WeightFormat.PLAIN and rows > _FEW_ROWS:
         values = [part.weight if expert is None else part.weight[expert] for part in weight.data.parts]
@@ -76,9 +60,9 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See kernels/reference/linear.py. A few BF16 rows by BF16 or FP32 weights here, the rest by the platform."""
+    """See kernels/reference/linear.py. A few BF16 rows by BF16 or FP32 weights here, more by the platform."""
     rows, (out, width) = x.shape[0], weight.shape
-    if x.dtype is not torch.bfloat16 or rows > _FEW_ROWS or not weight.is_contiguous() or x.shape[1] != width:
+    if rows > _FEW_ROWS or not weight.is_contiguous() or x.shape[1] != width:
         return reference.plain_linear(x, weight)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(rows, out, dtype=weight.dtype)

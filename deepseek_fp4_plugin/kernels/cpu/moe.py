@@ -5,8 +5,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cpu.extension import native
-from deepseek_fp4_plugin.kernels.reference.moe import Observe
+from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _FEW_ROWS = 16
@@ -18,27 +17,19 @@ def experts_mlp(
     expert_weights: Tensor,
     gate_up: PreparedWeight,
     down: PreparedWeight,
-    observe: Observe | None = None,
 ) -> Tensor:
     """See kernels/reference/moe.py; the same rounding points."""
-    if observe or down.backend is not gate_up.backend:
-        return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down, observe)
-    if x.dtype is not torch.bfloat16:
-        raise ValueError(f"the CPU kernels multiply BF16 activations, not {x.dtype}")
+    require_bf16(x)
     ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
     return _run(x.contiguous(), ids, weights, gate_up, down)
 
 
 def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
     """See kernels/reference/moe.py: the grouped kernel with one expert."""
-    if gate_up.backend is not down.backend or x.dtype is not torch.bfloat16 or _is_large(gate_up, x.shape[0]):
+    require_bf16(x)
+    if gate_up.format is WeightFormat.PLAIN and x.shape[0] > _FEW_ROWS:  # these products are the platform's
         return reference.gated_mlp(x, gate_up, down)
     return _run(x.contiguous(), None, None, gate_up, down)
-
-
-def _is_large(weight: PreparedWeight, rows: int) -> bool:
-    """Many rows of BF16 weights are the platform's."""
-    return weight.format is WeightFormat.PLAIN and rows > _FEW_ROWS
 
 
 def _run(

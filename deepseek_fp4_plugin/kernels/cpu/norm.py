@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See kernels/reference/norm.py; BF16 here, other dtypes there."""
-    if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
-        return reference.rms_norm(x, weight, eps)
+    """See kernels/reference/norm.py; BF16."""
+    require_bf16(x, weight)
     n = x.shape[-1]
     rows = x if x.ndim == 2 and x.stride(1) == 1 else x.contiguous().view(-1, n)
     y = torch.empty(x.shape, dtype=torch.bfloat16)

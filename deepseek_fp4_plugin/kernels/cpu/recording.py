@@ -16,12 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepseek_fp4_plugin.kernels.cpu.extension import native
-
-Results = tuple[Tensor, ...]
-
-
-class Unrecordable(RuntimeError):
-    """The function computes something outside the native kernels."""
+from deepseek_fp4_plugin.kernels.recording import Results, Unrecordable
 
 
 class Recorder:

@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
     """See kernels/reference/rotary.py; FP32 to a unit in the last place."""
-    if positions.dtype is not torch.int64 or frequencies.dtype is not torch.float32:
-        return reference.cos_sin(positions, frequencies, magnitude)
     positions, frequencies = positions.contiguous(), frequencies.contiguous()
     tokens, n = positions.shape[0], frequencies.shape[0]
     cos, sin = torch.empty(tokens, n, dtype=torch.float32), torch.empty(tokens, n, dtype=torch.float32)
@@ -19,9 +16,8 @@ def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> t
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See kernels/reference/rotary.py; BF16 here, other dtypes there."""
-    if x.dtype is not torch.bfloat16:
-        return reference.rotary(x, cos, sin)
+    """See kernels/reference/rotary.py; BF16."""
+    require_bf16(x)
     x = x if x.stride(2) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty(x.shape, dtype=torch.bfloat16)

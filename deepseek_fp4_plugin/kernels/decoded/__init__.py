@@ -11,15 +11,40 @@ from deepseek_fp4_plugin.kernels.decoded.attention import (
     values_from_latent,
 )
 from deepseek_fp4_plugin.kernels.decoded.linear import linear, prepare
-from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
+from deepseek_fp4_plugin.kernels.reference import (
+    add,
+    argmax,
+    concat,
+    cos_sin,
+    embedding,
+    experts_mlp,
+    gated_mlp,
+    latent_entries,
+    plain_linear,
+    rms_norm,
+    rotary,
+    route,
+    store_entries,
+)
 
 __all__ = [
     "absorb",
     "absorbed_attention",
+    "add",
+    "argmax",
+    "concat",
+    "cos_sin",
+    "embedding",
     "expanded_attention",
     "experts_mlp",
     "gated_mlp",
+    "latent_entries",
     "linear",
+    "plain_linear",
     "prepare",
+    "rms_norm",
+    "rotary",
+    "route",
+    "store_entries",
     "values_from_latent",
 ]

@@ -1,6 +1,5 @@
 """y = x W^T on decoded weights."""
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,8 @@ class Decoded(NamedTuple):
 
 def prepare(
     parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
-) -> PreparedWeight:
+) -> Decoded:
+    """One tensor for all parts."""
     if parts[0].format is WeightFormat.NVFP4:
         values = torch.cat([nvfp4.block_values(part.weight, part.scale, dtype) for part in parts], -2)
         scales = [part.scale_2.unsqueeze(-1).expand(*part.weight.shape[:-1]) for part in parts]
@@ -32,16 +32,7 @@ def prepare(
     else:
         values = torch.cat([dequantized(part).to(dtype) for part in parts], -2)
         row_scale = None
-    return PreparedWeight(
-        backend=sys.modules["deepseek_fp4_plugin.kernels.decoded"],
-        format=parts[0].format,
-        out_features=values.shape[-2],
-        in_features=values.shape[-1],
-        dtype=dtype,
-        activations=activations,
-        input_scale=input_scale,
-        data=Decoded(values, row_scale),
-    )
+    return Decoded(values, row_scale)
 
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:

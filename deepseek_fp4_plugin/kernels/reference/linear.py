@@ -1,6 +1,5 @@
 """y = x W^T for every weight format. FP32 throughout; one rounding, of the result, to the activations' dtype."""
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -13,18 +12,9 @@ from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 
 def prepare(
     parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
-) -> PreparedWeight:
+) -> tuple[WeightTensors, ...]:
     """Keep the parts as they are; the product concatenates their outputs."""
-    return PreparedWeight(
-        backend=sys.modules["deepseek_fp4_plugin.kernels.reference"],
-        format=parts[0].format,
-        out_features=sum(part.out_features for part in parts),
-        in_features=parts[0].in_features,
-        dtype=dtype,
-        activations=activations,
-        input_scale=input_scale,
-        data=tuple(parts),
-    )
+    return tuple(parts)
 
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:

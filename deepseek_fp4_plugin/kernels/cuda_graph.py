@@ -1,0 +1,34 @@
+"""A function's work on a GPU as one CUDA graph."""
+
+from collections.abc import Callable
+
+import torch
+
+from deepseek_fp4_plugin.kernels.recording import Results
+
+
+class GraphRecorder:
+    """Captures functions into graphs that share one memory pool: a replay overwrites what the last one has left."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], Results]) -> tuple[Callable[[], Results], Results]:
+        """See recording.Recorder. Here the function runs once before it is captured, so that what is made at a first
+        call (compiled kernels, libraries' work spaces) is there, and the results hold nothing until the first replay.
+        """
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            results = function()
+
+        def replay() -> Results:
+            graph.replay()
+            return results
+
+        return replay, results

@@ -1,0 +1,61 @@
+"""The table of kernel backends: complete by check, chosen once, for a reason that can be read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import cpu, decoded, reference, select
+from deepseek_fp4_plugin.kernels.weights import Case
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+CUDA = torch.device("cuda")  # a choice needs no such device
+
+
+def without(module, *names: str) -> SimpleNamespace:
+    return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__ if name not in names})
+
+
+def test_every_registered_backend_is_complete():
+    for entry in select.TABLE:
+        assert select.checked(entry.name, entry.backend) is entry.backend
+
+
+def test_a_missing_operation_is_found_at_registration():
+    with pytest.raises(TypeError, match=r"kernel backend 'half' is not complete.*absorb is missing.*route is missing"):
+        select.checked("half", without(reference, "route", "absorb"))
+
+
+def test_other_arguments_are_found_at_registration():
+    broken = without(reference)
+    broken.rms_norm = lambda x, eps: x
+    broken.add = lambda x, y, z: x
+    broken.argmax = lambda logits, more=None: logits  # what a caller may leave out does no harm
+    with pytest.raises(TypeError, match=r"^kernel backend 'odd' is not complete: rms_norm .*; add does") as caught:
+        select.checked("odd", broken)
+    assert "argmax" not in str(caught.value)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
+def test_choices():
+    for weight in WeightFormat:
+        assert select.choose(Case(CPU, BF16, weight)).backend is cpu
+        assert select.choose(Case(CPU, torch.float32, weight)).backend is decoded
+        assert select.choose(Case(CUDA, BF16, weight)).backend is decoded
+    assert select.choose(Case(CPU, BF16, WeightFormat.FP8_BLOCK, scale_columns=32)).backend is decoded
+    assert select.kernels(CPU, BF16) is select.kernels(CPU) is cpu
+    assert select.kernels(CPU, torch.float32) is decoded
+
+
+def test_the_reason_is_told(monkeypatch):
+    assert select.explain(Case(CPU, torch.float32)).startswith("decoded (decoded once at load")
+    assert "cpu: its activations are BF16" in select.explain(Case(CPU, torch.float32))
+    monkeypatch.setattr("deepseek_fp4_plugin.kernels.cpu.limits.available", lambda: False)
+    assert "cpu: it was not built; reinstall" in select.explain(Case(CPU, BF16))
+
+
+def test_names():
+    assert select.named("reference").backend is reference
+    with pytest.raises(ValueError, match="unknown kernel backend 'gpu'; choose from cpu, decoded, reference"):
+        select.named("gpu")
