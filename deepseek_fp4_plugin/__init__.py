@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek_fp4_plugin.config import EngineConfig, GuidedDecodingParams, SamplingParams
+    from deepseek_fp4_plugin.config import EngineConfig, GuidedDecodingParams, SamplingParams, SchedulingParams
     from deepseek_fp4_plugin.llm import LLM
 
 _HOMES = {
@@ -17,9 +17,10 @@ _HOMES = {
     "EngineConfig": "deepseek_fp4_plugin.config",
     "GuidedDecodingParams": "deepseek_fp4_plugin.config",
     "SamplingParams": "deepseek_fp4_plugin.config",
+    "SchedulingParams": "deepseek_fp4_plugin.config",
 }
 
-__all__ = ["LLM", "EngineConfig", "GuidedDecodingParams", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "GuidedDecodingParams", "SamplingParams", "SchedulingParams"]
 
 
 def __getattr__(name: str) -> Any:

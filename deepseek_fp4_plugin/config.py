@@ -250,6 +250,17 @@ class SamplingParams(Choices):
         return cls(**values)
 
 
+class SchedulingParams(Choices):
+    """Where one request is served, under attention data parallelism.
+
+    attention_dp_rank: the rank that shall serve it; None: the one with least to do.  attention_dp_relax: another one,
+    where that rank is full.
+    """
+
+    attention_dp_rank: Annotated[Int, Field(ge=0)] | None = None
+    attention_dp_relax: Bool = False
+
+
 class SpeculativeConfig(Choices):
     """Speculative decoding with the checkpoint's multi-token-prediction (MTP) layer.
 
@@ -502,17 +513,17 @@ class EngineConfig(Choices):
     def ignored_settings(self, device: str) -> list[str]:
         """One line for each setting given that means nothing on `device` ("cpu" or "cuda")."""
         lines = []
-        if self.tensor_parallel_size > 1 or self.enable_attention_dp:
-            given = [f"tensor_parallel_size={self.tensor_parallel_size}"] if self.tensor_parallel_size > 1 else []
-            given += ["enable_attention_dp=True"] if self.enable_attention_dp else []
-            where = "the CPU" if device == "cpu" else "one GPU"
-            lines.append(f"{', '.join(given)} ignored: this engine computes everything in one process, on {where}")
+        if self.enable_attention_dp and self.tensor_parallel_size == 1:
+            lines.append("enable_attention_dp=True ignored: there is one rank; tensor_parallel_size says how many")
+        if "attention_dp_config" in self.model_fields_set and not self.enable_attention_dp:
+            lines.append("attention_dp_config ignored: enable_attention_dp is not set")
+        if "moe_config" in self.model_fields_set and self.moe_config.backend != "AUTO":
+            why = "it names GPU kernels, and this is a CPU" if device == "cpu" else "there is one kernel family here"
+            lines.append(f"moe_backend={self.moe_config.backend} ignored: {why}")
         if device != "cpu":
             return lines
         if "cuda_graph_config" in self.model_fields_set and self.cuda_graph_config is not None:
             lines.append("use_cuda_graph (cuda_graph_config) ignored: CUDA graphs need a GPU")
-        if "moe_config" in self.model_fields_set and self.moe_config.backend != "AUTO":
-            lines.append(f"moe_backend={self.moe_config.backend} ignored: it names GPU kernels, and this is a CPU")
         if "free_gpu_memory_fraction" in self.kv_cache_config.model_fields_set:
             fraction = self.kv_cache_config.free_gpu_memory_fraction
             lines.append(

@@ -8,25 +8,29 @@ with LLM(model="r1_nano") as llm:
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from deepseek_fp4_plugin.config import EngineConfig, SamplingParams
+from deepseek_fp4_plugin.checkpoint.hub import resolve
+from deepseek_fp4_plugin.config import EngineConfig, SamplingParams, SchedulingParams
 from deepseek_fp4_plugin.engine.admission import Admission
-from deepseek_fp4_plugin.engine.async_engine import AsyncEngine, RequestHandle
+from deepseek_fp4_plugin.engine.async_engine import AsyncEngine, EngineDeadError, RequestHandle
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
+from deepseek_fp4_plugin.engine.distribution import Balance
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
 from deepseek_fp4_plugin.engine.executor import Executor, InProcessExecutor
+from deepseek_fp4_plugin.engine.launch import start_executor
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.engine.request import GenerationError, RequestError
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Logprob
 from deepseek_fp4_plugin.engine.worker import Worker
+from deepseek_fp4_plugin.engine.worker_group import Progress
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.models.loading import load_model
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 __all__ = [
@@ -74,13 +78,29 @@ class LLM:
         device = torch.device(config.resolved_device() if loaded is None else _device_of(loaded))
         for line in config.ignored_settings(device.type):
             logger.warning(line)
-        if loaded is None:
-            loaded = load_model(name, config.dtype, device, config.nvfp4_activations, progress=progress)
-        self._executor: Executor = InProcessExecutor.of(Worker(config, loaded))
-        facts = self._executor.facts
-        self.model_config = facts.model_config
-        self.tokenizer = _tokenizer(tokenizer or config.tokenizer, facts.path)
-        engine = _engine(config, self._executor, self.tokenizer)
+        if loaded is not None and config.tensor_parallel_size > 1:
+            logger.warning(
+                f"tensor_parallel_size={config.tensor_parallel_size} ignored: the model is an object of this process; "
+                "give its folder to have each rank load its slice"
+            )
+        folder = loaded.path if loaded is not None else resolve(name)
+        self.tokenizer = _tokenizer(tokenizer or config.tokenizer, folder)
+
+        def executor(progress: Progress | None = None) -> Executor:
+            if loaded is not None:
+                return InProcessExecutor.of(Worker(config, loaded))
+            assert folder is not None
+            return start_executor(config, folder, device, progress)
+
+        self._new_executor = executor
+        self._changing, self._shut = threading.Lock(), False
+        self._start(executor(progress))
+
+    def _start(self, executor: Executor) -> None:
+        """An engine over the workers, and what makes its requests."""
+        self._executor, config = executor, self.config
+        self.model_config = executor.facts.model_config
+        engine = _engine(config, executor, self.tokenizer)
         self._admission = Admission(
             self.tokenizer,
             self.vocab_size,
@@ -100,6 +120,7 @@ class LLM:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
+        scheduling_params: SchedulingParams | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Generate for one prompt (text or token ids) or a list of them; one RequestOutput each, in order.
 
@@ -114,7 +135,7 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts came with {len(sampling_params)} sampling_params")  # type: ignore[arg-type]
         each = list(cast("Sequence", sampling_params)) if many else [sampling_params] * len(prompts)
         handles = [
-            self._admission.handle(p, _params(s), False, priority, timeout, cache_salt)
+            self._admission.handle(p, _params(s), False, priority, timeout, cache_salt, scheduling_params)
             for p, s in zip(prompts, each, strict=True)
         ]
         for handle in handles:
@@ -146,13 +167,17 @@ class LLM:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
+        scheduling_params: SchedulingParams | None = None,
     ) -> RequestHandle:
         """Start one request and return at once. Iterate the handle (`for` or `async for`), or take its `.result()`.
 
         priority: higher is served first.  timeout: seconds until it ends with finish reason "timeout".
-        cache_salt: requests share cached prefixes only with those of the same salt.
+        cache_salt: requests share cached prefixes only with those of the same salt.  scheduling_params: which
+        attention-data-parallel rank serves it.
         """
-        handle = self._admission.handle(inputs, _params(sampling_params), streaming, priority, timeout, cache_salt)
+        handle = self._admission.handle(
+            inputs, _params(sampling_params), streaming, priority, timeout, cache_salt, scheduling_params
+        )
         self._engine.submit(handle)
         return handle
 
@@ -202,10 +227,28 @@ class LLM:
         """Raises EngineDeadError when the engine has stopped."""
         self._engine.check_health()
 
+    def restart(self) -> None:
+        """Start workers and engine anew, after a failure for instance. What was running ends as by `shutdown`.
+
+        Raises what starting raised; `check_health` then goes on telling of the failure, and it may be tried again.
+        """
+        with self._changing:
+            self._go_on()
+            self._engine.close()
+            self._executor.close()
+            self._start(self._new_executor(self._go_on))
+
+    def _go_on(self, *_: int) -> None:
+        """Raises EngineDeadError when `shutdown` was called meanwhile: loading is then cut short."""
+        if self._shut:
+            raise EngineDeadError("the engine was shut down")
+
     def shutdown(self) -> None:
-        """Cancel what is running and stop the engine's thread. The LLM is of no use afterwards."""
-        self._engine.close()
-        self._executor.close()
+        """Cancel what is running, stop the engine's thread and end the workers. The LLM is of no use afterwards."""
+        self._shut = True
+        with self._changing:
+            self._engine.close()
+            self._executor.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -233,7 +276,9 @@ def _engine(config: EngineConfig, executor: Executor, tokenizer: Tokenizer | Non
         )
 
     schedulers = [scheduler() for _ in range(executor.num_schedulers)]
-    return LLMEngine(schedulers, executor, facts.model_config.vocab_size)
+    waits = config.attention_dp_config
+    balance = Balance(waits.timeout_iters, waits.batching_wait_iters) if waits.enable_balance else None
+    return LLMEngine(schedulers, executor, facts.model_config.vocab_size, balance)
 
 
 def _tokenizer(given: str | Path | Tokenizer | None, path: Path | None) -> Tokenizer | None:

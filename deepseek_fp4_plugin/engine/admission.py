@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Sequence
 
-from deepseek_fp4_plugin.config import SamplingParams, SpeculativeConfig
+from deepseek_fp4_plugin.config import SamplingParams, SchedulingParams, SpeculativeConfig
 from deepseek_fp4_plugin.engine.async_engine import RequestHandle
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput, StopStrings
 from deepseek_fp4_plugin.engine.request import Request, RequestError, Stopping
@@ -40,6 +40,7 @@ class Admission:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
+        scheduling: SchedulingParams | None = None,
     ) -> RequestHandle:
         """One prompt's request, as many sequences as `n` says. Raises RequestError or ValueError for a bad one."""
         text, ids = self._prompt(prompt, params)
@@ -54,6 +55,7 @@ class Admission:
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         stopping = self._stopping(params, len(ids))
         relaxed_topk, relaxed_delta = self._relaxed(params)
+        scheduling = scheduling or SchedulingParams()
         requests, detokenizers = [], []
         output = RequestOutput(self._next_id, text, list(ids), [CompletionOutput(index=i) for i in range(n)])
         for index in range(n):
@@ -78,6 +80,8 @@ class Admission:
                     bad_words=self._bad_words(params),
                     stop_text=stop_text,
                     grammar=self._grammar(params, ids),
+                    dp_rank=scheduling.attention_dp_rank,
+                    dp_relax=scheduling.attention_dp_relax,
                 )
             )
             detokenizers.append(detokenizer)

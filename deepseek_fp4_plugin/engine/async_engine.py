@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
+from deepseek_fp4_plugin.engine.executor import WorkerError
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
@@ -43,6 +44,7 @@ class AsyncEngine:
         self._lock = threading.Lock()  # nothing is queued after the thread's last look
         self._thread = threading.Thread(target=self._run, name="deepseek-fp4-engine", daemon=True)
         self._thread.start()
+        engine.executor.watch(self._lose)
 
     def submit(self, handle: "RequestHandle") -> None:
         """Queue a handle's requests. Raises RequestError for one that cannot run, EngineDeadError when nothing can."""
@@ -84,13 +86,23 @@ class AsyncEngine:
                 self._commands.put(None)
         self._thread.join()
 
+    def _lose(self, failure: BaseException) -> None:
+        """Any thread: a worker is lost. A step under way ends with the same failure; an idle engine learns it here."""
+
+        def fail() -> None:
+            if self.failure is None and not self._closed:
+                raise failure
+
+        self._commands.put(fail)
+
     def _run(self) -> None:
         try:
             while self._take_commands():
                 self._deliver(self.engine.step())
             self._deliver([e for r in list(self._handles) if (e := self.engine.abort(r))])
         except BaseException as failure:  # whatever it was, no reader may be left waiting
-            logger.exception("the engine stopped")
+            told = isinstance(failure, WorkerError)  # by its sentence; an error of our own needs its traceback
+            logger.error("the engine stopped: %s", failure, exc_info=None if told else failure)
             self.failure = failure
             self._deliver([Emission(request, finish_reason="error") for request in list(self._handles)])
         with self._lock:

@@ -4,12 +4,14 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from deepseek_fp4_plugin.engine.distribution import Balance, Distributor
 from deepseek_fp4_plugin.engine.executor import Executor
 from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request, RequestError, SpeculationCounts
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
+from deepseek_fp4_plugin.engine.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +49,23 @@ class EngineStats:
 class LLMEngine:
     """Owns the schedulers and calls the executor. Not thread-safe: AsyncEngine gives it a thread.
 
-    schedulers: one for each attention-data-parallel rank; all alike.
+    schedulers: one for each attention-data-parallel rank; all alike.  balance: of their prompts, if any.
     """
 
-    def __init__(self, schedulers: Sequence[Scheduler], executor: Executor, vocab_size: int):
+    def __init__(
+        self, schedulers: Sequence[Scheduler], executor: Executor, vocab_size: int, balance: Balance | None = None
+    ):
         assert len(schedulers) == executor.num_schedulers
         self.schedulers, self.executor, self.vocab_size = list(schedulers), executor, vocab_size
-        self._home: dict[Request, Scheduler] = {}
+        self._distributor = Distributor(self.schedulers, balance)
+        self._home: dict[Request, Scheduler | Distributor] = {}
         self._stats = EngineStats()
         self._iterations: deque[dict[str, Any]] = deque(maxlen=1000)
         self._finished: Counter[str] = Counter()
 
     @property
     def has_work(self) -> bool:
-        return any(scheduler.has_work for scheduler in self.schedulers)
+        return any(scheduler.has_work for scheduler in self.schedulers) or self._distributor.num_waiting > 0
 
     @property
     def max_request_tokens(self) -> int:
@@ -79,16 +84,24 @@ class LLMEngine:
                 f"the prompt has {prompt} tokens and at most {limit - 1} fit (max_seq_len and the cache allow {limit} "
                 "with the answer); shorten it or raise max_seq_len / kv_cache_config.max_tokens"
             )
+        if request.dp_rank is not None and not 0 <= request.dp_rank < len(self.schedulers):
+            raise RequestError(
+                f"attention_dp_rank={request.dp_rank} is none of the {len(self.schedulers)} attention-data-parallel "
+                "ranks; leave it out"
+            )
         low, high = min(request.token_ids), max(request.token_ids)
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check` accepted, where there is least to do."""
-        scheduler = min(self.schedulers, key=lambda s: len(s.running) + s.num_waiting)
-        self._home[request] = scheduler
-        scheduler.add(request)
+        """Queue a request that `check` accepted."""
+        if len(self.schedulers) > 1:
+            self._distributor.add(request)
+            self._home[request] = self._distributor
+        else:
+            self.schedulers[0].add(request)
+            self._home[request] = self.schedulers[0]
 
     def abort(self, request: Request, reason: str = "cancelled") -> Emission | None:
         """End a request in any state; None when it had ended already."""
@@ -100,12 +113,15 @@ class LLMEngine:
 
     def step(self) -> list[Emission]:
         """Run one step. Does nothing when there is no work."""
-        late = [request for scheduler in self.schedulers for request in scheduler.expired()]
+        late = self._distributor.expired() + [request for s in self.schedulers for request in s.expired()]
         emissions = [e for e in (self.abort(request, "timeout") for request in late) if e]
         if not self.has_work:
             return emissions
         began = time.perf_counter()
-        plans = [scheduler.schedule() for scheduler in self.schedulers]
+        for request, scheduler in self._distributor.assign():
+            self._home[request] = scheduler
+            scheduler.add(request)
+        plans = _together([scheduler.schedule() for scheduler in self.schedulers])
         planned = time.perf_counter()
         self.executor.submit(plans)
         results = self.executor.collect()
@@ -135,7 +151,7 @@ class LLMEngine:
                 "seconds": ended - began,
                 "requests": sum(len(plan.rows) for plan in plans),
                 "running": self._total("running"),
-                "waiting": self._total("waiting"),
+                "waiting": self._total("waiting") + self._distributor.num_waiting,
                 "computed_tokens": computed,
                 "generated_tokens": generated,
                 "cache_blocks_used": self._total("cache_blocks_used"),
@@ -161,6 +177,7 @@ class LLMEngine:
         stats = self._stats
         for name in _TOTALS:
             setattr(stats, name, self._total(name))
+        stats.waiting += self._distributor.num_waiting
         stats.finished = dict(self._finished)
         return stats
 
@@ -173,6 +190,15 @@ class LLMEngine:
         self._finished[request.finish_reason] += 1
         self._stats.thinking.add(request.thinking_counts)
         self._stats.answer.add(request.answer_counts)
+
+
+def _together(plans: list[StepPlan]) -> list[StepPlan]:
+    """The plans of all ranks, each knowing how much the others do: an idle rank steps along with them."""
+    if len(plans) == 1:
+        return plans
+    tokens = tuple(plan.num_tokens for plan in plans)
+    sampled = tuple(sum(row.sample for row in plan.rows) for plan in plans)
+    return [replace(plan, dp_tokens=tokens, dp_sampled=sampled) for plan in plans]
 
 
 _TOTALS: dict[str, Callable[[Scheduler], int]] = {

@@ -1,11 +1,17 @@
 """Executor: owns the workers. Plans go in, results come out in the same order; who computes them is its affair."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
 from deepseek_fp4_plugin.engine.worker import Worker, WorkerFacts
+
+Alarm = Callable[[BaseException], None]
+
+
+class WorkerError(RuntimeError):
+    """A worker has died, has stopped, cannot be reached or has failed; its group is of no use any more."""
 
 
 class Executor(Protocol):
@@ -22,11 +28,15 @@ class Executor(Protocol):
         ...
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
-        """Start a step. Plans must not change afterwards."""
+        """Start a step. Plans must not change afterwards. Raises WorkerError when a worker is lost."""
         ...
 
     def collect(self) -> list[StepResult]:
-        """Wait for the oldest step that was submitted and not collected."""
+        """Wait for the oldest step that was submitted and not collected. Raises WorkerError when a worker is lost."""
+        ...
+
+    def watch(self, alarm: Alarm) -> None:
+        """Call `alarm`, on any thread, as soon as a worker is lost; also between steps."""
         ...
 
     def explain(self, token_ids: Sequence[int]) -> str:
@@ -59,6 +69,7 @@ class InProcessExecutor:
 
     @classmethod
     def of(cls, worker: Worker) -> "InProcessExecutor":
+        worker.allocate(worker.facts.cache_blocks)
         return cls(worker.runner, worker.facts)
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
@@ -71,5 +82,8 @@ class InProcessExecutor:
     def explain(self, token_ids: Sequence[int]) -> str:
         return self.runner.explain(token_ids)
 
+    def watch(self, alarm: Alarm) -> None:
+        pass  # an error reaches the caller of `submit`
+
     def close(self) -> None:
-        pass
+        vars(self).pop("runner", None)  # and with it the model's memory

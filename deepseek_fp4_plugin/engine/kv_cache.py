@@ -32,16 +32,18 @@ def num_blocks(
     device: torch.device,
     free_memory_fraction: float = 0.9,
     max_tokens: int | None = None,
+    ranks_here: int = 1,
 ) -> int:
     """How many blocks to allocate.
 
     wanted_tokens: what the requests allowed at once could ever fill.  max_tokens: the caller's own limit.
     free_memory_fraction: share of the GPU memory left after loading; means nothing on a CPU.
+    ranks_here: on a CPU, ranks that share the machine's memory.
     """
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * free_memory_fraction)
     else:
-        budget = int(min(_CPU_LIMIT, psutil.virtual_memory().total * _CPU_SHARE))
+        budget = int(min(_CPU_LIMIT, psutil.virtual_memory().total * _CPU_SHARE)) // ranks_here
     tokens = min(wanted_tokens, budget // token_bytes)
     if max_tokens is not None:
         tokens = min(max_tokens, tokens) if device.type == "cuda" else min(max_tokens, wanted_tokens)

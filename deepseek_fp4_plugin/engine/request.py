@@ -123,6 +123,8 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_text: StopText | None = None
     grammar: GrammarState | None = None
+    dp_rank: int | None = None  # the attention-data-parallel rank that shall serve it
+    dp_relax: bool = False  # or another, where that one is full
 
     num_prompt_tokens: int = field(init=False)
     arrival: int = 0  # order of arrival, set by the scheduler

@@ -56,8 +56,12 @@ class PlanRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
+    """dp_tokens, dp_sampled: under attention data parallelism every rank's tokens and sampled rows, by rank."""
+
     rows: list[PlanRow]
     num_tokens: int
+    dp_tokens: tuple[int, ...] = ()
+    dp_sampled: tuple[int, ...] = ()
 
 
 class Logprob(NamedTuple):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine import kv_cache
@@ -29,9 +30,16 @@ class WorkerFacts:
 
 
 class Worker:
-    """The model must be loaded. Raises ValueError for drafts that it cannot make."""
+    """The model must be loaded. Raises ValueError for drafts that it cannot make.
 
-    def __init__(self, config: EngineConfig, model: DeepseekV3ForCausalLM):
+    `facts.cache_blocks` is what this rank has room for; `allocate` takes what all ranks have, and makes the runner.
+    ranks_here: ranks that share this machine's memory.
+    """
+
+    cache: Tensor
+    runner: ModelRunner
+
+    def __init__(self, config: EngineConfig, model: DeepseekV3ForCausalLM, ranks_here: int = 1):
         shape, cache_config = model.config, config.kv_cache_config
         num_drafts = _num_drafts(config, model)
         layers = shape.num_hidden_layers + (1 if num_drafts else 0)
@@ -46,10 +54,10 @@ class Worker:
             device,
             cache_config.free_gpu_memory_fraction,
             cache_config.max_tokens,
+            ranks_here,
         )
-        self.cache = kv_cache.allocate(shape, layers, blocks, block_size, dtype, device)
         self.model = model
-        self.runner = ModelRunner(model, self.cache, num_drafts)
+        self._shape = shape, layers, block_size, dtype, device
         self.facts = WorkerFacts(
             shape,
             model.path,
@@ -58,8 +66,14 @@ class Worker:
             blocks,
             block_size,
             sum(_storages(model).values()),
-            self.cache.untyped_storage().nbytes(),
+            blocks * block_size * kv_cache.bytes_per_token(shape, layers, dtype),
         )
+
+    def allocate(self, blocks: int) -> None:
+        """Make the cache, and the runner that computes in it."""
+        shape, layers, block_size, dtype, device = self._shape
+        self.cache = kv_cache.allocate(shape, layers, blocks, block_size, dtype, device)
+        self.runner = ModelRunner(self.model, self.cache, self.facts.num_drafts)
 
 
 def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:

@@ -30,7 +30,15 @@ def card_snippet(words: str) -> str:
 
 
 @pytest.mark.slow
+def test_two_ranks():
+    lines = run("two_ranks.py")
+    assert len(lines) == 2
+    assert lines[0].startswith("What is 7 + 8? '<think>")
+
+
+@pytest.mark.proof
 def test_llm_api_sample():
+    """Eight ranks, each with requests of its own."""
     lines = run("llm_api.py")
     assert len(lines) == 4
     assert lines[0].startswith("Prompt: 'Hello, my name is', Generated text: '")

@@ -248,6 +248,16 @@ def test_settings_without_a_meaning_on_a_cpu_are_named_only_when_given(tmp_path)
     (tmp_path / "card").write_text(CARD_YAML)
     card = EngineConfig.from_yaml(tmp_path / "card", kv_cache_free_gpu_memory_fraction=0.75, tp_size=8)
     lines = card.ignored_settings("cpu")
-    for name in ("use_cuda_graph", "moe_backend", "free_gpu_memory_fraction", "tensor_parallel_size=8"):
+    for name in ("use_cuda_graph", "moe_backend", "free_gpu_memory_fraction"):
         assert sum(name in line for line in lines) == 1, lines
+    assert not any("tensor_parallel_size" in line for line in lines)
     assert not any("cuda_graph" in line or "fraction" in line for line in card.ignored_settings("cuda"))
+    assert any("moe_backend" in line for line in card.ignored_settings("cuda"))
+
+
+def test_attention_data_parallelism_without_ranks_is_named() -> None:
+    alone = EngineConfig(enable_attention_dp=True)
+    assert any("enable_attention_dp" in line for line in alone.ignored_settings("cpu"))
+    assert EngineConfig(enable_attention_dp=True, tensor_parallel_size=2).ignored_settings("cpu") == []
+    waits = EngineConfig(attention_dp_config={"enable_balance": True})
+    assert any("attention_dp_config" in line for line in waits.ignored_settings("cuda"))

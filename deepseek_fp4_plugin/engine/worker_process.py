@@ -1,0 +1,124 @@
+"""A worker in a process of its own: it connects to the other ranks, loads its slice, and computes the plans that come.
+
+The front talks to it over two connections (multiprocessing's: lengths and pickles): one for work, one for the
+heartbeat. `serve_rank` is the worker's whole life; whoever started the process only brings the two connections.
+"""
+
+import logging
+import os
+import pickle
+import signal
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from deepseek_fp4_plugin import __version__
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.config import EngineConfig
+from deepseek_fp4_plugin.engine.heartbeat import Pulse
+from deepseek_fp4_plugin.engine.worker import Worker
+from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker must know to become a rank.
+
+    ranks_here: ranks that share this machine's memory and cores.  answers: its results are wanted.
+    store: host and port where the ranks find each other.
+    """
+
+    rank: int
+    ranks: int
+    ranks_here: int
+    model: str | Path
+    config: EngineConfig
+    device: str
+    store: tuple[str, int]
+    answers: bool
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Progress of rank 0."""
+
+    done: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """Why the logits of a request with these tokens are not finite; all ranks look together."""
+
+    token_ids: list[int]
+
+
+def serve_rank(work: Connection, beat: Connection, patience: float | None) -> None:
+    """Be one rank until the front closes `work`. Errors are told to the front, which then ends this process."""
+    pulse = Pulse(beat, patience)
+    try:
+        _serve(work)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the front has closed the group
+    except BaseException as error:
+        if not isinstance(error, ValueError):
+            logger.exception("this rank has failed")
+        pulse.fail(_last_words(error))
+
+
+def _serve(work: Connection) -> None:
+    assignment: Assignment = work.recv()
+    if assignment.version != __version__:
+        raise ValueError(
+            f"rank {assignment.rank} runs version {__version__} and the front {assignment.version}; "
+            "install the same on every machine"
+        )
+    rank = assignment.rank
+
+    def progress(done: int, parts: int) -> None:
+        if rank == 0:
+            work.send(Loading(done, parts))
+
+    config = assignment.config
+    model = load_model(
+        assignment.model,
+        config.dtype,
+        torch.device(assignment.device),
+        config.nvfp4_activations,
+        mesh=Mesh(),
+        progress=progress,
+    )
+    worker = Worker(config, model, assignment.ranks_here)
+    work.send(worker.facts)
+    worker.allocate(work.recv())
+    work.send(None)
+    while True:
+        asked = work.recv()
+        runner = worker.runner
+        answer = runner.explain(asked.token_ids) if isinstance(asked, Question) else runner.run(asked)
+        if assignment.answers:
+            work.send(answer)
+
+
+def _last_words(error: BaseException) -> bytes:
+    """A user's mistake as it is, another error as one line: its traceback is in this process's log."""
+    if isinstance(error, ValueError):
+        kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
+        return pickle.dumps(kind(str(error)))
+    return pickle.dumps(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def main() -> None:
+    """The program of a spawned worker. Arguments: the file descriptors of its two connections."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's affair; it closes the group
+    logging.basicConfig(format="%(levelname)s %(name)s (process %(process)d): %(message)s", level=logging.ERROR)
+    work, beat = (Connection(int(descriptor)) for descriptor in sys.argv[1:3])
+    serve_rank(work, beat, None)
+    os._exit(0)  # nothing here outlives the group, and a library's thread must not keep the process
