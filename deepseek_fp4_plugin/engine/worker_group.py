@@ -131,7 +131,10 @@ class WorkerGroup:
             self._under_way -= 1
         for member in self._members:
             self._send(member.work, pickle.dumps(Question(list(token_ids))))
-        return [self._receive(work) for work in self._answering][0]
+        answers = [self._receive(work) for work in self._answering]
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
 
     def watch(self, alarm: Alarm) -> None:
         self._alarm = alarm

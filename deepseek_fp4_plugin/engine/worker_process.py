@@ -101,10 +101,21 @@ def _serve(work: Connection) -> None:
     work.send(None)
     while True:
         asked = work.recv()
-        runner = worker.runner
-        answer = runner.explain(asked.token_ids) if isinstance(asked, Question) else runner.run(asked)
+        answer = _explain(worker, asked) if isinstance(asked, Question) else worker.runner.run(asked)
         if assignment.answers:
             work.send(answer)
+
+
+def _explain(worker: Worker, question: Question) -> str | RuntimeError:
+    """A fault of the explanation must not end the rank."""
+    try:
+        return worker.runner.explain(question.token_ids)
+    except Exception as error:
+        return RuntimeError(_line(error))
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _last_words(error: BaseException) -> bytes:
@@ -112,7 +123,7 @@ def _last_words(error: BaseException) -> bytes:
     if isinstance(error, ValueError):
         kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
         return pickle.dumps(kind(str(error)))
-    return pickle.dumps(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return pickle.dumps(_line(error))
 
 
 def main() -> None:
