@@ -1,6 +1,11 @@
 // Absorbed multi-head latent attention over the paged cache: every (query, head) is a row that attends to the same
 // entries. Keys are cut at fixed multiples of SPLIT, each piece gives a partial softmax, and pieces are merged in order;
 // so a row's result depends on its own position alone, not on the batch, on drafts behind it or on threads.
+#pragma once
+#include "products.h"
+
+namespace ISA {
+namespace {
 
 constexpr int64_t SPLIT = 512;
 constexpr int64_t ROW_GROUP = 64;
@@ -125,7 +130,7 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
   v.row_bytes = v.format == FP8_BLOCK ? width : 2 * width;
   v.factor = 1.0f;
   v.ahead = ENTRIES_AHEAD;
-  v.end = v.values;  // whatever lies behind a block is as good as anything
+  v.end = 0;  // whatever lies behind a block is as good as anything
   const int64_t cached_bytes = a.fp8 ? width : 2 * width;
   Rows rows = queries;
   rows.base += piece.row * rows.row_bytes;
@@ -135,7 +140,7 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
   uint16_t* p = reinterpret_cast<uint16_t*>(s + piece.rows * SPLIT);
   const void** entry = reinterpret_cast<const void**>(p + piece.rows * SPLIT);
   float* floats = reinterpret_cast<float*>(entry + SPLIT);
-  uint16_t* decoded = reinterpret_cast<uint16_t*>(floats + SPLIT * padded);
+  [[maybe_unused]] uint16_t* decoded = reinterpret_cast<uint16_t*>(floats + SPLIT * padded);
 
 #if defined(__AVX512BF16__)
   const bool halves = a.latent % 32 == 0;
@@ -249,7 +254,21 @@ inline void attention_group(
   });
 }
 
+// Everything that the tables lead to lies in the cache, and every query in its own request.
+inline void check_requests(const AttentionArgs& a) {
+  check_range("the first query_start", a.query_start[0], 0, 0);
+  for (int64_t r = 0; r < a.requests; r++) {
+    const int64_t first = a.query_start[r], context = a.context_lens[r];
+    check_range("query_start", a.query_start[r + 1], first, a.tokens);
+    check_range("a context length", context, a.query_start[r + 1] - first, a.table_columns * a.block_size);
+    const int64_t* table = a.block_tables + r * a.table_stride;
+    for (int64_t i = 0; i * a.block_size < context; i++) check_range("a block id", table[i], 0, a.blocks - 1);
+  }
+  check_range("the last query_start", a.query_start[a.requests], a.tokens, a.tokens);
+}
+
 inline void attention(const AttentionArgs& a) {
+  check_requests(a);
   Weight entries{};
   entries.format = entry_format(a.fp8);
   entries.in = a.latent + a.rope;
@@ -287,3 +306,6 @@ inline void attention(const AttentionArgs& a) {
     begin = end;
   }
 }
+
+}  // namespace
+}  // namespace ISA

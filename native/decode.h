@@ -1,4 +1,9 @@
 // One weight row decoded to FP32, for instruction sets and operations without a faster way.
+#pragma once
+#include "operand.h"
+
+namespace ISA {
+namespace {
 
 #if !defined(__AVX2__)
 // Both values of every packed byte.
@@ -67,3 +72,6 @@ inline void decode_row(const View& v, int64_t row, float* out) {
   decode_values(v, row, 0, v.in, out);
   for (int64_t i = v.in; i < ceil_div(v.in, 128) * 128; i++) out[i] = 0;
 }
+
+}  // namespace
+}  // namespace ISA

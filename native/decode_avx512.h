@@ -1,4 +1,9 @@
 // Decoding in registers with AVX-512 BF16, VNNI and VBMI, and what the products are made of.
+#pragma once
+#include "operand.h"
+
+namespace ISA {
+namespace {
 
 #define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
 
@@ -127,7 +132,7 @@ inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 // many bytes as are multiplied, in the order that they lie in.
 struct Turn {
   int64_t begin, end, row, stop, r0;
-  const uint8_t *next, *next_scale;
+  Address next, next_scale;
 };
 
 // A product of up to BATCH rows: what all its turns share. out[r * stride + row - first].
@@ -178,3 +183,6 @@ INLINED inline void store_sums(
     });
   });
 }
+
+}  // namespace
+}  // namespace ISA

@@ -1,5 +1,13 @@
 // Products for instruction sets without BF16 or int8 dot products: 256 inputs of a few weight rows at a time are decoded to
 // FP32, and all rows of activations are multiplied by them while they are near.
+#pragma once
+#include "decode.h"
+#if defined(__AVX2__)
+#include "nvfp4_avx2.h"
+#endif
+
+namespace ISA {
+namespace {
 
 inline Layout dot_layout([[maybe_unused]] const Weight& weight) {
 #if defined(__AVX2__)
@@ -26,8 +34,8 @@ inline void generic_product(const View& v, int64_t first, int64_t last, const Ro
   const int64_t chunk_bytes = v.format == NVFP4 ? CHUNK / 2 : v.format == FP8_BLOCK ? CHUNK : CHUNK * 2;
   const int64_t ahead = ceil_div(v.ahead, O * v.row_bytes) * O;  // weight rows
   for (int64_t o = first; o < last; o += O) {
-    const uint8_t* next = v.values + (o + ahead) * v.row_bytes;  // to be fetched meanwhile, in the order that it lies in
-    const uint8_t* next_scale = v.format == NVFP4 ? v.scale + (o + ahead) * v.scale_cols : next;
+    Address next = address(v.values) + (o + ahead) * v.row_bytes;  // to be fetched meanwhile, in the order that it lies in
+    Address next_scale = v.format == NVFP4 ? address(v.scale) + (o + ahead) * v.scale_cols : next;
     if (next >= v.end) next += v.jump, next_scale += v.scale_jump;
     const int count = last - o < O ? static_cast<int>(last - o) : O;
     __builtin_memset(sums, 0, rows.count * sizeof(Sums));
@@ -72,3 +80,6 @@ inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& 
 inline void panel_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   generic_product<true>(v, first, last, rows, out, stride);
 }
+
+}  // namespace
+}  // namespace ISA

@@ -2,6 +2,11 @@
 //
 // Rounding points are those of kernels/reference/moe.py: gate, up, silu(gate), hidden and each expert's output are BF16,
 // the sum over experts is FP32, in order of expert number.
+#pragma once
+#include "linear.h"
+
+namespace ISA {
+namespace {
 
 // Rows sorted by expert: slots of expert e are order[start[e]] .. order[start[e + 1]].
 struct Routing {
@@ -16,8 +21,10 @@ inline Routing sort_by_expert(const ExpertsArgs& a, int64_t experts) {
   int32_t* next = r.active + experts;
   for (int64_t e = 0; e <= experts; e++) r.start[e] = 0;
   auto expert_of = [&](int64_t i) { return a.ids ? a.ids[i] : 0; };
-  for (int64_t i = 0; i < n; i++)
+  for (int64_t i = 0; i < n; i++) {
+    check_range("an expert id", expert_of(i), -1, experts - 1);
     if (expert_of(i) >= 0) r.start[expert_of(i) + 1]++;
+  }
   for (int64_t e = 0; e < experts; e++) {
     if (r.start[e + 1] > 0) r.active[r.active_count++] = static_cast<int32_t>(e);
     if (r.start[e + 1] > r.most) r.most = r.start[e + 1];
@@ -147,3 +154,6 @@ inline void experts(const ExpertsArgs& a) {
       for (int64_t o = 0; o < last - first; o++) a.y[t * hidden + first + o] = to_bf16(total[t * out_stride + o]);
   });
 }
+
+}  // namespace
+}  // namespace ISA

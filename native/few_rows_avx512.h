@@ -2,13 +2,18 @@
 //
 // Weights are decoded in registers as they stream by, and a result is the sum over one vector's lanes. Each result is
 // computed in the same order whatever the number of rows.
+#pragma once
+#include "nvfp4_avx512.h"
+
+namespace ISA {
+namespace {
 
 // x of FP8 weights in UNPACKED.
 template <int O, int R>
 __attribute__((noinline)) void fp8_turn(FewRows& f, const Turn& turn) {
   const View& v = f.v;
   const E4m3Tables tables = e4m3_tables();
-  const uint8_t* next = turn.next;
+  Address next = turn.next;
   const uint8_t* const* x = f.x + turn.r0;
   const int64_t width = v.scale ? v.block_cols : v.in, last = turn.end * CHUNK < v.in ? turn.end * CHUNK : v.in;
   for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
@@ -50,7 +55,7 @@ __attribute__((noinline)) void fp8_turn(FewRows& f, const Turn& turn) {
 template <int O, int R>
 __attribute__((noinline)) void plain_turn(FewRows& f, const Turn& turn) {
   const View& v = f.v;
-  const uint8_t* next = turn.next;
+  Address next = turn.next;
   const uint8_t* const* x = f.x + turn.r0;
   const int64_t last = turn.end * CHUNK < v.in ? turn.end * CHUNK : v.in;
   for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
@@ -112,8 +117,8 @@ inline void few_rows_product(
   const int64_t ahead = ceil_div(v.ahead, GROUP * v.row_bytes) * GROUP;  // weight rows
   for (int64_t group = first; group < last; group += GROUP) {
     const int64_t stop = group + GROUP < last ? group + GROUP : last;
-    const uint8_t* next = v.values + (group + ahead) * v.row_bytes;
-    const uint8_t* next_scale = FORMAT == NVFP4 ? v.scale + (group + ahead) * v.scale_cols : next;
+    Address next = address(v.values) + (group + ahead) * v.row_bytes;
+    Address next_scale = FORMAT == NVFP4 ? address(v.scale) + (group + ahead) * v.scale_cols : next;
     if (next >= v.end) next += v.jump, next_scale += v.scale_jump;
     if constexpr (FORMAT == NVFP4)
       if (in_order) {
@@ -147,3 +152,6 @@ inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& 
     else few_rows_product<NVFP4, false>(v, first, last, rows, r, count, out, stride);
   }
 }
+
+}  // namespace
+}  // namespace ISA

@@ -1,4 +1,11 @@
 // Per-head products around absorbed attention, and what goes into the latent cache.
+#pragma once
+#include "attention.h"
+#include "decode.h"
+#include "small.h"
+
+namespace ISA {
+namespace {
 
 #if defined(__AVX512BF16__)
 // total[m * v.in + d] = sum over n of x[m * x_stride + n] * weight[row + n][d], d in [chunk * 256, + 256), M rows of x.
@@ -20,9 +27,9 @@ inline void absorb_nvfp4_chunk(
       const uint8_t* p = v.values + (row + n) * v.row_bytes + chunk * 128;
       const uint8_t* s = v.scale + (row + n) * v.scale_cols + chunk * 16;
       if (first == 0) {
-        fetch(p + v.ahead);
-        fetch(p + v.ahead + 64);
-        if (n % 2 == 0) fetch(s + v.ahead / 8);
+        fetch(address(p) + v.ahead);
+        fetch(address(p) + v.ahead + 64);
+        if (n % 2 == 0) fetch(address(s) + v.ahead / 8);
       }
       const __m512i packed[2] = {_mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64)};
       const __m512i halves[2] = {block_halves<0>(packed[0], packed[1]), block_halves<1>(packed[0], packed[1])};
@@ -75,7 +82,7 @@ inline void absorb_fp8(
     for (int64_t i = n; i < stop; i++) {
       uint16_t* to = decoded + i * v.in;
       decode_e4m3(v.values + (row + i) * v.row_bytes, v.in, to);
-      for (int64_t at = 0; at < v.in; at += 64) fetch(v.values + (row + i) * v.row_bytes + at + v.ahead);
+      for (int64_t at = 0; at < v.in; at += 64) fetch(address(v.values) + (row + i) * v.row_bytes + at + v.ahead);
       entry[i - n] = to;
     }
     weighted_sums<false>(x + n, x_stride, entry, stop - n, tokens, v.in, part);
@@ -174,6 +181,7 @@ inline void latent_entries(const EntryArgs& a) {
 
 // cache[slots[t]] = entry t, rounded to E4M3 with saturation where the cache is FP8.
 inline void store_entries(const StoreArgs& a) {
+  for (int64_t t = 0; t < a.tokens; t++) check_range("a cache slot", a.slots[t], 0, a.slot_count - 1);
   for (int64_t t = 0; t < a.tokens; t++) {
     const uint16_t* from = a.entries + t * a.width;
     uint8_t* to = a.cache + a.slots[t] * a.width * (a.fp8 ? 1 : 2);
@@ -217,3 +225,6 @@ inline void linear_fp32(const Fp32Args& a) {
     }
   });
 }
+
+}  // namespace
+}  // namespace ISA

@@ -1,36 +1,10 @@
-// One instruction set's copy of every kernel. Each including unit defines ISA and TABLE and has its own -m flags.
-#include "kernels.h"
-#include "pool.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-namespace ISA {
-namespace {
-#include "simd.h"
-#include "operand.h"
-#include "decode.h"
-#if defined(__AVX512BF16__)
-#include "decode_avx512.h"
-#include "nvfp4_avx512.h"
-#include "few_rows_avx512.h"
-#include "panels_avx512.h"
-#else
-#if defined(__AVX2__)
-#include "nvfp4_avx2.h"
-#endif
-#include "dot_generic.h"
-#endif
-#include "linear.h"
-#include "experts.h"
+// One instruction set's copy of every kernel. Each including unit defines ISA and TABLE and has its own -m flags. All code
+// of the headers lies in namespace ISA and, without a name, is the unit's own.
 #include "attention.h"
-#include "small.h"
+#include "experts.h"
 #include "heads.h"
-}  // namespace
-}  // namespace ISA
+#include "linear.h"
+#include "small.h"
 
 const Kernels TABLE = {ISA::linear,         ISA::experts,       ISA::attention,   ISA::norm,
                        ISA::rotary,         ISA::route,         ISA::quantize,    ISA::absorb,

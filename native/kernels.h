@@ -56,9 +56,9 @@ struct AttentionArgs {
   int64_t heads, latent, rope;
   const uint8_t* cache;
   bool fp8;
-  int64_t block_size;
+  int64_t blocks, block_size;
   const int64_t* block_tables;
-  int64_t table_stride, requests;
+  int64_t table_stride, table_columns, tokens, requests;
   const int64_t *query_start, *context_lens;
   float scale;
   uint16_t* output;
@@ -171,6 +171,7 @@ struct StoreArgs {
   const uint16_t* entries;
   int64_t tokens, width;
   const int64_t* slots;
+  int64_t slot_count;
   uint8_t* cache;
   bool fp8;
 };
@@ -184,7 +185,13 @@ struct Fp32Args {
   int threads;
 };
 
-[[noreturn]] void outside_vocabulary(int64_t id, int64_t vocab);  // throws
+// What a tensor's values lead to is checked at every call, also at a recording's, before anything is written. These throw;
+// they are defined outside of the units.
+[[noreturn]] void outside_vocabulary(int64_t id, int64_t vocab);
+[[noreturn]] void out_of_range(const char* what, int64_t value, int64_t first, int64_t last);
+inline void check_range(const char* what, int64_t value, int64_t first, int64_t last) {
+  if (value < first || value > last) out_of_range(what, value, first, last);
+}
 
 struct Kernels {
   void (*linear)(const LinearArgs&);

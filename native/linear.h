@@ -1,4 +1,9 @@
 // y = x W^T, rounded to BF16 once.
+#pragma once
+#include "products.h"
+
+namespace ISA {
+namespace {
 
 constexpr int64_t STRIDE = 64;  // outputs of a panel, and the least of a result tile's row
 constexpr int64_t WIDE = 256;   // outputs of a task, where there are enough of them
@@ -62,3 +67,6 @@ inline void linear(const LinearArgs& a) {
     begin += v.out;
   }
 }
+
+}  // namespace
+}  // namespace ISA

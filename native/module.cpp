@@ -1,9 +1,11 @@
-// Python bindings. Tensors come as addresses: their owners in deepseek_fp4_plugin/kernels/cpu check shapes and dtypes.
+// Python bindings. Tensors come as addresses: deepseek_fp4_plugin/kernels/cpu checks their shapes, dtypes and strides, the
+// kernels check the numbers in them that lead to memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <stdexcept>
@@ -52,16 +54,16 @@ std::vector<std::string> paths() {
   return names;
 }
 
-std::string current = paths().front();
-const Kernels* kernels = table(current);
+// Of the whole process, read once by every call: a thread that changes it meanwhile does not disturb one that runs.
+std::atomic<const Kernels*> kernels{table(paths().front())};
 
-std::string use_path(const std::string& path) {
-  const Kernels* chosen = table(path);
-  std::string before = current;
-  current = path;
-  kernels = chosen;
-  return before;
+std::string name_of(const Kernels* chosen) {
+  for (const std::string& name : paths())
+    if (table(name) == chosen) return name;
+  return "";
 }
+
+std::string use_path(const std::string& path) { return name_of(kernels.exchange(table(path))); }
 
 // Kernel calls in their order, to be made again without Python. It owns descriptions of weights, but no tensor's memory.
 class Recording {
@@ -78,7 +80,7 @@ class Recording {
 
   template <class Args>
   void add(void (*Kernels::*kernel)(const Args&), const Args& args) {
-    calls_.push_back([kernel, args] { (kernels->*kernel)(args); });
+    calls_.push_back([kernel, args] { (kernels.load()->*kernel)(args); });
   }
   const Weight* keep(const Weight* weight) { return &weights_.emplace_back(*weight); }
 
@@ -92,8 +94,19 @@ thread_local Recording* Recording::current_recording = nullptr;
 
 template <class Args>
 void launch(void (*Kernels::*kernel)(const Args&), const Args& args) {
+  (kernels.load()->*kernel)(args);
   if (Recording::current_recording) Recording::current_recording->add(kernel, args);
-  (kernels->*kernel)(args);
+}
+
+// The halves of gate_up's outputs, by half as many inputs of down; and the experts of both are the same ones.
+void check_mlp(const Weight& gate_up, const Weight& down) {
+  const bool halves = gate_up.parts == 2 ? gate_up.part[0].out == gate_up.part[1].out : gate_up.parts == 1;
+  const bool whole_blocks = gate_up.parts == 2 || gate_up.format != FP8_BLOCK || down.in % gate_up.block_rows == 0;
+  if (halves && whole_blocks && down.parts == 1 && gate_up.out == 2 * down.in && gate_up.experts == down.experts) return;
+  throw std::invalid_argument(
+      "gate and up [" + std::to_string(gate_up.out) + ", " + std::to_string(gate_up.in) + "] of " +
+      std::to_string(gate_up.experts) + " experts do not fit down [" + std::to_string(down.out) + ", " +
+      std::to_string(down.in) + "] of " + std::to_string(down.experts));
 }
 
 // A weight whose description outlives the call if it is recorded.
@@ -131,6 +144,12 @@ void outside_vocabulary(int64_t id, int64_t vocab) {
   throw std::out_of_range("token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
 }
 
+void out_of_range(const char* what, int64_t value, int64_t first, int64_t last) {
+  throw std::out_of_range(
+      std::string(what) + " is " + std::to_string(value) + "; only " + std::to_string(first) + " to " +
+      std::to_string(last) + " can be");
+}
+
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::set_leak_warnings(false);  // weights that live until the interpreter ends are no leak
@@ -144,12 +163,13 @@ NB_MODULE(_native, m) {
       .def("replay", &Recording::replay, Unlocked())
       .def("__len__", &Recording::size);
   m.def("paths", paths, "Instruction-set paths this processor can run, fastest first.");
-  m.def("path", [] { return current; }, "The path in use.");
+  m.def("path", [] { return name_of(kernels); }, "The path in use.");
   m.def("use_path", use_path, "Take another path; returns the one before. For tests and measurements.");
 
   m.def(
       "linear",
       [](const Weight& w, int64_t expert, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t y, int threads) {
+        check_range("the expert", expert, 0, w.experts - 1);
         launch(&Kernels::linear, LinearArgs{kept(w), expert, at<const uint16_t>(x), x_stride, rows, at<uint16_t>(y), threads});
       },
       Unlocked());
@@ -157,6 +177,7 @@ NB_MODULE(_native, m) {
       "experts",
       [](const Weight& gate_up, const Weight& down, uintptr_t x, uintptr_t ids, uintptr_t weights, int64_t tokens,
          int64_t k, uintptr_t y, int threads) {
+        check_mlp(gate_up, down);
         launch(&Kernels::experts,
                ExpertsArgs{kept(gate_up), kept(down), at<const uint16_t>(x), at<const int64_t>(ids),
                            at<const float>(weights), tokens, k, at<uint16_t>(y), threads});
@@ -166,8 +187,8 @@ NB_MODULE(_native, m) {
       "attention",
       [](uintptr_t q_latent, std::tuple<int64_t, int64_t> latent_strides, uintptr_t q_rope,
          std::tuple<int64_t, int64_t> rope_strides, std::tuple<int64_t, int64_t, int64_t> sizes, uintptr_t cache,
-         bool fp8, int64_t block_size, uintptr_t block_tables, int64_t table_stride, int64_t requests,
-         uintptr_t query_start, uintptr_t context_lens, float scale, uintptr_t output, int threads) {
+         bool fp8, int64_t blocks, int64_t block_size, uintptr_t block_tables, int64_t table_stride,
+         int64_t table_columns, int64_t tokens, int64_t requests, uintptr_t query_start, uintptr_t context_lens, float scale, uintptr_t output, int threads) {
         AttentionArgs a{};
         a.q_latent = at<const uint16_t>(q_latent);
         a.q_rope = at<const uint16_t>(q_rope);
@@ -176,9 +197,12 @@ NB_MODULE(_native, m) {
         std::tie(a.heads, a.latent, a.rope) = sizes;
         a.cache = at<const uint8_t>(cache);
         a.fp8 = fp8;
+        a.blocks = blocks;
         a.block_size = block_size;
         a.block_tables = at<const int64_t>(block_tables);
         a.table_stride = table_stride;
+        a.table_columns = table_columns;
+        a.tokens = tokens;
         a.requests = requests;
         a.query_start = at<const int64_t>(query_start);
         a.context_lens = at<const int64_t>(context_lens);
@@ -226,6 +250,7 @@ NB_MODULE(_native, m) {
         name,
         [kernel](const Weight& w, uintptr_t x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads,
                  int64_t first, int64_t rows, uintptr_t y, int threads) {
+          if (w.parts != 1 || w.experts != 1) throw std::invalid_argument("per-head products take a weight of one part");
           launch(kernel, HeadArgs{kept(w), at<const uint16_t>(x), token_stride, head_stride, tokens, heads, first, rows,
                                   at<uint16_t>(y), threads});
         },
@@ -278,9 +303,10 @@ NB_MODULE(_native, m) {
       Unlocked());
   m.def(
       "store_entries",
-      [](uintptr_t entries, int64_t tokens, int64_t width, uintptr_t slots, uintptr_t cache, bool fp8) {
+      [](uintptr_t entries, int64_t tokens, int64_t width, uintptr_t slots, int64_t slot_count, uintptr_t cache,
+         bool fp8) {
         launch(&Kernels::store_entries, StoreArgs{at<const uint16_t>(entries), tokens, width, at<const int64_t>(slots),
-                                                  at<uint8_t>(cache), fp8});
+                                                  slot_count, at<uint8_t>(cache), fp8});
       },
       Unlocked());
   m.def(
@@ -293,6 +319,6 @@ NB_MODULE(_native, m) {
       Unlocked());
   m.def(
       "read",
-      [](uintptr_t data, int64_t bytes, int threads) { return kernels->read(at<const uint8_t>(data), bytes, threads); },
+      [](uintptr_t data, int64_t bytes, int threads) { return kernels.load()->read(at<const uint8_t>(data), bytes, threads); },
       Unlocked(), "Reads every byte and returns a sum of them: the machine's read bandwidth.");
 }

@@ -2,6 +2,11 @@
 //
 // Two table look-ups give the bytes of the values' BF16, which is the upper half of their FP32. They come in the order that
 // NIBBLES lays activations out in: of each block of 16 elements 0 2 4 6 1 3 5 7, then 8 10 12 14 9 11 13 15.
+#pragma once
+#include "operand.h"
+
+namespace ISA {
+namespace {
 
 // values[b][h]: half h of block b, of the two blocks at p.
 INLINED inline void decode_two_blocks(const uint8_t* p, __m256 (&values)[2][2]) {
@@ -93,3 +98,6 @@ inline void nvfp4_blocks_by_rows(
     else nvfp4_blocks<1>(from, x, of);
   }
 }
+
+}  // namespace
+}  // namespace ISA

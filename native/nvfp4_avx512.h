@@ -2,6 +2,11 @@
 //
 // A block of 16 is a lane. 256 inputs of a weight row are two vectors of packed weights; one shuffle of them takes the
 // blocks' first halves, another the second, so that the block scales are one vector, applied once for 256 inputs.
+#pragma once
+#include "decode_avx512.h"
+
+namespace ISA {
+namespace {
 
 template <int HALF>
 INLINED inline __m512i block_halves(__m512i first, __m512i second) {
@@ -30,7 +35,7 @@ struct Chunk {
 // many bytes from `next` on as the chunks have.
 template <int O, int R, int C>
 INLINED inline void bf16_products(
-    const Chunk& w, const uint8_t* next, __m512i table, const uint8_t* const* x, int64_t at, int64_t step,
+    const Chunk& w, Address next, __m512i table, const uint8_t* const* x, int64_t at, int64_t step,
     __m512 (&t)[C][O][R]) {
   each<C>([&](auto c) INLINED {
     each<O>([&](auto o) INLINED { each<R>([&](auto r) INLINED { t[c][o][r] = _mm512_setzero_ps(); }); });
@@ -67,7 +72,7 @@ struct Codes {
   __m512i quarter[4][O];
 };
 template <int O>
-INLINED inline Codes<O> decode_codes(const Chunk& w, const uint8_t* next, __m512i table) {
+INLINED inline Codes<O> decode_codes(const Chunk& w, Address next, __m512i table) {
   Codes<O> codes;
   each<O>([&](auto o) INLINED {
     const uint8_t* p = w.values + o * w.row_bytes;
@@ -127,7 +132,7 @@ INLINED inline void for_chunks(const View& v, int64_t row, int64_t begin, int64_
 // add(o, r, t, scale) for each chunk in its order, output and row: t is the product, still without the block scales.
 template <int O, int R, int COUNT, bool FP4, class F>
 INLINED inline void multiply_chunks(
-    const Chunk& w, const uint8_t* next, __m512i table, const uint8_t* const* x, int64_t at, int64_t step, const F& add) {
+    const Chunk& w, Address next, __m512i table, const uint8_t* const* x, int64_t at, int64_t step, const F& add) {
   if constexpr (FP4) {
     const Codes<O> codes = decode_codes<O>(w, next, table);
     __m512 scale[O];
@@ -154,7 +159,7 @@ INLINED inline void multiply_chunks(
 // best.
 template <int R, bool FP4>
 __attribute__((noinline)) void nvfp4_in_order(
-    FewRows& f, int64_t group, int64_t stop, const uint8_t* next, const uint8_t* next_scale) {
+    FewRows& f, int64_t group, int64_t stop, Address next, Address next_scale) {
   constexpr int STEP = FP4 ? 1 : 4;  // chunks whose sums are under way at once
   const View& v = f.v;
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
@@ -191,7 +196,7 @@ __attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
   const View& v = f.v;
   const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
   const int64_t step = f.x_step;
-  const uint8_t *next = turn.next, *next_scale = turn.next_scale;
+  Address next = turn.next, next_scale = turn.next_scale;
   for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
     __m512* const sums = f.sums_of(turn, row);
     __m512 total[O][R];
@@ -216,3 +221,6 @@ __attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
     store_sums(f, turn, row, sums, total);
   }
 }
+
+}  // namespace
+}  // namespace ISA

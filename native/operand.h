@@ -1,4 +1,9 @@
 // Weights as a dot product sees them, and activations in the order that its decoder yields weights in.
+#pragma once
+#include "simd.h"
+
+namespace ISA {
+namespace {
 
 constexpr int64_t FEW_ROWS = 32;  // up to so many, a row's results do not depend on the others
 
@@ -13,15 +18,16 @@ struct View {
   float factor;  // on every result
   bool fp4;      // activations are FP4
   int64_t ahead;  // least bytes from a weight to those to fetch from memory with it
-  const uint8_t* end;              // of the tile; what would be fetched beyond lies
-  int64_t jump = 0, scale_jump = 0;  // so many bytes further on
+  Address end;                       // of the tile; what would be fetched beyond lies
+  Address jump = 0, scale_jump = 0;  // so many bytes further on, modulo 2^64
 };
 
 // After output `last` of v comes output `first` of `next`.
 inline void set_next(View& v, int64_t last, const View& next, int64_t first) {
-  v.end = v.values + last * v.row_bytes;
-  v.jump = next.values + first * next.row_bytes - v.end;
-  if (v.format == NVFP4) v.scale_jump = next.scale + first * next.scale_cols - (v.scale + last * v.scale_cols);
+  v.end = address(v.values) + last * v.row_bytes;
+  v.jump = address(next.values) + first * next.row_bytes - v.end;
+  if (v.format == NVFP4)
+    v.scale_jump = address(next.scale) + first * next.scale_cols - (address(v.scale) + last * v.scale_cols);
 }
 
 constexpr int64_t FETCH_AHEAD = 16384;  // about a microsecond of one core's reading
@@ -40,7 +46,7 @@ inline View view_of(const Weight& weight, int part_index, int64_t expert) {
   v.row_bytes = row_bytes(weight);
   v.ahead = FETCH_AHEAD;
   v.values = part.values + expert * part.out * v.row_bytes;
-  v.end = v.values + part.out * v.row_bytes;
+  v.end = address(v.values) + part.out * v.row_bytes;
   if (weight.format == NVFP4) {
     v.scale_cols = weight.in / 16;
     v.scale = part.scale + expert * part.out * v.scale_cols;
@@ -219,3 +225,6 @@ inline int64_t rows_bytes(Layout layout, int64_t n, int64_t count) {
 inline Rows rows_in(uint8_t* memory, Layout layout, int64_t count) {
   return {memory, chunk_bytes(layout), chunk_step(layout, count), nullptr, count};
 }
+
+}  // namespace
+}  // namespace ISA

@@ -1,5 +1,10 @@
 // Products of many rows with AVX-512: 64 outputs' weights are decoded into a panel with outputs in lanes, which many
 // rows then share.
+#pragma once
+#include "decode_avx512.h"
+
+namespace ISA {
+namespace {
 
 constexpr int64_t TILE = 64;          // outputs of a panel
 constexpr int64_t PANEL_DEPTH = 256;  // inputs of a panel
@@ -277,3 +282,6 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
   const float factor = v.factor * (v.fp4 ? SCALE_SHIFT * 0.25f : 1.0f);
   if (factor != 1.0f) scale_rows(out, rows.count, tiles * TILE, stride, factor);
 }
+
+}  // namespace
+}  // namespace ISA

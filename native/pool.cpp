@@ -5,9 +5,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -25,8 +28,9 @@ constexpr int SPINS_BEFORE_YIELD = 200;
 
 class Pool {
  public:
+  // Throws what the first failing item threw; items that nobody has begun by then are left out.
   void run(int threads, int64_t items, void (*task)(void*, int64_t), void* context) {
-    grow(threads - 1);
+    threads = 1 + grow(threads - 1);
     task_ = task;
     context_ = context;
     helpers_ = threads - 1;
@@ -45,9 +49,12 @@ class Pool {
       if (spins < SPINS_BEFORE_YIELD) pause_cpu();
       else std::this_thread::yield();
     }
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
-  std::mutex busy;
+  // No mutex: a task may ask again on the thread that holds it.
+  bool enter() { return !busy_.exchange(true); }
+  void leave() { busy_.store(false); }
 
  private:
   // Items that lie together belong to one thread, which walks them in order: what it fetches ahead of its weights is
@@ -86,16 +93,28 @@ class Pool {
         if (taken.begin != taken.end) shares_[index].store({taken.begin + 1, taken.end});
       }
       if (taken.begin == taken.end) return;
-      task_(context_, taken.begin);
+      try {
+        task_(context_, taken.begin);
+      } catch (...) {  // leaving a helper's function would end the process, and the caller must wait for its helpers
+        give_up(std::current_exception());
+      }
     }
   }
 
-  void grow(int helpers) {
+  void give_up(std::exception_ptr failure) {
+    std::lock_guard<std::mutex> lock(failure_mutex_);
+    if (!failure_) failure_ = std::move(failure);
+    for (int i = 0; i <= helpers_; i++) shares_[i].store({0, 0});
+  }
+
+  // Helpers there are for a job: fewer than wanted where the system gives no more threads.
+  int grow(int helpers) {
     if (static_cast<int>(shares_.size()) <= helpers) shares_ = std::vector<Share>(helpers + 1);  // no helper is in a job
-    while (static_cast<int>(started_) < helpers) {
-      int index = started_++;
-      std::thread(&Pool::help, this, index).detach();
+    try {
+      for (; started_ < helpers; started_++) std::thread(&Pool::help, this, started_).detach();
+    } catch (const std::system_error&) {
     }
+    return started_ < helpers ? started_ : helpers;
   }
 
   void help(int index) {
@@ -128,10 +147,11 @@ class Pool {
   int started_ = 0;
   std::vector<Share> shares_;
   alignas(64) std::atomic<uint64_t> epoch_{0};
-  std::atomic<bool> open_{false};
+  std::atomic<bool> busy_{false}, open_{false};
   alignas(64) std::atomic<int> active_{0};
   std::atomic<int> sleepers_{0};
-  std::mutex sleep_mutex_;
+  std::exception_ptr failure_;
+  std::mutex sleep_mutex_, failure_mutex_;
   std::condition_variable wake_;
 };
 
@@ -147,6 +167,23 @@ Pool& the_pool() {
   return *pool;
 }
 
+// The pool is one caller's at a time.
+class Visit {
+ public:
+  explicit Visit(Pool& pool) : pool_(pool.enter() ? &pool : nullptr) {}
+  ~Visit() {
+    if (pool_) pool_->leave();
+  }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+  Pool* taken() const { return pool_; }
+
+ private:
+  Pool* pool_;
+};
+
+constexpr int64_t MOST_ITEMS = int64_t{1} << 32;
+
 struct Buffer {
   void* data = nullptr;
   size_t bytes = 0;
@@ -158,10 +195,9 @@ thread_local Buffer buffers[SCRATCH_SLOTS];
 
 void run_parallel(int threads, int64_t items, void (*task)(void*, int64_t), void* context) {
   if (threads > items) threads = static_cast<int>(items);
-  if (threads > 1) {
-    Pool& shared = the_pool();
-    std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
-    if (lock.owns_lock()) return shared.run(threads, items, task, context);
+  if (threads > 1 && items < MOST_ITEMS) {
+    const Visit turn(the_pool());
+    if (turn.taken()) return turn.taken()->run(threads, items, task, context);
   }
   for (int64_t item = 0; item < items; item++) task(context, item);
 }

@@ -1,4 +1,16 @@
-// Vectors of floats as wide as the instruction set, and conversions between the formats. Included inside a namespace.
+// Vectors of floats as wide as the instruction set, and conversions between the formats. Units define ISA, a namespace.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace ISA {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -165,8 +177,14 @@ inline uint8_t to_e4m3(float x) {
 // Into the second cache, whose queue of requests to memory is longer than the first one's. Calls to a function that does
 // nothing else may be dropped by the compiler, so that it must be inlined early.
 INLINED inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-INLINED inline void fetch_bytes(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) fetch(p + i);
+
+// What is fetched ahead of its use may lie behind the end of an object, or in another one: no pointer gets there by
+// arithmetic, a number does.
+typedef uintptr_t Address;
+INLINED inline Address address(const void* p) { return reinterpret_cast<Address>(p); }
+INLINED inline void fetch(Address a) { fetch(reinterpret_cast<const void*>(a)); }
+INLINED inline void fetch_bytes(Address a, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) fetch(a + i);
 }
 
 // A closure of this unit's own for every item, on the pool.
@@ -186,3 +204,6 @@ inline int useful_threads(int threads, int64_t bytes, int64_t products) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace ISA

@@ -1,4 +1,9 @@
 // Operations on a few kilobytes: norm, rotary, routing, FP4 rounding. Worth a kernel because a decode step has many.
+#pragma once
+#include "operand.h"
+
+namespace ISA {
+namespace {
 
 inline void norm_row(const uint16_t* x, int64_t n, const uint16_t* weight, float eps, uint16_t* y) {
   vf squares[2] = {};
@@ -40,10 +45,9 @@ inline void rotary(const RotaryArgs& a) {
 }
 
 inline void embedding(const EmbeddingArgs& a) {
-  for (int64_t t = 0; t < a.tokens; t++) {
+  for (int64_t t = 0; t < a.tokens; t++)
     if (a.ids[t] < 0 || a.ids[t] >= a.vocab) outside_vocabulary(a.ids[t], a.vocab);
-    __builtin_memcpy(a.y + t * a.n, a.weight + a.ids[t] * a.n, a.n * 2);
-  }
+  for (int64_t t = 0; t < a.tokens; t++) __builtin_memcpy(a.y + t * a.n, a.weight + a.ids[t] * a.n, a.n * 2);
 }
 
 inline void angles(const AnglesArgs& a) {
@@ -158,7 +162,10 @@ inline uint64_t read(const uint8_t* data, int64_t bytes, int threads) {
     words sums[8] = {};
     const int64_t stop = (item + 1) * CHUNK < bytes ? (item + 1) * CHUNK : bytes;
     for (int64_t i = item * CHUNK; i + static_cast<int64_t>(sizeof(sums)) <= stop; i += sizeof(sums))
-      for (int j = 0; j < 8; j++) __builtin_prefetch(data + i + 16384 + j * sizeof(words), 0, 2), sums[j] += *reinterpret_cast<const words*>(data + i + j * sizeof(words));
+      for (int j = 0; j < 8; j++) {
+        fetch(address(data) + i + 16384 + j * sizeof(words));
+        sums[j] += *reinterpret_cast<const words*>(data + i + j * sizeof(words));
+      }
     uint64_t own = 0;
     for (int j = 0; j < 8; j++)
       for (unsigned i = 0; i < sizeof(words) / 8; i++) own += sums[j][i];
@@ -166,3 +173,6 @@ inline uint64_t read(const uint8_t* data, int64_t bytes, int threads) {
   });
   return total;
 }
+
+}  // namespace
+}  // namespace ISA

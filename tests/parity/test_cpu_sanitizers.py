@@ -34,7 +34,7 @@ def test_kernel_tests_under_sanitizers(tmp_path):
         ROOT / "native",
         "-B",
         tmp_path,
-        "-DSANITIZE=ON",
+        "-DSANITIZE=address,undefined",
         f"-Dnanobind_DIR={nanobind.cmake_dir()}",
     ]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler}"]

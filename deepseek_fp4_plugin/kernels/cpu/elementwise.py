@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.cpu.addresses import dense
 from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 
 
@@ -13,7 +14,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"cannot add {list(x.shape)} and {list(y.shape)}")
     x, y = x.contiguous(), y.contiguous()
     total = torch.empty(x.shape, dtype=torch.bfloat16)
-    native.add(x.data_ptr(), y.data_ptr(), x.numel(), total.data_ptr())
+    x_address, y_address = (dense("a summand", each, torch.bfloat16, *x.shape) for each in (x, y))
+    native.add(x_address, y_address, x.numel(), total.data_ptr())
     return total
 
 
@@ -25,5 +27,6 @@ def concat(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     rows, n, m = x.shape[0], x.shape[1], y.shape[1]
     out = torch.empty(rows, n + m, dtype=torch.bfloat16)
-    native.concat(x.data_ptr(), n, y.data_ptr(), m, rows, out.data_ptr())
+    x_address, y_address = dense("x", x, torch.bfloat16, rows, n), dense("y", y, torch.bfloat16, rows, m)
+    native.concat(x_address, n, y_address, m, rows, out.data_ptr())
     return out

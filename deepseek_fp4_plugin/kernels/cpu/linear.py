@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cpu import addresses
 from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
@@ -39,7 +40,7 @@ def prepare(
         experts,
         *kept[0].fp8_block,
         float(input_scale) if activations == "fp4" else 0.0,
-        [(_address(part.weight), _address(part.scale), _address(part.scale_2), part.out_features) for part in kept],
+        [(*_addresses(part, kept[0].in_features, experts), part.out_features) for part in kept],
     )
     return NativeWeight(handle, kept)
 
@@ -55,7 +56,8 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
         x = x.contiguous()
     y = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
-    native.linear(weight.data.handle, expert or 0, x.data_ptr(), x.stride(0), rows, y.data_ptr(), threads)
+    x_address = addresses.rows("x", x, torch.bfloat16, rows, weight.in_features)
+    native.linear(weight.data.handle, expert or 0, x_address, x.stride(0), rows, y.data_ptr(), threads)
     return y
 
 
@@ -67,13 +69,15 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(rows, out, dtype=weight.dtype)
     threads = torch.get_num_threads()
-    if weight.dtype is torch.float32:
-        native.linear_fp32(x.data_ptr(), x.stride(0), rows, width, out, weight.data_ptr(), y.data_ptr(), threads)
-    elif weight.dtype is torch.bfloat16:
-        handle = native.weight(_FORMATS[WeightFormat.PLAIN], width, 1, 1, 1, 0.0, [(weight.data_ptr(), 0, 0, out)])
-        native.linear(handle, 0, x.data_ptr(), x.stride(0), rows, y.data_ptr(), threads)
-    else:
+    if weight.dtype not in (torch.float32, torch.bfloat16):
         return reference.plain_linear(x, weight)
+    x_address = addresses.rows("x", x, torch.bfloat16, rows, width)
+    w_address = addresses.dense("the weight", weight, weight.dtype, out, width)
+    if weight.dtype is torch.float32:
+        native.linear_fp32(x_address, x.stride(0), rows, width, out, w_address, y.data_ptr(), threads)
+    else:
+        handle = native.weight(_FORMATS[WeightFormat.PLAIN], width, 1, 1, 1, 0.0, [(w_address, 0, 0, out)])
+        native.linear(handle, 0, x_address, x.stride(0), rows, y.data_ptr(), threads)
     return y
 
 
@@ -98,5 +102,19 @@ def _contiguous(part: WeightTensors) -> WeightTensors:
     )
 
 
-def _address(tensor: OptionalTensor) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(part: WeightTensors, width: int, experts: int) -> tuple[int, int, int]:
+    """Of the values, their scales and scale_2; 0 for what the format has not."""
+    lead, out = part.weight.shape[:-2], part.out_features
+    if lead not in ((), (experts,)):
+        raise ValueError(f"a weight is [out, in] or [experts, out, in] with as many experts as its parts, not {lead}")
+    if part.format is WeightFormat.PLAIN:
+        return addresses.dense("a BF16 weight", part.weight, torch.bfloat16, *lead, out, width), 0, 0
+    if part.format is WeightFormat.FP8_BLOCK:
+        values = addresses.dense("an FP8 weight", part.weight, torch.float8_e4m3fn, *lead, out, width)
+        height, across = (-(-size // block) for size, block in zip((out, width), part.fp8_block, strict=True))
+        return values, addresses.dense("its weight_scale_inv", part.scale, torch.float32, *lead, height, across), 0
+    return (
+        addresses.dense("an NVFP4 weight", part.weight, torch.uint8, *lead, out, width // 2),
+        addresses.dense("its weight_scale", part.scale, torch.float8_e4m3fn, *lead, out, width // 16),
+        addresses.dense("its weight_scale_2", part.scale_2, torch.float32, experts),
+    )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cpu.addresses import dense
 from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
@@ -36,15 +37,16 @@ def _run(
     x: Tensor, ids: Tensor | None, weights: Tensor | None, gate_up: PreparedWeight, down: PreparedWeight
 ) -> Tensor:
     """Without ids every row goes to the only expert, with weight 1."""
-    y = torch.empty(x.shape[0], down.out_features, dtype=torch.bfloat16)
+    tokens, k = x.shape[0], 1 if ids is None else ids.shape[1]
+    y = torch.empty(tokens, down.out_features, dtype=torch.bfloat16)
     native.experts(
         gate_up.data.handle,
         down.data.handle,
-        x.data_ptr(),
-        0 if ids is None else ids.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        x.shape[0],
-        1 if ids is None else ids.shape[1],
+        dense("x", x, torch.bfloat16, tokens, gate_up.in_features),
+        0 if ids is None else dense("the expert ids", ids, torch.int64, tokens, k),
+        0 if weights is None else dense("the experts' weights", weights, torch.float32, tokens, k),
+        tokens,
+        k,
         y.data_ptr(),
         torch.get_num_threads(),
     )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.cpu.addresses import dense
 from deepseek_fp4_plugin.kernels.cpu.extension import native
 
 
@@ -11,14 +12,15 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """See kernels/reference/routing.py; experts come best first, of equal ones the lowest."""
     tokens, experts = logits.shape
-    if experts % n_group or k > experts:
-        raise ValueError(f"cannot pick {k} of {experts} experts in {n_group} groups")
+    even = n_group > 0 and experts % n_group == 0 and 0 < topk_group <= n_group
+    if not even or not 0 <= k <= experts // n_group * topk_group:
+        raise ValueError(f"cannot pick {k} of {experts} experts in {topk_group} of {n_group} groups")
     logits, bias = logits.contiguous(), bias.contiguous()
     ids = torch.empty(tokens, k, dtype=torch.int64)
     weights = torch.empty(tokens, k, dtype=torch.float32)
     native.route(
-        logits.data_ptr(),
-        bias.data_ptr(),
+        dense("logits", logits, torch.float32, tokens, experts),
+        dense("the router's bias", bias, torch.float32, experts),
         tokens,
         experts,
         k,
