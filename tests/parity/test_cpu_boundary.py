@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import cpu
+from deepseek_fp4_plugin.kernels import cpu, ops
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
@@ -27,7 +27,7 @@ def bf16(*shape: int) -> torch.Tensor:
 
 def plain(out: int, width: int, experts: int = 0):
     weight = bf16(*((experts,) if experts else ()), out, width)
-    return cpu.prepare([WeightTensors(WeightFormat.PLAIN, weight)], BF16, "bf16", None)
+    return ops.prepare([WeightTensors(WeightFormat.PLAIN, weight)], torch.device("cpu"), BF16, backend="cpu")
 
 
 # ------------------------------------------------------------------ attention: 2 requests of 1 and 2 queries
@@ -95,7 +95,7 @@ def test_numbers_that_lead_out_of_the_cache(path, changes, message):
         ({"query_start": torch.tensor([0, 3])}, "query_start has 2 values for 2 requests"),
         ({"block_tables": torch.tensor([[4, 0, 9]])}, r"block_tables must be int64 \[2, 3\]"),
         ({"q_rope": bf16(2, 4, 16)}, r"q_rope must be bfloat16 \[3, 4, 16\]"),
-        ({"q_rope": torch.randn(3, 4, 16)}, "q_rope must be bfloat16"),
+        ({"q_rope": torch.randn(3, 4, 16)}, "the CPU kernels take BF16, not torch.float32"),
         ({"cache": bf16(6, 8, 40)}, r"one layer's latent cache must be bfloat16 \[6, 8, 48\]"),
         ({"cache": bf16(8, 6, 48).transpose(0, 1)}, "one layer's latent cache must be .*, contiguous"),
     ],
