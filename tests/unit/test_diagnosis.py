@@ -36,7 +36,7 @@ def failures(model: DeepseekV3ForCausalLM, prompt: list[int], drafts: int = 0, s
     engine = make_engine(model, drafts=drafts)
     engine.add(make_request(0, prompt, sampling=sampling))
     found = []
-    while engine.scheduler.has_work:
+    while engine.has_work:
         found += [emission for emission in engine.step() if emission.finish_reason is not None]
     return found
 
