@@ -10,7 +10,7 @@ RUN pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH_INDEX_URL"
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY deepseek_fp4_plugin ./deepseek_fp4_plugin
-RUN pip install --no-cache-dir ".[structured]" && useradd --create-home server
+RUN pip install --no-cache-dir . && useradd --create-home server
 
 USER server
 WORKDIR /home/server

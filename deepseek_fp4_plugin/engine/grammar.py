@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams
+from deepseek_fp4_plugin.engine import lark_check
+from deepseek_fp4_plugin.engine.request import RequestError
+from deepseek_fp4_plugin.engine.schema_check import without_endless_parts
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ class GrammarState:
             if reason is not None:
                 rows[i + 1 :] = rows[i]
                 self.failure, self._dead = reason, i == 0
+                logger.warning("structured output: %s", reason)
                 if i:  # the drafts that lead there may yet be refused
                     self._start_over()
                 return rows
@@ -142,10 +146,17 @@ class GrammarState:
             self._matcher.consume_tokens(self._consumed)
 
 
+_NO_TEXT = "no text satisfies it"
+
+
+def _reason(matcher: "LLMatcher") -> str:
+    """Why a mask is empty; of the library's error what comes before its own state."""
+    error = _one_line(matcher.get_error().partition("<state>")[0]) if matcher.is_error() else "NoExtension"
+    return _NO_TEXT if error.startswith("NoExtension") else error
+
+
 def _no_way_on(matcher: "LLMatcher") -> str:
-    reason = _one_line(matcher.get_error()) if matcher.is_error() else "no token may follow"
-    logger.error("structured output has no way on: %s", reason)
-    return f"the structured output has no way on from here: {reason}"
+    return f"the grammar of this answer has no way on from here: {_reason(matcher)}"
 
 
 def _has_bit(row: np.ndarray, token: int) -> bool:
@@ -156,75 +167,126 @@ def _set_bit(row: np.ndarray, token: int) -> None:
     row.view(np.uint32)[token // 32] |= np.uint32(1 << (token % 32))
 
 
+class GrammarError(RequestError):
+    """A grammar that is wrong, cannot be enforced, or that no text satisfies."""
+
+
 def compile_grammar(
     tokenizer: Tokenizer, params: GuidedDecodingParams, vocab_size: int, thinking: Thinking = Thinking.OVER
 ) -> GrammarState:
     """The state at an answer's first token.
 
     vocab_size: rows of the logits; those without a token are never allowed.  thinking: see `thinking_after`.
-    Raises ValueError when the grammar is wrong, cannot be enforced, or llguidance is not installed.
+    Raises GrammarError when the grammar is wrong, cannot be enforced, or cannot be satisfied by a text that ends;
+    ValueError when llguidance is not installed.
     """
     try:
-        from llguidance import LLMatcher
+        import llguidance  # noqa: F401
     except ImportError:
         raise ValueError(
             "structured output needs the package llguidance, which is not installed here: pip install llguidance"
         ) from None
-    vocabulary = _vocabulary(tokenizer, vocab_size)
-    kind, grammar = _grammar(params)
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
-    if failed:
-        raise ValueError(f"this {kind} cannot be enforced: {_one_line(messages[0])}")
+    kind, name = _kind(params)
+    try:
+        matcher = _matcher(_vocabulary(tokenizer, vocab_size), _grammar(params), vocab_size)
+        if kind == "EBNF grammar":
+            _check_lark(_vocabulary(tokenizer, vocab_size), _lark(params.grammar or ""), vocab_size)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises Exception itself, and its panics are not even that
+        raise GrammarError(f"{name} cannot be enforced: {_one_line(str(error))}") from None
     ids = (-1, -1)
     if thinking is not Thinking.OVER:
         assert tokenizer.think_start_id is not None and tokenizer.think_end_id is not None
         ids = (tokenizer.think_start_id, tokenizer.think_end_id)
-
-    def fresh() -> LLMatcher:
-        return LLMatcher(vocabulary, grammar, log_level=0)
-
-    return GrammarState(fresh, vocab_size, tokenizer.eos_id, thinking, ids)
+    return GrammarState(matcher.deep_copy, vocab_size, tokenizer.eos_id, thinking, ids)
 
 
-def _grammar(params: GuidedDecodingParams) -> tuple[str, str]:
-    """What the request calls it, and the grammar in the library's form."""
+def _matcher(vocabulary: "LLTokenizer", grammar: str, vocab_size: int) -> "LLMatcher":
+    """A matcher at the beginning, not changed by what was looked at. Raises ValueError where no text may begin."""
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(vocabulary, grammar, log_level=0)
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    for _ in range(2):  # a grammar that reaches the library's limits may pass once
+        probe, row = matcher.deep_copy(), np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        probe.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if probe.is_error() or not row.any():
+            raise ValueError(_reason(probe))
+    return matcher
+
+
+def _check_lark(vocabulary: "LLTokenizer", grammar: str, vocab_size: int) -> None:
+    """Raises ValueError for a grammar that may lead to a place from which no text ends."""
+    from llguidance import LLMatcher
+
+    rule = lark_check.endless_rule(grammar)
+    if rule is not None:
+        raise ValueError(f"no text ends that begins rule {rule}, which always needs another of its kind")
+
+    def matches_nothing(pattern: str) -> bool:
+        try:
+            _matcher(vocabulary, LLMatcher.grammar_from_lark(f"start: {pattern}"), vocab_size)
+        except ValueError as error:
+            return str(error) == _NO_TEXT
+        return False
+
+    pattern = lark_check.empty_pattern(grammar, matches_nothing)
+    if pattern is not None:
+        raise ValueError(f"{pattern} matches no text")
+
+
+def _kind(params: GuidedDecodingParams) -> tuple[str, str]:
+    """What the request asks for, and the words for it in a message."""
+    for given, kind in (
+        (params.json_object or None, "JSON object"),
+        (params.json, "JSON schema"),
+        (params.regex, "regular expression"),
+        (params.choice, "choice"),
+        (params.grammar, "EBNF grammar"),
+    ):
+        if given is not None:
+            return kind, f"this {kind}"
+    raise ValueError("structured output was asked for without saying which: give json, json_object, regex, "
+                     "choice or grammar")  # fmt: skip
+
+
+def _grammar(params: GuidedDecodingParams) -> str:
+    """The grammar in the library's form. Raises ValueError for what is wrong at first sight."""
     from llguidance import LLMatcher
 
     if params.json_object:
-        return "JSON object", LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON)
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON)
     if params.json is not None:
         schema: Any = params.json
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"this JSON schema cannot be enforced: it is not JSON ({error})") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"it is not JSON ({error})") from None
         if not isinstance(schema, dict):
-            raise ValueError(f"this JSON schema cannot be enforced: it is no object but {json.dumps(schema)[:80]}")
-        return "JSON schema", LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+            raise ValueError(f"it is no object but {json.dumps(schema)[:80]}")
+        return LLMatcher.grammar_from_json_schema(without_endless_parts(schema), overrides=_JSON)
     if params.regex is not None:
-        return "regular expression", LLMatcher.grammar_from_regex(params.regex)
+        if (len(params.regex) - len(params.regex.rstrip("\\"))) % 2:  # the library would leave it out
+            raise ValueError("it ends in a backslash that escapes nothing")
+        return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
         if not params.choice or not all(params.choice):
-            raise ValueError("a choice needs at least one text, and none of them empty")
+            raise ValueError("it needs at least one text, and none of them empty")
         alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
-        return "choice", LLMatcher.grammar_from_lark(f"start: {alternatives}")
-    if params.grammar is not None:
-        return "EBNF grammar", LLMatcher.grammar_from_lark(_lark(params.grammar))
-    raise ValueError("structured output was asked for without saying which: give json, json_object, regex, "
-                     "choice or grammar")  # fmt: skip
+        return LLMatcher.grammar_from_lark(f"start: {alternatives}")
+    return LLMatcher.grammar_from_lark(_lark(params.grammar or ""))
 
 
 def _lark(grammar: str) -> str:
     """`root ::= ...` notation (GBNF, as trtllm-serve and vLLM take it) in Lark's; Lark's as it is."""
     if "::=" not in grammar:
         return grammar
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
 
-    try:
-        return any_to_lark(grammar)
-    except (GbnfToLarkError, IndexError, RecursionError) as error:
-        raise ValueError(f"this EBNF grammar cannot be enforced: {_one_line(str(error))}") from None
+    return any_to_lark(grammar)
 
 
 @functools.lru_cache(maxsize=2)

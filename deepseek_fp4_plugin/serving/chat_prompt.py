@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from deepseek_fp4_plugin.engine.schema_check import without_endless_parts
 from deepseek_fp4_plugin.serving.options import template_variables
 from deepseek_fp4_plugin.serving.protocol import (
     AssistantMessage,
@@ -142,6 +143,21 @@ def tools_of(request: ChatCompletionRequest, parser: str | None) -> tuple[list[T
     return request.tools, choice
 
 
+def call_arguments(tool: Tool, number: int) -> dict[str, Any]:
+    """The schema of a call's arguments: an object, whatever else `parameters` says; parts that never end are left out.
+
+    Raises ApiError for parameters that describe no object, or none that ends.
+    """
+    schema, param = tool.function.parameters or {}, f"tools.{number}.function.parameters"
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise bad_request(f"{param}: the arguments of a call are an object, not {json.dumps(kind)[:60]}", param)
+    try:
+        return without_endless_parts({**schema, "type": "object"})
+    except ValueError as error:
+        raise bad_request(f"{param}: this JSON schema cannot be enforced: {error}", param) from None
+
+
 def call_grammar(
     tools: list[Tool], choice: str | NamedToolChoice, parallel: bool, marker_ids: dict[str, int]
 ) -> str | None:
@@ -159,14 +175,14 @@ def call_grammar(
     lines = []
     for number, tool in enumerate(tools):
         held = choice != "auto" or tool.function.strict
-        schema = (tool.function.parameters if held else None) or {"type": "object"}
+        schema = call_arguments(tool, number) if held else {"type": "object"}
         whitespace = {"x-guidance": {"whitespace_pattern": r"\n?[ ]{0,20}"}}
         lines.append(
             f'call{number}: {marker(CALL_BEGIN)} "function" {marker(SEPARATOR)} '
             f"{json.dumps(tool.function.name + chr(10) + '```json' + chr(10))} arguments{number} "
             f'"\\n```" {marker(CALL_END)}'
         )
-        lines.append(f"arguments{number}: %json {json.dumps({**whitespace, **schema})}")
+        lines.append(f"arguments{number}: %json {json.dumps({**schema, **whitespace})}")
     lines.append("call: " + " | ".join(f"call{number}" for number in range(len(tools))))
     once = parallel is False or isinstance(choice, NamedToolChoice)
     lines.append(f"calls: {marker(CALLS_BEGIN)} call" + ("" if once else ' ("\\n" call)*') + f" {marker(CALLS_END)}")

@@ -13,6 +13,7 @@ from deepseek_fp4_plugin.serving.protocol import (
     JsonObjectFormat,
     JsonSchemaFormat,
     RegexFormat,
+    TextFormat,
     bad_request,
 )
 
@@ -148,3 +149,10 @@ def _guided(
         names = " and ".join(name for name, _ in asked)
         raise bad_request(f"{names}: only one of these can decide the form of an answer", asked[0][0])
     return GuidedDecodingParams(**asked[0][1]) if asked else None
+
+
+def form_field(request: ChatCompletionRequest | CompletionRequest) -> str:
+    """The field that decides the form of the answer."""
+    names = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    given = ((name, getattr(request, name)) for name in names)
+    return next((name for name, form in given if form is not None and not isinstance(form, TextFormat)), "tools")

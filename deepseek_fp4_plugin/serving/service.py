@@ -8,11 +8,12 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from deepseek_fp4_plugin.config import SamplingParams
+from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
+from deepseek_fp4_plugin.engine.grammar import GrammarError, compile_grammar
 from deepseek_fp4_plugin.llm import LLM, RequestHandle
 from deepseek_fp4_plugin.serving import protocol
 from deepseek_fp4_plugin.serving.admission import Admission
-from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_grammar, tools_of
+from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_arguments, call_grammar, tools_of
 from deepseek_fp4_plugin.serving.generation import Answer, Job
 from deepseek_fp4_plugin.serving.logprobs import TokenTexts
 from deepseek_fp4_plugin.serving.metrics import Metrics
@@ -22,10 +23,11 @@ from deepseek_fp4_plugin.serving.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     TextFormat,
+    Tool,
     bad_request,
 )
 from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
-from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params
+from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, form_field, sampling_params
 from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, TOOL_PARSERS
 
@@ -92,7 +94,12 @@ class Service:
         render = (request.messages, tools, request.add_generation_prompt, request.add_special_tokens,
                   request.chat_template_kwargs)  # fmt: skip
         ids = await run_in_threadpool(self.prompts.render, *render) if long else self.prompts.render(*render)
-        job = await self._start(request, [ids], params, log)
+        try:
+            job = await self._start(request, [ids], params, log)
+        except ApiError as error:
+            if error.param == "tools":  # which of them was it?
+                await run_in_threadpool(self._check_tools, tools, choice)
+            raise
         opened = self._opens_think(ids)
 
         def parser() -> ChoiceParser:
@@ -103,6 +110,17 @@ class Service:
 
         think_end = self.tokenizer.think_end_id if self.options.reasoning_parser else None
         return Answer(job, request.model, self.texts, self.metrics, parser, think_end_id=think_end)
+
+    def _check_tools(self, tools: list[Tool], choice: Any) -> None:
+        """Raises ApiError for the first tool whose parameters cannot be enforced. Any thread."""
+        for number, tool in enumerate(tools):
+            if choice != "auto" or tool.function.strict:
+                param = f"tools.{number}.function.parameters"
+                schema = GuidedDecodingParams(json=call_arguments(tool, number))
+                try:
+                    compile_grammar(self.tokenizer, schema, self.vocab_size)
+                except GrammarError as error:
+                    raise bad_request(f"{param}: {error}", param) from None
 
     async def complete(self, request: CompletionRequest, log: dict[str, Any]) -> Response:
         self._begin(request.model, log)
@@ -169,6 +187,9 @@ class Service:
             for handle in handles:
                 handle.abort()
             self.admission.release(sequences)
+            if isinstance(error, GrammarError):
+                field = form_field(request)
+                raise bad_request(f"{field}: {error}", field) from None
             if isinstance(error, ValueError):
                 raise bad_request(str(error)) from None
             if isinstance(error, RuntimeError):

@@ -442,7 +442,87 @@ def test_structured_output_that_cannot_be_enforced_is_refused(server, fields):
     assert server.complete(**fields).status_code == 400
 
 
+LOOP = {"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}
+ENDLESS = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": LOOP}}}, "response_format"),
+        ({"response_format": {"type": "json", "schema": ENDLESS}}, "response_format"),
+        ({"guided_json": ENDLESS}, "guided_json"),
+        ({"guided_json": {"type": "object", "properties": {"x": LOOP}, "required": ["x"], **LOOP}}, "guided_json"),
+        ({"response_format": {"type": "ebnf", "ebnf": "root ::= foo"}}, "response_format"),
+        ({"response_format": {"type": "ebnf", "ebnf": 'root ::= root "a"'}}, "response_format"),
+        ({"guided_grammar": 'start: "a" start'}, "guided_grammar"),
+        ({"guided_regex": r"[^\s\S]"}, "guided_regex"),
+        ({"response_format": {"type": "structural_tag", "structures": [], "triggers": []}}, "response_format"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_output_that_no_text_satisfies_is_refused(server, fields, param, stream):
+    answer = server.complete(stream=stream, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert "EBNF" not in error["message"] or "grammar" in str(fields) or "ebnf" in str(fields)
+
+
 # ---------------------------------------------------------------------------- tools
+
+
+def tool(parameters, name: str = "f", **more) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+NUMBER = {"properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        NUMBER,
+        {**NUMBER, "type": ["object", "null"]},
+        {"$ref": "#/$defs/a", "$defs": {"a": NUMBER}},
+        {"anyOf": [{"type": "string"}, NUMBER]},
+        {"allOf": [NUMBER]},
+        {},
+    ],
+)
+def test_the_arguments_of_a_held_call_are_an_object(server, parameters):
+    quick = {str(ids_of(server, "<think>")[0]): -100, str(ids_of(server, "}")[0]): 40}
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        body = ok(server.chat(tools=[tool(parameters)], tool_choice=choice, parallel_tool_calls=False, temperature=1.0,
+                              seed=5, max_tokens=400, logit_bias=quick))["choices"][0]  # fmt: skip
+        if body["finish_reason"] == "length":  # it goes on adding properties, which the schema allows
+            assert body["message"].get("tool_calls") is None or body["message"]["tool_calls"][0]["function"][
+                "arguments"
+            ].lstrip().startswith("{")
+            continue
+        (call,) = body["message"]["tool_calls"]
+        assert isinstance(json.loads(call["function"]["arguments"]), dict)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"type": "string"}, "an object"),
+        ({"type": ["string", "null"]}, "an object"),
+        (ENDLESS, "always needs another"),
+        ({"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
+        ({"type": "object", "properties": {"x": {"type": "string", "format": "path"}}}, "path"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "this JSON schema cannot be enforced"),
+    ],
+)
+def test_a_tool_that_cannot_be_held_is_named(server, parameters, said):
+    tools = [tool(NUMBER, "fine"), tool(parameters, "wrong")]
+    answer = server.chat(tools=tools, tool_choice="required")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "tools.1.function.parameters")
+    assert said in error["message"] and error["message"].startswith("tools.1.function.parameters: ")
+    assert "EBNF" not in error["message"] and "call0" not in error["message"]
+    # Where nothing holds the model to the schema, nothing is wrong with it.
+    assert server.chat(tools=tools, tool_choice="auto", max_tokens=2).status_code == 200
 
 
 @field("tools", "tool_choice", "parallel_tool_calls")

@@ -8,7 +8,6 @@ from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
 from deepseek_fp4_plugin.llm import LLM
 from tests.end_to_end.server_process import R1_NANO
 
-pytest.importorskip("llguidance", reason="llguidance is not installed")
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "integer"}, "unit": {"enum": ["apples", "cards"]}},

@@ -13,7 +13,6 @@ from deepseek_fp4_plugin.engine.grammar import Thinking, compile_grammar, thinki
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 from tests.end_to_end.server_process import R1_NANO
 
-pytest.importorskip("llguidance", reason="llguidance is not installed")
 VOCABULARY = 1024  # r1_nano's rows; its tokenizer has fewer tokens
 
 
