@@ -45,6 +45,7 @@ class Tokenizer:
                 "its tokenizer is not a byte-level one (its decoder is not ByteLevel), and only those are read"
             )
         settings, generation = settings or {}, generation or {}
+        _only_what_was_asked_for(backend, settings)
         self.backend = backend
         self.chat_template = chat_template
         self._special_texts = {
@@ -208,6 +209,42 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+def _only_what_was_asked_for(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Clear what tokenizer.json carries over from training, and add what tokenizer_config.json alone names.
+
+    Truncation and padding of the last training run would clip and fill every text, and BPE dropout draws the merges by
+    lot. Tokens of the configuration alone are added as transformers adds them.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+    backend.encode_special_tokens = settings.get("split_special_tokens") is True
+    try:
+        declared = settings.get("added_tokens_decoder") or {}
+        for index, fields in sorted(declared.items(), key=lambda entry: int(entry[0])):
+            names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+            _add(backend, tokenizers.AddedToken(**{name: fields[name] for name in names if name in fields}), int(index))
+        for group in ("additional_special_tokens", "extra_special_tokens"):
+            given = settings.get(group) or ()
+            for entry in given.values() if isinstance(given, Mapping) else given:
+                text = entry.get("content") if isinstance(entry, Mapping) else entry
+                _add(backend, tokenizers.AddedToken(text, special=True, normalized=False))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{CONFIG_NAME} describes its added tokens wrongly: {_one_line(error)}") from None
+
+
+def _add(backend: tokenizers.Tokenizer, token: tokenizers.AddedToken, index: int | None = None) -> None:
+    """Give a token that the vocabulary lacks its place. Raises ValueError where that is not `index`."""
+    if backend.token_to_id(token.content) is None:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    found = backend.token_to_id(token.content)
+    if index is not None and found != index:
+        raise ValueError(
+            f"{CONFIG_NAME} says that token {token.content!r} has id {index}; in {TOKENIZER_NAME} it is {found}"
+        )
+
+
 @functools.cache
 def _byte_of_symbol() -> dict[str, int]:
     """The byte that each printable symbol of a byte-level vocabulary stands for (GPT-2's table)."""
@@ -242,7 +279,11 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the config's template, of several the one named default."""
     path = folder / TEMPLATE_NAME
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise ValueError(f"{path} cannot be read: {reason}") from None
     found = settings.get("chat_template")
     if isinstance(found, list):
         return next((entry["template"] for entry in found if entry.get("name") == "default"), None)
@@ -259,7 +300,9 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} cannot be read: it is not UTF-8") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -206,3 +206,93 @@ def test_template_file_and_several_ends(tmp_path, folder) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.apply_chat_template(CHAT) == CHAT[0]["content"]
     assert tokenizer.eos_ids == (1, 5) and tokenizer.generation_defaults == {"top_k": 7}
+
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+CLIP = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+FILL = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+        "pad_token": EOS}  # fmt: skip
+OPENING = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+           "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+           "special_tokens": {BOS: {"id": BOS, "ids": [0], "tokens": [BOS]}}}  # fmt: skip
+STRANGE_TEXTS = (*TEXTS, " a  b\n\n", f"{BOS}hi{EOS}", "<new>e\u0301 ﬁ ﾃﾞ", "don ' t , . it's", "A" * 300)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"truncation": CLIP}, {}),
+        ({"truncation": {**CLIP, "direction": "Left"}, "padding": FILL}, {"truncation_side": "left"}),
+        ({"padding": FILL}, {"padding_side": "left"}),
+        ({"post_processor": OPENING}, {}),
+        ({"post_processor": OPENING}, {"add_bos_token": True}),
+        ({"normalizer": {"type": "NFKC"}}, {}),
+        ({"normalizer": {"type": "Lowercase"}}, {}),
+        ({}, {"model_max_length": 4, "clean_up_tokenization_spaces": True, "add_prefix_space": True}),
+        ({}, {"split_special_tokens": True}),
+        ({}, {"additional_special_tokens": ["<new>"]}),
+        ({}, {"extra_special_tokens": ["<new>"]}),
+        ({}, {"tokenizer_class": "LlamaTokenizerFast"}),
+    ],
+    ids=str,
+)
+def test_what_a_file_carries_over_is_treated_as_transformers_treats_it(tmp_path, changes, settings) -> None:
+    transformers = pytest.importorskip("transformers")
+    _changed(tmp_path, changes, settings)
+    ours, other = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in STRANGE_TEXTS:
+        for special in (True, False):
+            ids = ours.encode(text, add_special_tokens=special)
+            assert ids == other.encode(text, add_special_tokens=special)
+            assert ours.decode(ids, skip_special_tokens=special) == other.decode(ids, skip_special_tokens=special)
+
+
+def _changed(folder: Path, changes: dict, settings: dict) -> None:
+    """r1_nano's tokenizer with other settings."""
+    if not (embedded_folder() / "tokenizer.json").is_file():
+        pytest.skip("the embedded model is not there")
+    for name, changed in (("tokenizer.json", changes), ("tokenizer_config.json", settings)):
+        content = json.loads((embedded_folder() / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps({**content, **changed}), encoding="utf-8")
+
+
+def test_merges_are_not_drawn_by_lot(tmp_path) -> None:
+    whole = json.loads((embedded_folder() / "tokenizer.json").read_text(encoding="utf-8"))
+    _changed(tmp_path, {"model": {**whole["model"], "dropout": 0.9}}, {})
+    plain = Tokenizer.from_folder(embedded_folder())
+    assert Tokenizer.from_folder(tmp_path).encode("谢谢 " * 50) == plain.encode("谢谢 " * 50)
+
+
+def test_truncation_reaches_neither_prompts_nor_calibration(tmp_path) -> None:
+    from deepseek_fp4_plugin.quantization.calibration_data import load_calibration
+
+    _changed(tmp_path, {"truncation": {**CLIP, "max_length": 512}}, {})
+    clipped, plain = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(embedded_folder())
+    prompt = "12 + 7 = 19. " * 60
+    assert len(clipped.encode(prompt)) == len(plain.encode(prompt)) > 512
+    data, expected = (load_calibration("builtin", t, 8, 256, 1024) for t in (clipped, plain))
+    assert [list(sample) for sample in data.samples] == [list(sample) for sample in expected.samples]
+    assert len(data.samples) == 8
+
+
+def test_tokens_that_the_configuration_alone_names(tmp_path) -> None:
+    size = Tokenizer.from_folder(embedded_folder()).vocab_size
+    _changed(tmp_path, {}, {"added_tokens_decoder": {str(size): {"content": "<new>", "special": True}}})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a<new>", add_special_tokens=False)[-1] == size
+    assert tokenizer.is_special(size) and tokenizer.token_bytes(size) == b"<new>"
+    _changed(tmp_path, {}, {"added_tokens_decoder": {str(size + 30): {"content": "<new>", "special": True}}})
+    with pytest.raises(ValueError, match=f"'<new>' has id {size + 30}; in tokenizer.json it is {size}"):
+        Tokenizer.from_folder(tmp_path)
+    for wrong in ({"added_tokens_decoder": ["<new>"]}, {"additional_special_tokens": [5]}):
+        _changed(tmp_path, {}, wrong)
+        with pytest.raises(ValueError, match="added tokens wrongly"):
+            Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_that_is_not_utf8_is_named(tmp_path, name) -> None:
+    _changed(tmp_path, {}, {})
+    (tmp_path / name).write_bytes(b"{\xff}")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: it is not UTF-8"):
+        Tokenizer.from_folder(tmp_path)
