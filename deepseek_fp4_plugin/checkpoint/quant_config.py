@@ -99,6 +99,9 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> tuple[QuantConfig
     except CheckpointError as problem:
         return section, [*findings, error(HF_QUANT_CONFIG, str(problem))]
     own = _read_own_file(content, path, findings)
+    if own.kv_cache_quant_algo not in (None, "FP8"):
+        sentence = f"{path}: kv_cache_quant_algo is {own.kv_cache_quant_algo}, which is not offered here"
+        findings.append(warning("kv_cache_quant_algo", f"{sentence}; the cache is kept in the model's dtype"))
     if config.get("quantization_config"):
         findings += _disagreements(own, section, folder)
     return own, findings

@@ -83,21 +83,6 @@ def scan(folder: Path) -> Shards:
     return found
 
 
-def shard_problem(path: Path, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
-    """Why the file is not a whole shard of exactly these tensors (name -> dtype, shape); None when it is.
-
-    Reads the header and the file's size, no value.
-    """
-    try:
-        found = {name: (info.dtype, info.shape) for name, info in read_header(path).items()}
-    except CheckpointError as problem:
-        return str(problem)
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            return f"{path} is not the shard that was planned: {name} differs; remove the file and run again"
-    return None
-
-
 def read_header(path: Path, shard: str | None = None) -> dict[str, TensorInfo]:
     """The tensors of one file, named `shard` in what is returned. Raises CheckpointError naming the file."""
     try:
@@ -138,10 +123,10 @@ def _index(folder: Path, findings: list[Finding]) -> dict[str, str]:
                 "checkpoint's folder"
             )
     metadata = content.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if metadata is not None and (isinstance(total, bool) or not isinstance(total, int | float | None) or total == 0):
+    total = metadata.get("total_size") if isinstance(metadata, dict) else metadata
+    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 0):
         findings.append(note(INDEX_NAME, f"{path}: metadata.total_size is {json.dumps(total)}; it is not used"))
-    return indexed
+    return {name: str(PurePosixPath(shard)) for name, shard in indexed.items()}
 
 
 def _inside(shard: str) -> bool:
@@ -198,7 +183,7 @@ def _resolve(
         found.findings.append(warning(name, sentence, len(stale)))
     unnamed = [name for name, info in found.tensors.items() if not info.indexed]
     if unnamed:
-        sentence = f"{unnamed[0]} in {folder} is not named by {INDEX_NAME}; it is read from the shard that has it"
+        sentence = f"{unnamed[0]} in {folder} is not named by {INDEX_NAME}; only its shard's header tells of it"
         found.findings.append(note(unnamed[0], sentence, len(unnamed)))
     absent = [(name, shard) for name, shard in indexed.items() if shard in headers and name not in headers[shard]]
     if absent:

@@ -111,7 +111,7 @@ def _fp8(group: Group, shape: tuple[int, ...]) -> Verdict:
 
 
 def _granularity(scale: tuple[int, ...], weight: tuple[int, ...]) -> str:
-    if is_tensor_scale(scale) and max(weight) > 1:
+    if scale in ((), (1,)):
         return "one scale for the tensor"
     if scale in ((weight[0],), (weight[0], 1)):
         return "one scale for each row"

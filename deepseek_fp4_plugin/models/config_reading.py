@@ -128,7 +128,7 @@ class Reading:
         shown = f"{path}{name}"
         if name not in section:
             if absent is _REQUIRED:
-                self.wrong(shown, f"lacks {shown}; take the file from the original checkpoint")
+                self.wrong(shown, f"{shown} is missing; take the file from the original checkpoint")
             return None if absent is _REQUIRED else absent
         value = section[name]
         if value is None and null is not _REFUSED:
@@ -217,8 +217,8 @@ def _without_aliases(reading: Reading) -> dict[str, Any]:
             continue
         value = config.pop(alias)
         if config.setdefault(name, value) != value or isinstance(config[name], bool) != isinstance(value, bool):
-            both = f"{name} {_shown(config[name])} and {alias} {_shown(value)}"
-            reading.wrong(name, f"gives {both}, which are two names of one field; make them equal")
+            both = f"{name} is {_shown(config[name])} and {alias} {_shown(value)}"
+            reading.wrong(name, f"{both}, which are two names of one field; make them equal")
     return config
 
 

@@ -178,18 +178,18 @@ def _mtp_layers(
     """The config with the MTP layer that can be used, what does not agree, and the tensors that this accounts for."""
     where, field = f"{folder}/config.json", MTP_FIELDS[0]
     last, declared = config.num_hidden_layers, config.num_nextn_predict_layers
-    given = any(raw.get(name) is not None for name in MTP_FIELDS)
+    given = any(name in raw for name in MTP_FIELDS)
     layers: dict[int, list[str]] = {}
     for name in tensors:
         if match := re.match(r"model\.layers\.(\d+)\.", name):
             layers.setdefault(int(match[1]), []).append(name)
     mtp = sorted(layer for layer in layers if f"model.layers.{layer}.eh_proj.weight" in tensors)
-    misplaced = [layer for layer in mtp if layer < last]
-    if misplaced:
-        name = f"model.layers.{misplaced[0]}"
-        sentence = f"{where}: num_hidden_layers={last} makes {name} a decoder layer, but it has an MTP layer's eh_proj"
-        advice = f"set num_hidden_layers to {misplaced[0]} and {field} to 1"
-        return config, [error("num_hidden_layers", f"{sentence}; {advice}")], set()
+    if mtp and mtp[0] != last:
+        sentence = (
+            f"{where}: num_hidden_layers is {last}, but the first MTP layer (the one with eh_proj) is model.layers."
+        )
+        advice = f"{mtp[0]}; set num_hidden_layers to {mtp[0]} and {field} to {len(mtp)}"
+        return config, [error("num_hidden_layers", sentence + advice)], {n for layer in mtp for n in layers[layer]}
     if declared and not layers.get(last):
         findings = []
         if given and whole:
@@ -207,13 +207,17 @@ def _mtp_layers(
     if not given and last in mtp:
         sentence = f"{where} does not say {field}; model.layers.{last} is taken as the MTP layer that it looks like"
         findings.append(warning(field, sentence))
-    unread = [layer for layer in mtp if layer >= last + declared]
+    unread = [layer for layer in sorted({*mtp, *({last} & layers.keys())}) if layer >= last + declared]
     used = {name for layer in unread for name in layers[layer]}
     if unread:
         names = " and ".join(f"model.layers.{layer}" for layer in unread)
-        sentence = f"{names} in {folder}, of the MTP kind, with {len(used)} tensors is not used: {field} is {declared}"
-        advice = "; set it to 1 to keep the layer" if not declared else ", and one is computed here"
-        findings.append(warning(f"model.layers.{unread[0]}", f"{sentence} in config.json{advice}", 1, True))
+        kind = "an MTP layer" if len(unread) == 1 else "MTP layers"
+        sentence = (
+            f"the {len(used)} tensors of {names} in {folder}, {kind}, are not used: config.json counts {declared}"
+        )
+        advice = "set it to 1 to keep the layer" if not declared else "one is computed here"
+        finding = warning(f"model.layers.{unread[0]}", f"{sentence} ({field}); {advice}", 1, True)
+        findings.append(finding)
     return config, findings, used
 
 
