@@ -11,6 +11,7 @@ from deepseek_fp4_plugin.engine.launch_spawned import spawn
 from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.engine.worker_group import Member, Progress, WorkerGroup
 from deepseek_fp4_plugin.engine.worker_process import Assignment
+from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import load_model
 
 
@@ -22,6 +23,7 @@ def start_executor(config: EngineConfig, model: Path, device: torch.device, prog
     if config.tensor_parallel_size == 1:
         loaded = load_model(model, config.dtype, device, config.nvfp4_activations, progress=progress)
         return InProcessExecutor.of(Worker(config, loaded))
+    examine(model).usable()  # says what is odd once, and refuses before any process starts
     return _spawned(config, model, device, progress)
 
 
