@@ -7,6 +7,7 @@ So a stream is decoded token by token without looking back, and nothing is shown
 import codecs
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +54,7 @@ class Tokenizer:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if (text := _text(settings, name))
         }
+        _check_generation(generation)
         self.bos_id = self._special_id("bos_token", generation.get("bos_token_id"))
         ends = generation.get("eos_token_id")
         ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
@@ -285,14 +287,40 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise ValueError(f"{path} cannot be read: {reason}") from None
     found = settings.get("chat_template")
-    if isinstance(found, list):
-        return next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not isinstance(found, str | None):
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: chat_template is a JSON {type(found).__name__}, expected a text, or texts by name"
+        )
     return found
 
 
 def _text(settings: Mapping[str, Any], name: str) -> str | None:
     value = settings.get(name)
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise ValueError(f"{CONFIG_NAME} says {name} is {json.dumps(text)[:60]}, expected a token's text")
+    return text
+
+
+def _check_generation(generation: Mapping[str, Any]) -> None:
+    """Raises ValueError naming a field of generation_config.json that is not what it must be."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = generation.get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ValueError(f"generation_config.json says {name} is {json.dumps(value)[:60]}, expected a token's id")
+    for name, kind in (("do_sample", bool), ("temperature", float), ("top_p", float), ("top_k", int)):
+        value = generation.get(name)
+        fits = (
+            isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
+        )
+        if value is not None and not (fits and math.isfinite(value)):
+            expected = {bool: "true or false", int: "an integer", float: "a number"}[kind]
+            raise ValueError(f"generation_config.json says {name} is {json.dumps(value)[:60]}, expected {expected}")
 
 
 def _json(path: Path) -> dict[str, Any]:

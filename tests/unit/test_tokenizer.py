@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer, Tokenizer
+from training.tokenizer import write_tokenizer
 
 TEXTS = (
     "Hello, my name is",
@@ -296,3 +297,51 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, name) -> None:
     (tmp_path / name).write_bytes(b"{\xff}")
     with pytest.raises(ValueError, match=rf"{name} cannot be read: it is not UTF-8"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("one", "one"),
+        (None, None),
+        ({"default": "one", "tool_use": "two"}, "one"),
+        ({"tool_use": "two"}, None),
+        ([{"name": "tool_use", "template": "two"}, {"name": "default", "template": "one"}], "one"),
+        ([{"name": "tool_use", "template": "two"}], None),
+        ([], None),
+    ],
+)
+def test_every_form_of_a_chat_template(tmp_path, template, expected):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    assert Tokenizer.from_folder(tmp_path).chat_template == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template is a JSON int, expected a text"),
+        ("tokenizer_config.json", {"chat_template": ["x"]}, "chat_template is a JSON list"),
+        ("tokenizer_config.json", {"chat_template": {"default": 3}}, "chat_template is a JSON int"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": []}]}, "is a JSON list"),
+        ("tokenizer_config.json", {"eos_token": 1}, "says eos_token is 1, expected a token's text"),
+        ("generation_config.json", {"eos_token_id": "1"}, 'eos_token_id is "1", expected a token\'s id'),
+        ("generation_config.json", {"eos_token_id": [1, "a"]}, "eos_token_id is .* expected a token's id"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id is true"),
+        ("generation_config.json", {"bos_token_id": -1}, "bos_token_id is -1"),
+        ("generation_config.json", {"temperature": "0.6"}, 'temperature is "0.6", expected a number'),
+        ("generation_config.json", {"top_p": float("nan")}, "top_p is NaN, expected a number"),
+        ("generation_config.json", {"top_k": 2.5}, "top_k is 2.5, expected an integer"),
+        ("generation_config.json", {"do_sample": "yes"}, 'do_sample is "yes", expected true or false'),
+    ],
+)
+def test_fields_of_another_type_are_one_sentence(tmp_path, name, changes, message):
+    write_tokenizer(tmp_path)
+    path = tmp_path / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
