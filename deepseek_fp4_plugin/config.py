@@ -19,10 +19,13 @@ Int = Annotated[int, Strict()]
 Real = Annotated[float, Strict(), AllowInfNan(False)]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
-Count = Annotated[Int, Field(ge=1)]
-TokenId = Annotated[Int, Field(ge=0)]
+_MOST = 2**31 - 1  # what fits the 32-bit counts of kernels and time-outs; more is a slip of the keyboard
+Count = Annotated[Int, Field(ge=1, le=_MOST)]
+TokenId = Annotated[Int, Field(ge=0, le=_MOST)]
+Penalty = Annotated[Real, Field(ge=-1e6, le=1e6)]  # logits are FP32: beyond, they would not stay finite
 Share = Annotated[Real, Field(gt=0, le=1)]
 
+_COLD = 1e-6  # logits divided by less than this would leave FP32's range
 _ANY = object()  # in a table of upstream names: every value is taken, and none changes anything here
 
 
@@ -55,7 +58,7 @@ class Choices(BaseModel):
             elif field not in cls.model_fields:
                 known = [*cls.model_fields, *cls.aliases, *cls.neutral]
                 raise ValueError(f"{cls.__name__} has no setting {name!r}{did_you_mean(name, known)}")
-            elif field in result and result[field] != value:
+            elif field in result and _differ(result[field], value):
                 given = next(other for other in values if cls.aliases.get(other, other) == field)
                 raise ValueError(
                     f"{cls.__name__}: {given}={result[field]!r} and {name}={value!r} are the same setting; give one"
@@ -63,6 +66,10 @@ class Choices(BaseModel):
             else:
                 result[field] = value
         return result
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one is not other and one != other  # a NaN is the same setting as itself
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -85,7 +92,7 @@ def _sentence(owner: str, error: ValidationError) -> str:
         "greater_than": "above {gt:g}",
         "greater_than_equal": "at least {ge:g}",
         "less_than": "below {lt:g}",
-        "less_than_equal": "at most {le:g}",
+        "less_than_equal": "at most {le}",
         "finite_number": "a finite number",
         "int_type": "an integer",
         "int_from_float": "an integer",
@@ -133,7 +140,8 @@ class GuidedDecodingParams:
 class SamplingParams(Choices):
     """How one request's tokens are chosen and when it ends. Keyword arguments only.
 
-    Greedy unless temperature, top_p, top_k or min_p asks for sampling; temperature 0, top_k 1 and top_p 0 are greedy.
+    Greedy unless temperature, top_p, top_k or min_p asks for sampling; temperature 0 (below 1e-6), top_k 1 and top_p 0
+    are greedy.
 
     max_tokens: at most so many new tokens; None: as many as the context holds; not given: the LLM's `max_new_tokens`.
     end_id: ends the text in place of the tokenizer's end-of-text ids.  stop: texts that end it, left out of the output
@@ -146,7 +154,7 @@ class SamplingParams(Choices):
     max_tokens: Count | None = 32
     temperature: Annotated[Real, Field(ge=0)] | None = None
     top_p: Annotated[Real, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Int, Field(ge=0)] | None = None
+    top_k: Annotated[Int, Field(ge=0, le=_MOST)] | None = None
     min_p: Annotated[Real, Field(ge=0, le=1)] | None = None
     n: Count = 1
     best_of: Count | None = None
@@ -156,20 +164,19 @@ class SamplingParams(Choices):
     stop_token_ids: tuple[TokenId, ...] | None = None
     include_stop_str_in_output: Bool = False
     ignore_eos: Bool = False
-    min_tokens: Annotated[Int, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0, le=_MOST)] | None = None
     bad: tuple[Text, ...] | None = None
     bad_token_ids: tuple[TokenId, ...] | None = None
-    repetition_penalty: Annotated[Real, Field(gt=0)] | None = None
-    presence_penalty: Real | None = None
-    frequency_penalty: Real | None = None
-    logit_bias: dict[TokenId, Real] | None = None
-    logprobs: Annotated[Int, Field(ge=0)] | None = None
-    prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[Real, Field(gt=0, le=1e6)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[TokenId, Annotated[Real, Field(ge=-1e30, le=1e30)]] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=_MOST)] | None = None
+    prompt_logprobs: Annotated[Int, Field(ge=0, le=_MOST)] | None = None
     guided_decoding: GuidedDecodingParams | None = None
     detokenize: Bool = True
     add_special_tokens: Bool = True
     skip_special_tokens: Bool = True
-    spaces_between_special_tokens: Bool = True
     truncate_prompt_tokens: Count | None = None
     use_relaxed_acceptance_for_thinking: Bool | None = None
     relaxed_topk: Count | None = None
@@ -178,6 +185,7 @@ class SamplingParams(Choices):
     aliases: ClassVar[Mapping[str, str]] = {"max_new_tokens": "max_tokens", "bad_words": "bad"}
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "pad_id": (_ANY,),  # nothing is padded
+        "spaces_between_special_tokens": (True,),  # byte-level tokens bring their own blanks
         "use_beam_search": (False,),
         "beam_width_array": (),
         "beam_search_diversity_rate": (),
@@ -214,6 +222,8 @@ class SamplingParams(Choices):
         limit = self.max_tokens if "max_tokens" in self.model_fields_set else None
         if limit is not None and (self.min_tokens or 0) > limit:
             _refuse(f"SamplingParams: min_tokens={self.min_tokens} is more than max_tokens={limit}")
+        if self.repetition_penalty is not None and self.repetition_penalty < 1e-6:
+            _refuse(f"SamplingParams: repetition_penalty={self.repetition_penalty} must be at least 1e-06")
         if not self.detokenize and self.stop:
             _refuse("SamplingParams: stop texts need detokenize=True; use stop_token_ids")
 
@@ -221,7 +231,8 @@ class SamplingParams(Choices):
     def greedy(self) -> bool:
         """The most probable token is taken at every step."""
         unset = self.temperature is None and self.top_p is None and self.top_k is None and not self.min_p
-        return unset or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+        cold = self.temperature is not None and self.temperature < _COLD
+        return unset or cold or self.top_k == 1 or self.top_p == 0
 
     @classmethod
     def from_any(cls, given: Any) -> "SamplingParams":
@@ -449,7 +460,7 @@ class EngineConfig(Choices):
             if not isinstance(old, Mapping):
                 _refuse("EngineConfig: pytorch_backend_config must be a mapping of settings")
             for name, value in old.items():
-                if values.setdefault(name, value) != value:
+                if _differ(values.setdefault(name, value), value):
                     _refuse(f"EngineConfig: {name} is given twice, once inside pytorch_backend_config; give one")
         if "use_cuda_graph" in values:
             use = values.pop("use_cuda_graph")
@@ -484,14 +495,18 @@ class EngineConfig(Choices):
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ValueError(f"the configuration file {path} cannot be read: {reason}") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f" at line {mark.line + 1}" if mark else ""
+            if isinstance(error, _Duplicate):
+                raise ValueError(f"the configuration file {path} has {error.problem} twice, again{line}") from None
             raise ValueError(f"the configuration file {path} is not YAML{line}") from None
+        except (RecursionError, ValueError) as error:  # too deep; a date or a number that is none
+            raise ValueError(f"the configuration file {path} is not YAML: {error}") from None
         if values is None:
             values = {}
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -520,7 +535,13 @@ class EngineConfig(Choices):
         if "moe_config" in self.model_fields_set and self.moe_config.backend != "AUTO":
             why = "it names GPU kernels, and this is a CPU" if device == "cpu" else "there is one kernel family here"
             lines.append(f"moe_backend={self.moe_config.backend} ignored: {why}")
+        graphs = self.cuda_graph_config
         if device != "cpu":
+            if "cuda_graph_config" in self.model_fields_set and graphs is None:
+                lines.append("use_cuda_graph=False ignored: short decode steps are always captured on a GPU")
+            named = ", ".join(sorted(graphs.model_fields_set)) if graphs is not None else ""
+            if named:
+                lines.append(f"cuda_graph_config: {named} ignored: steps are captured in the sizes that come")
             return lines
         if "cuda_graph_config" in self.model_fields_set and self.cuda_graph_config is not None:
             lines.append("use_cuda_graph (cuda_graph_config) ignored: CUDA graphs need a GPU")
@@ -533,6 +554,22 @@ class EngineConfig(Choices):
         return lines
 
 
+class _Duplicate(yaml.constructor.ConstructorError):
+    """A key that a mapping has twice; YAML's own reader lets the last one win."""
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node, deep=True)
+                if isinstance(key, str) and key in seen:
+                    raise _Duplicate(None, None, key, key_node.start_mark)
+                seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
 def _nest(values: dict[str, Any], name: str) -> None:
     """Move the flat setting `name` into its object. Raises ValueError where the object says otherwise."""
     value = values.pop(name)
@@ -543,7 +580,7 @@ def _nest(values: dict[str, Any], name: str) -> None:
     if held is not None and not isinstance(held, Mapping):
         _refuse(f"EngineConfig: {outer}={held!r} must be a mapping of settings")
     held = dict(held or {})
-    if held.setdefault(inner, value) != value:
+    if _differ(held.setdefault(inner, value), value):
         _refuse(f"EngineConfig: {name}={value!r} and {outer}.{inner}={held[inner]!r} are the same setting; give one")
     values[outer] = held
 

@@ -16,6 +16,7 @@ from deepseek_fp4_plugin.cli.flags import (
     ModelName,
     engine_config,
     engine_flags,
+    read_text,
     sampling_flags,
     sampling_params,
 )
@@ -67,7 +68,7 @@ def chat(
     """
     if url is not None:
         fields = {name: flags[name] for name in SAMPLING_FLAGS if flags[name] not in (None, (), False)}
-        key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").split("\n")[0].strip()
+        key = None if api_key_file is None else _key(api_key_file)
         speaker = RemoteSpeaker(url, model, key, {"max_tokens": max_new_tokens, **fields})
         Conversation(speaker, system, math, _examples(speaker.model)).run()
         return
@@ -78,6 +79,14 @@ def chat(
         advice = {k: v for k, v in llm.tokenizer.generation_defaults.items() if k in ("temperature", "top_p", "top_k")}
         params = sampling_params(flags, **(advice or CARD_SAMPLING), max_tokens=max_new_tokens)
         Conversation(LocalSpeaker(llm, params), system, math, _examples(model)).run()
+
+
+def _key(path: Path) -> str:
+    """A key file's first line."""
+    key = read_text("--api-key-file", path).split("\n")[0].strip()
+    if not key or not all("!" <= character <= "~" for character in key):
+        raise ValueError(f"--api-key-file {path}: its first line is no key; a key is printable ASCII without blanks")
+    return key
 
 
 class Conversation:

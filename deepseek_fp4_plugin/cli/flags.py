@@ -160,3 +160,12 @@ def _writable(ctx: click.Context, param: click.Parameter, path: str | None) -> s
     if path not in (None, "-") and not Path(str(path)).absolute().parent.is_dir():
         raise click.BadParameter(f"{Path(str(path)).parent} is not a folder", ctx, param)
     return path
+
+
+def read_text(flag: str, path: Path) -> str:
+    """A file's text. Raises ValueError naming the flag and the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise ValueError(f"{flag} {path} cannot be read: {reason}") from None

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from deepseek_fp4_plugin.cli.flags import Command, ModelName, engine_config, engine_flags
+from deepseek_fp4_plugin.cli.flags import Command, ModelName, engine_config, engine_flags, read_text
 
 _FILE = click.Path(path_type=Path)
 
@@ -98,7 +98,7 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
 
     options = {name: flags[name] for name in _SERVER if flags[name] not in (None, ())}
     if chat_template is not None:
-        options["chat_template"] = chat_template.read_text(encoding="utf-8")
+        options["chat_template"] = read_text("--chat_template", chat_template)
     if api_key_file is not None:
         options["api_keys"] = _keys(api_key_file)
     engine = {name: flags[name] for name in (*_PARALLEL, "stream_interval") if flags[name] is not None}
@@ -109,7 +109,11 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
 
 
 def _keys(path: Path) -> tuple[str, ...]:
-    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = read_text("--api_key_file", path).splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
+    for number, line in enumerate(lines, 1):
+        if not all("!" <= character <= "~" for character in line.strip()):
+            raise ValueError(f"--api_key_file {path}, line {number}: a key is printable ASCII without blanks")
     if not keys:
         raise ValueError(f"{path} holds no key; write one on each line")
     return keys

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.protocol import ApiError
-from deepseek_fp4_plugin.serving.streaming import to_json
+from deepseek_fp4_plugin.serving.streaming import event, to_json
 
 access_log = logging.getLogger("deepseek_fp4_plugin.access")
 logger = logging.getLogger(__name__)
@@ -65,6 +66,11 @@ class AccessLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends without waiting for this answer
+            failure = ApiError(503, "the request was cancelled because the server is shutting down",
+                               "ServiceUnavailableError")  # fmt: skip
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(_last_words(send_with_id, failure, started=bool(status)), 1.0)
         except Exception:
             logger.exception("request %s failed", request_id)
             if status:
@@ -86,6 +92,14 @@ class AccessLog:
                 **facts,
             }
             access_log.info("%s", json.dumps(line))
+
+
+async def _last_words(send: Any, error: ApiError, started: bool) -> None:
+    """Tell a client that nothing more comes, in a stream as its last event."""
+    if not started:
+        await send_error(send, error)
+    else:
+        await send({"type": "http.response.body", "body": event(error.body()), "more_body": False})
 
 
 class ApiKeys:

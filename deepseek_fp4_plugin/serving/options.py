@@ -1,5 +1,6 @@
 """What the operator of a server chooses, beside the engine's configuration."""
 
+import re
 from dataclasses import dataclass
 
 import jinja2
@@ -7,6 +8,9 @@ import jinja2.meta
 
 from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
 from deepseek_fp4_plugin.serving.tool_calls import TOOL_PARSERS
+
+MAX_SECONDS = 2_000_000  # 23 days; the kernel counts a socket's time-out in milliseconds of 31 bits
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,25 @@ class ServerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(sorted(known))}")
         if self.chat_template is not None:
             template_variables(self.chat_template)
-        if self.max_queue < 0:
-            raise ValueError(f"max_queue is {self.max_queue}; give 0 or more")
-        if self.max_body_bytes < 1:
-            raise ValueError(f"max_body_bytes is {self.max_body_bytes}; give 1 or more")
+        if not self.host or self.host != self.host.strip():
+            raise ValueError(f"host is {self.host!r}; give a name or an address to listen on")
+        for name, least, most in (("port", 0, 65535), ("max_queue", 0, MAX_COUNT), ("max_body_bytes", 1, MAX_COUNT)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{name} is {value}; give a whole number from {least} to {most}")
         for name in ("body_timeout", "request_timeout", "stall_timeout", "drain_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give seconds above 0")
+            if not 0 < getattr(self, name) <= MAX_SECONDS:  # NaN is not either
+                raise ValueError(f"{name} is {getattr(self, name)}; give seconds above 0, at most {MAX_SECONDS}")
+        if any(not name.strip() for name in self.served_model_name):
+            raise ValueError("served_model_name is empty; give a name")
+        for number, key in enumerate(self.api_keys, 1):
+            if not key or not all("!" <= character <= "~" for character in key):
+                raise ValueError(
+                    f"API key {number} has a blank or a character that is not ASCII; no client can send it"
+                )
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.\-]*://[^/\s?#]+", origin):
+                raise ValueError(f"allowed_origin is {origin!r}; give SCHEME://HOST or SCHEME://HOST:PORT, or *")
 
 
 def template_variables(source: str) -> set[str]:

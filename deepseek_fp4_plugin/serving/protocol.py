@@ -71,6 +71,8 @@ def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "input should be a JSON object (Content-Type: application/json)"
+    if first["type"] == "missing" and param is None:
+        return "the body is empty; send a JSON object (Content-Type: application/json)", None
     if first["type"] == "missing":
         return f"{param}: {message}", param
     if first["type"] == "value_error":

@@ -25,6 +25,9 @@ from deepseek_fp4_plugin.serving.service import Service
 logger = logging.getLogger(__name__)
 
 
+_LAST_WORDS = 2.0  # seconds for clients to take what a cancelled answer says
+
+
 def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
     """Load `model` and serve it until SIGTERM or SIGINT; the exit status.
 
@@ -49,21 +52,23 @@ def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
 class _Server(uvicorn.Server):
     """Tells the service at the first signal, so that requests on open connections are refused while it drains."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout: float, address: str) -> None:
         super().__init__(config)
-        self.service, self.drain_timeout = service, drain_timeout
+        self.service, self.drain_timeout, self.address = service, drain_timeout, address
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        logger.info("ready on http://%s:%d", self.config.host, self.config.port)
+        self._loop = asyncio.get_running_loop()
+        logger.info("ready on http://%s", self.address)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
             running = self.service.admission.sequences
             logger.info("%s: draining, %d answers under way", signal.Signals(sig).name, running)
             self.service.admission.draining = True
-        elif sig == signal.SIGINT:
-            self.force_exit = True  # asked twice at the keyboard
+        elif sig == signal.SIGINT and self._loop is not None:  # asked twice at the keyboard
+            self._loop.call_soon_threadsafe(self._hurry)
         # uvicorn's own would raise the signal again afterwards; a drained server ends with status 0.
         self.should_exit = True
 
@@ -74,9 +79,14 @@ class _Server(uvicorn.Server):
         finally:
             deadline.cancel()
 
-    def _give_up(self) -> None:
-        logger.warning("drain_timeout passed: cancelling %d answers", self.service.admission.sequences)
+    def _give_up(self, why: str = "drain_timeout passed") -> None:
+        logger.warning("%s: cancelling %d answers", why, self.service.admission.sequences)
         self.service.admission.abort_all()
+
+    def _hurry(self) -> None:
+        """Cancel the answers now; soon after, stop waiting for clients that do not read that."""
+        self._give_up("asked again")
+        asyncio.get_running_loop().call_later(_LAST_WORDS, setattr, self, "force_exit", True)
 
 
 def _run(app: Any, listener: socket.socket, options: ServerOptions) -> int:
@@ -93,9 +103,14 @@ def _run(app: Any, listener: socket.socket, options: ServerOptions) -> int:
         http=limited_connection(options.body_timeout),
         ws="none",
     )
-    server = _Server(config, app.state.service, options.drain_timeout)
+    server = _Server(config, app.state.service, options.drain_timeout, _address(options.host, listener))
     server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def _address(host: str, listener: socket.socket) -> str:
+    """host:port as a URL has it: the port that was taken, an IPv6 address in brackets."""
+    return f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _listen(options: ServerOptions) -> socket.socket:
@@ -112,10 +127,10 @@ def _listen(options: ServerOptions) -> socket.socket:
         listener.bind(address)
         listener.listen(2048)
         listener.setblocking(False)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = "it is no host name" if isinstance(error, UnicodeError) else error.strerror or error
         raise ValueError(
-            f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; choose another "
-            "--host or --port"
+            f"cannot listen on {options.host}:{options.port}: {reason}; choose another --host or --port"
         ) from None
     return listener
 
@@ -141,7 +156,10 @@ def _report(service: Service, options: ServerOptions, seconds: float) -> None:
     shown = dataclasses.asdict(options) | {"api_keys": f"{len(options.api_keys)} keys"}
     if options.chat_template is not None:
         shown["chat_template"] = f"{len(options.chat_template)} characters"
-    print("engine configuration:", service.llm.config.model_dump_json())
+    config = service.llm.config.model_dump(mode="json")
+    if "max_new_tokens" not in service.llm.config.model_fields_set:
+        config["max_new_tokens"] = None  # the default is the Python API's; a server's answers may fill the context
+    print("engine configuration:", json.dumps(config))
     print("server options:", json.dumps(shown, default=str))
     print(f"sampling defaults: temperature {service.defaults.temperature}, top_p {service.defaults.top_p}, "
           f"top_k {service.defaults.top_k} ({options.sampling_defaults})")  # fmt: skip

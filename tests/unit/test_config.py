@@ -261,3 +261,99 @@ def test_attention_data_parallelism_without_ranks_is_named() -> None:
     assert EngineConfig(enable_attention_dp=True, tensor_parallel_size=2).ignored_settings("cpu") == []
     waits = EngineConfig(attention_dp_config={"enable_balance": True})
     assert any("attention_dp_config" in line for line in waits.ignored_settings("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "line"),
+    [
+        ("max_batch_size: 4\nseed: 1\nmax_batch_size: 8\n", "max_batch_size", 3),
+        ("max_batch_size: 4\n'max_batch_size': 4\n", "max_batch_size", 2),
+        ("kv_cache_config:\n  dtype: fp8\n  max_tokens: 5\n  dtype: bf16\n", "dtype", 4),
+        ("speculative_config: {max_draft_len: 1, max_draft_len: 2}\n", "max_draft_len", 1),
+        ("pytorch_backend_config:\n  moe_backend: TRTLLM\n  moe_backend: CUTLASS\n", "moe_backend", 3),
+    ],
+)
+def test_a_key_twice_in_a_file_is_refused(tmp_path, text: str, name: str, line: int) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} has {name} twice, again at line {line}"):
+        EngineConfig.from_yaml(path)
+
+
+def test_merged_yaml_keys_are_no_duplicates(tmp_path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text("speculative_config:\n  <<: {max_draft_len: 2, relaxed_topk: 5}\n  relaxed_topk: 7\n")
+    speculative = EngineConfig.from_yaml(path).speculative_config
+    assert speculative is not None
+    assert (speculative.num_nextn_predict_layers, speculative.relaxed_topk) == (2, 7)
+
+
+@pytest.mark.parametrize("text", ["seed: 2020-13-45\n", "[" * 5000, "max_batch_size: .nan\n", "seed: .inf\n"])
+def test_strange_yaml_is_one_sentence(tmp_path, text: str) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)) as caught:
+        EngineConfig.from_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_batch_size": 10**20},
+        {"max_num_tokens": 2**31},
+        {"max_seq_len": 10**30},
+        {"stream_interval": 10**20},
+        {"kv_cache_config": {"tokens_per_block": 10**20}},
+        {"kv_cache_config": {"free_gpu_memory_fraction": float("nan")}},
+        {"speculative_config": {"relaxed_delta": float("inf")}},
+    ],
+)
+def test_numbers_beyond_reason_are_refused(wrong) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        EngineConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": 10**30},
+        {"max_tokens": 10**30},
+        {"min_tokens": 10**30},
+        {"logprobs": 10**30},
+        {"end_id": 10**30},
+        {"temperature": float("nan")},
+        {"presence_penalty": 1e300},
+        {"frequency_penalty": -1e300},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-300},
+        {"logit_bias": {3: 1e300}},
+        {"logit_bias": {3: float("inf")}},
+        {"min_p": float("nan")},
+    ],
+)
+def test_requests_beyond_what_logits_hold_are_refused(wrong) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        SamplingParams(**wrong)
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    assert SamplingParams(temperature=1e-300).greedy
+    assert not SamplingParams(temperature=1e-3).greedy
+
+
+def test_blanks_between_special_tokens_are_not_offered() -> None:
+    assert SamplingParams(spaces_between_special_tokens=True) == SamplingParams()
+    with pytest.raises(ValueError, match="spaces_between_special_tokens=False is not offered here"):
+        SamplingParams(spaces_between_special_tokens=False)
+
+
+def test_settings_without_a_meaning_are_named_on_a_gpu_too() -> None:
+    config = EngineConfig(cuda_graph_config={"batch_sizes": [1, 2], "enable_padding": True}, moe_backend="CUTLASS")
+    lines = config.ignored_settings("cuda")
+    assert any(line.startswith("cuda_graph_config: batch_sizes, enable_padding ignored") for line in lines)
+    assert any(line.startswith("moe_backend=CUTLASS ignored") for line in lines)
+    assert any(
+        "use_cuda_graph=False ignored" in line for line in EngineConfig(use_cuda_graph=False).ignored_settings("cuda")
+    )
+    assert EngineConfig(use_cuda_graph=False).ignored_settings("cpu") == []
