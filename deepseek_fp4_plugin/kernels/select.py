@@ -4,6 +4,7 @@
 works without a prepared weight is the first one's on the device.
 
     cpu        native kernels on the checkpoint's bytes, BF16 activations; where the extension was built
+    cuda       kernels on NVFP4 weights in tiles, BF16 activations; NVIDIA GPUs of compute capability 9.0 and 10.0
     decoded    weights decoded once at load to the compute dtype, then the platform's matrix product; any device
     reference  checkpoint bytes, decoded in FP32 on every call: the law that the others are tested against
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepseek_fp4_plugin.kernels import cpu, decoded, reference
+from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, reference
 from deepseek_fp4_plugin.kernels.cuda_graph import GraphRecorder
 from deepseek_fp4_plugin.kernels.recording import Recorder
 from deepseek_fp4_plugin.kernels.weights import Backend, Case
@@ -54,6 +55,7 @@ def checked(name: str, backend: Backend) -> Backend:
 
 TABLE: tuple[Entry, ...] = (
     Entry("cpu", checked("cpu", cpu), cpu.refuses, "native kernels on the checkpoint's bytes"),
+    Entry("cuda", checked("cuda", cuda), cuda.refuses, "NVFP4 in tiles, decoded in registers"),
     Entry("decoded", checked("decoded", decoded), lambda case: None, "decoded once at load, the platform's products"),
     Entry("reference", checked("reference", reference), lambda case: None, "plain torch, decoded on every call"),
 )
@@ -72,6 +74,8 @@ def named(name: str) -> Entry:
         if entry.name == name:
             if name == "cpu" and not cpu.available():
                 raise ValueError(f"kernel backend 'cpu' cannot run here: {cpu.NOT_BUILT}")
+            if name == "cuda" and not cuda.available():
+                raise ValueError(f"kernel backend 'cuda' cannot run here: {cuda.NOT_INSTALLED}")
             return entry
     raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(entry.name for entry in TABLE)}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import cpu, decoded, reference, select
+from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, reference, select
 from deepseek_fp4_plugin.kernels.weights import Case
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -42,7 +42,8 @@ def test_choices():
     for weight in WeightFormat:
         assert select.choose(Case(CPU, BF16, weight)).backend is cpu
         assert select.choose(Case(CPU, torch.float32, weight)).backend is decoded
-        assert select.choose(Case(CUDA, BF16, weight)).backend is decoded
+        case = Case(CUDA, BF16, weight)
+        assert select.choose(case).backend is (decoded if cuda.refuses(case) else cuda)
     assert select.choose(Case(CPU, BF16, WeightFormat.FP8_BLOCK, scale_columns=32)).backend is decoded
     assert select.kernels(CPU, BF16) is select.kernels(CPU) is cpu
     assert select.kernels(CPU, torch.float32) is decoded
@@ -57,5 +58,5 @@ def test_the_reason_is_told(monkeypatch):
 
 def test_names():
     assert select.named("reference").backend is reference
-    with pytest.raises(ValueError, match="unknown kernel backend 'gpu'; choose from cpu, decoded, reference"):
+    with pytest.raises(ValueError, match="unknown kernel backend 'gpu'; choose from cpu, cuda, decoded, reference"):
         select.named("gpu")

@@ -1,0 +1,50 @@
+"""NVFP4 weights on NVIDIA GPUs of compute capability 9.0 and 10.0; see docs/cuda_kernels.md.
+
+CUDA C++ in `source/`, compiled by NVRTC at first use. What it has no kernel for yet comes from `decoded` and
+`reference`, by name, below.
+"""
+
+from deepseek_fp4_plugin.kernels.cuda.attention import absorb, values_from_latent
+from deepseek_fp4_plugin.kernels.cuda.launcher import available
+from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
+from deepseek_fp4_plugin.kernels.cuda.linear import linear, prepare
+from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
+from deepseek_fp4_plugin.kernels.decoded import absorbed_attention, expanded_attention
+from deepseek_fp4_plugin.kernels.reference import (
+    add,
+    argmax,
+    concat,
+    cos_sin,
+    embedding,
+    latent_entries,
+    plain_linear,
+    rms_norm,
+    rotary,
+    route,
+    store_entries,
+)
+
+__all__ = [
+    "NOT_INSTALLED",
+    "absorb",
+    "absorbed_attention",
+    "add",
+    "argmax",
+    "available",
+    "concat",
+    "cos_sin",
+    "embedding",
+    "expanded_attention",
+    "experts_mlp",
+    "gated_mlp",
+    "latent_entries",
+    "linear",
+    "plain_linear",
+    "prepare",
+    "refuses",
+    "rms_norm",
+    "rotary",
+    "route",
+    "store_entries",
+    "values_from_latent",
+]

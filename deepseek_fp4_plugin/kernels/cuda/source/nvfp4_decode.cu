@@ -1,0 +1,49 @@
+// NVFP4 tiles to BF16 rows, for products of so many rows that a library's matrix product on decoded weights is ahead.
+// Values are the weights without the tensor scale, times 2^-16: exact.
+#include "nvfp4.cuh"
+
+struct Parameters {
+    const u8* tiles;  // [groups][slabs][1152]
+    u16* values;      // [out][width]
+    int groups, slabs, out, width;
+    int half;  // 0, or outputs of gate where gate and up take turns of 8
+};
+
+__device__ inline Quad values(u32 word, u32 scale) {
+    return Quad{pair(word, 0, scale), pair(word, 1, scale), pair(word, 2, scale), pair(word, 3, scale)};
+}
+
+__device__ inline Quad exchange(Quad mine) {
+    return Quad{__shfl_xor_sync(~0u, mine.x, 1), __shfl_xor_sync(~0u, mine.y, 1), __shfl_xor_sync(~0u, mine.z, 1),
+                __shfl_xor_sync(~0u, mine.w, 1)};
+}
+
+extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_constant__ Parameters p) {
+    let_next_kernel_begin();
+    wait_for_kernels_before();  // the scratch memory may still be read
+    int lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
+    long long slab = (long long)blockIdx.x * 8 + (threadIdx.x >> 5);
+    if (slab >= (long long)p.groups * p.slabs) return;
+    int group = (int)(slab / p.slabs), input = (int)(slab % p.slabs) * SLAB_INPUTS + quarter * 16;
+    const u8* at = p.tiles + slab * SLAB_BYTES;
+    u32 scales = *(const u32*)(at + SCALES_OFFSET + lane * 4);
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++) {
+        Quad q = load_weights(at + tile * TILE_BYTES + lane * 16);
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            u32 scale = block_scale(scales, 2 * tile + row);
+            Quad low = values(row ? q.z : q.x, scale), high = values(row ? q.w : q.y, scale);
+            // A lane's 32 bytes in two stores would touch half of every sector twice: neighbours swap halves.
+            bool odd = lane & 1;
+            Quad theirs = exchange(odd ? low : high);
+            int n = p.half ? group * 8 + g : group * 16 + row * 8 + g, limit = p.half ? p.half : p.out;
+            int even_input = input - (odd ? 16 : 0) + tile * 64;
+            if (n >= limit) continue;
+            if (p.half && row) n += p.half;
+            u16* to = p.values + (u64)n * p.width + even_input + (odd ? 8 : 0);
+            if (even_input < p.width) *(Quad*)to = odd ? theirs : low;
+            if (even_input + 16 < p.width) *(Quad*)(to + 16) = odd ? high : theirs;
+        }
+    }
+}

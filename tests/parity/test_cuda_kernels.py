@@ -1,0 +1,131 @@
+"""The CUDA kernels against the reference, on a GPU.
+
+Tolerances as in test_cpu_kernels.py: products are exact and sums FP32 on both sides, so results differ by one BF16 step
+of the largest where a rounding tips; two are allowed, and twice as many where hidden values are rounded in between.
+"""
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import cpu, cuda, ops
+from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
+from deepseek_fp4_plugin.numerics import e2m1
+from tests.parity.test_cpu_kernels import TWO_STEPS, error, random_part
+
+DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
+REFUSED = cuda.refuses(Case(DEVICE, BF16, WeightFormat.NVFP4))
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSED is not None, reason=f"no CUDA kernels here: {REFUSED}")]
+
+
+def both(parts: list[WeightTensors], activations: str = "bf16"):
+    """The parts on the GPU for our kernels, which must be chosen, and for the reference."""
+    ours = ops.prepare(parts, DEVICE, BF16, activations)
+    assert ours.backend is cuda
+    return ours, ops.prepare(parts, DEVICE, BF16, activations, backend="reference")
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp4"])
+@pytest.mark.parametrize(
+    ("out", "width"), [(1, 16), (7, 48), (64, 128), (130, 1040), (200, 4112), (512, 7168), (7168, 256), (768, 18432)]
+)
+def test_linear(out, width, activations):
+    for parts in ([out], [out, out], [out, out + 3]):
+        ours, law = both([random_part(WeightFormat.NVFP4, n, width) for n in parts], activations)
+        for rows in (0, 1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 200):
+            x = torch.randn(rows, width, device=DEVICE).to(BF16)
+            assert error(ops.linear(x, ours), ops.linear(x, law)) <= TWO_STEPS, (parts, rows)
+
+
+def test_poison_and_strides():
+    """Rows cut out of wider ones at any address, NaN around them; results and scales over 30 octaves."""
+    for width in (48, 400, 4112):
+        for scale_2 in (2.0**-20, 1.0, 2.0**10):
+            ours, law = both([random_part(WeightFormat.NVFP4, 70, width, scale_2=scale_2)])
+            for left in (0, 1, 8):
+                wide = torch.full((9, left + width + 5), float("nan"), dtype=BF16, device=DEVICE)
+                wide[:, left : left + width] = torch.randn(9, width, device=DEVICE) * scale_2
+                x = wide[:, left : left + width]
+                assert error(ops.linear(x, ours), ops.linear(x, law)) <= TWO_STEPS
+
+
+def test_fp4_integers_are_exact():
+    """With unit scales a result is a sum of products of small integers over four: exact in FP32, so bit-equal."""
+    width, out = 784, 75
+    packed = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8)
+    ones = torch.ones(out, width // 16).to(torch.float8_e4m3fn)
+    part = WeightTensors(WeightFormat.NVFP4, packed, ones, torch.tensor(1.0), torch.tensor(1.0))
+    ours, _ = both([part], "fp4")
+    for rows in (1, 3, 16, 17, 60, 100):
+        x = e2m1.decode(torch.randint(0, 16, (rows, width), dtype=torch.uint8))
+        x[:, ::16] = 6.0  # so that each block's scale is exactly 1
+        exact = (2 * x).long() @ (2 * e2m1.decode(e2m1.unpack(packed))).long().T
+        expected = (exact.double() / 4).float().to(BF16)
+        assert torch.equal(ops.linear(x.to(BF16).to(DEVICE), ours).cpu(), expected)
+        if cpu.available():
+            there = ops.prepare([part], torch.device("cpu"), BF16, "fp4", backend="cpu")
+            assert torch.equal(ops.linear(x.to(BF16), there), expected)
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp4"])
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "k"), [(6, 272, 144, 3), (32, 256, 128, 4), (16, 1024, 256, 8), (12, 512, 2048, 8)]
+)
+def test_experts(experts, hidden, inner, k, activations):
+    gate_up = [random_part(WeightFormat.NVFP4, inner, hidden, experts) for _ in range(2)]
+    down = [random_part(WeightFormat.NVFP4, hidden, inner, experts)]
+    (a, c), (b, d) = both(gate_up, activations), both(down, activations)
+    for tokens in (0, 1, 2, 5, 40, 64, 200):
+        ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.empty(0, k).long()
+        if tokens > 2:
+            ids[1] = -1  # a token none of whose experts are here
+            ids[:, 0] = torch.where(torch.arange(tokens) > 4, 2, ids[:, 0])  # one expert with many rows
+            ids[2, -1] = -1
+        ids, weights = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE)
+        x = torch.randn(tokens, hidden, device=DEVICE).to(BF16) * 0.1
+        actual, expected = ops.experts_mlp(x, ids, weights, a, b), ops.experts_mlp(x, ids, weights, c, d)
+        if activations == "fp4":  # a hidden value that tips moves by up to a quarter: bound the mean instead
+            assert (actual - expected).float().norm() <= 0.03 * expected.float().norm()
+        else:
+            assert error(actual, expected) <= 2 * TWO_STEPS
+
+
+def test_gated_mlp():
+    (a, c), (b, d) = (
+        both([random_part(WeightFormat.NVFP4, out, width) for _ in range(parts)])
+        for parts, out, width in ((2, 768, 256), (1, 256, 768))
+    )
+    for rows in (0, 1, 9, 70):
+        x = torch.randn(rows, 256, device=DEVICE).to(BF16) * 0.1
+        assert error(ops.gated_mlp(x, a, b), ops.gated_mlp(x, c, d)) <= 2 * TWO_STEPS
+
+
+def test_per_head_products():
+    heads, nope, v, latent = 3, 32, 48, 128
+    ours, law = both([random_part(WeightFormat.NVFP4, heads * (nope + v), latent)])
+    q, attended = (torch.randn(5, heads, n, device=DEVICE).to(BF16) for n in (nope, latent))
+    assert error(ops.absorb(q, ours), ops.absorb(q, law)) <= TWO_STEPS
+    assert error(ops.values_from_latent(attended, ours, v), ops.values_from_latent(attended, law, v)) <= TWO_STEPS
+
+
+def test_a_graph_gives_the_same_bits():
+    ours, _ = both([random_part(WeightFormat.NVFP4, 512, 1024)])
+    x = torch.randn(3, 1024, device=DEVICE).to(BF16)
+    expected = ops.linear(ops.linear(x, ours).repeat(1, 2).contiguous(), ours)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.linear(ops.linear(x, ours).repeat(1, 2).contiguous(), ours)
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_what_has_no_kernel_is_decoded():
+    for weight_format, dtype in ((WeightFormat.PLAIN, BF16), (WeightFormat.NVFP4, torch.float32)):
+        weight = ops.prepare([random_part(weight_format, 16, 32)], DEVICE, dtype)
+        assert weight.backend is not cuda
+    weight = ops.prepare([random_part(WeightFormat.NVFP4, 16, 32)], DEVICE, BF16)
+    with pytest.raises(ValueError, match="multiply BF16 activations"):
+        ops.linear(torch.randn(2, 32, device=DEVICE), weight)

@@ -1,0 +1,108 @@
+"""NVFP4 tiles hold exactly the checkpoint's weights, read here as kernels read them; and the CUDA sources compile."""
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.cuda import compiler, launcher
+from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
+from deepseek_fp4_plugin.kernels.weights import WeightTensors
+from deepseek_fp4_plugin.numerics import nvfp4
+
+PAIR = 0x81C081C0
+
+
+def random_part(out: int, width: int, experts: int = 0) -> WeightTensors:
+    lead = (experts,) if experts else ()
+    packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
+    scale = torch.randint(0, 127, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return WeightTensors(WeightFormat.NVFP4, packed, scale, torch.rand(lead) + 0.1)
+
+
+def bf16_value(bits: torch.Tensor) -> torch.Tensor:
+    return (bits & 0xFFFF).to(torch.uint16).view(torch.bfloat16).double()
+
+
+def decoded_as_kernels_do(tiles: Tiles, expert: int) -> torch.Tensor:
+    """FP32 [groups * 16, slabs * 128] in the tiles' order of outputs: source/nvfp4.cuh in torch."""
+    data = tiles.data[expert]
+    groups, slabs, _ = data.shape
+    words = data[..., :1024].contiguous().view(torch.int32).view(groups, slabs, 2, 8, 4, 2, 2).long() & 0xFFFFFFFF
+    scales = bf16_value(data[..., 1024:].view(groups, slabs, 8, 4, 2, 2).long() * 16 + 0x6E80)
+    scales = scales.permute(0, 5, 2, 1, 4, 3)  # group, half, g, slab, tile, block
+    values = torch.zeros(groups, 2, 8, slabs, 2, 4, 16)
+    for word in range(2):
+        w = words[..., word]
+        spread = ((w << 1) & 0x80008000) | ((w >> 5) & 0x01000100) | ((w >> 4) & 0x00C000C0)
+        for index, bits in enumerate((w & PAIR, (w << 3) & PAIR, (w << 6) & PAIR, spread)):
+            for side in range(2):
+                value = bf16_value(bits >> (16 * side)).permute(0, 5, 3, 1, 2, 4)
+                values[..., word * 8 + 2 * index + side] = (value * scales * VALUE_SCALE).float()
+    return values.reshape(groups * 16, slabs * 128)
+
+
+@pytest.mark.parametrize(("out", "width"), [(1, 16), (16, 128), (7, 48), (130, 1040)])
+def test_one_projection(out, width):
+    part = random_part(out, width)
+    tiles = pack([part])
+    values = decoded_as_kernels_do(tiles, 0)
+    assert torch.equal(values[:out, :width], nvfp4.block_values(part.weight, part.scale))
+    assert not values[out:].any() and not values[:, width:].any()
+    assert torch.equal(tiles.row_scale[0, :out], (part.scale_2 * VALUE_SCALE).expand(out))
+    assert tiles.data.numel() == -(-out // 16) * -(-width // 128) * 1152
+
+
+@pytest.mark.parametrize("half", [8, 12, 128])
+def test_gate_and_up_of_experts_take_turns(half):
+    gate, up = random_part(half, 144, 3), random_part(half, 144, 3)
+    tiles = pack([gate, up])
+    for expert in range(3):
+        values = decoded_as_kernels_do(tiles, expert).view(-1, 2, 8, tiles.slabs * 128)
+        scale = tiles.row_scale[expert].view(-1, 2, 8)
+        for index, part in enumerate((gate, up)):
+            own = values[:, index].reshape(-1, tiles.slabs * 128)
+            assert torch.equal(own[:half, :144], nvfp4.block_values(part.weight[expert], part.scale[expert]))
+            assert torch.equal(scale[:, index].flatten()[:half], (part.scale_2[expert] * VALUE_SCALE).expand(half))
+
+
+def test_every_scale_and_code():
+    packed = torch.arange(256, dtype=torch.uint8).repeat(127, 1)
+    scale = torch.arange(127, dtype=torch.uint8).unsqueeze(1).repeat(1, 32).view(torch.float8_e4m3fn)
+    tiles = pack([WeightTensors(WeightFormat.NVFP4, packed, scale, torch.tensor(1.0))])
+    assert torch.equal(decoded_as_kernels_do(tiles, 0)[:127], nvfp4.block_values(packed, scale))
+
+
+def test_what_tiles_cannot_hold():
+    part = random_part(16, 32)
+    part.scale.view(torch.uint8)[3, 1] = 0x80 + 56
+    with pytest.raises(ValueError, match="negative"):
+        pack([part])
+    with pytest.raises(ValueError, match="does not fit"):
+        pack([WeightTensors(WeightFormat.NVFP4, part.weight, part.scale[:, :1], part.scale_2)])
+
+
+VARIANTS = [
+    ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 1, "GATED": 0, "EXPERTS": 0}),
+    ("nvfp4_linear.cu", {"ROWS8": 8, "GROUPS": 2, "GATED": 0, "EXPERTS": 0}),
+    ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 1, "EXPERTS": 1}),
+    ("nvfp4_experts_down.cu", {"GROUPS": 2}),
+    ("nvfp4_decode.cu", {}),
+]
+
+
+@pytest.mark.skipif(not launcher.available(), reason="cuda-bindings and nvidia-cuda-nvrtc are not installed")
+@pytest.mark.parametrize(("file", "defines"), VARIANTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
+def test_sources_compile(tmp_path, file, defines, architecture):
+    code = compiler.cubin(file, tuple(defines.items()), architecture, tmp_path)
+    assert code[:4] == b"\x7fELF"
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_bytes() == code == compiler.cubin(file, tuple(defines.items()), architecture, tmp_path)
+
+
+@pytest.mark.skipif(not launcher.available(), reason="cuda-bindings and nvidia-cuda-nvrtc are not installed")
+def test_a_source_that_does_not_compile_says_why(tmp_path, monkeypatch):
+    (tmp_path / "broken.cu").write_text("int x = nothing;")
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    with pytest.raises(RuntimeError, match=r"broken\.cu does not compile(.|\n)*nothing"):
+        compiler.cubin("broken.cu", (), "sm_90a", tmp_path)
