@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, Kernel, kernel
-from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, VALUE_SCALE, Tiles, pack
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import nvfp4
 
-MANY_ROWS = 64  # above, decoding once and the library's product are ahead
+MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
-_MAX_WEIGHTS = 130 << 10  # bytes a block asks for at once
+_RESIDENT = 264  # more take turns: what a block sets up is then set up once
 
 
 def prepare(
@@ -64,44 +64,44 @@ def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
 
 class Geometry(NamedTuple):
     """How a product is cut. columns: of 8 rows a warp multiplies at a time.  groups: of 16 outputs a warp has.
-    warps_m, warps_k: warps over outputs and over inputs.  cluster: blocks that share inputs."""
+    warps_m, warps_k: warps over outputs and inputs.  cluster: blocks that share inputs.  blocks: of each expert."""
 
     columns: int
     groups: int
     warps_m: int
     warps_k: int
     cluster: int
+    blocks: int
 
-    def shared(self, slabs: int) -> int:
-        """Bytes of shared memory of a block."""
-        block_groups = self.warps_m * self.groups
-        sums = self.warps_k * block_groups * 16 * (8 * self.columns + 1) * 4
-        return -(-sums // 128) * 128 + block_groups * -(-slabs // self.cluster) * SLAB_BYTES
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block: two sets of sums and scales, and the warps' rings."""
+        outputs = self.warps_m * self.groups * 16
+        sums = 2 * 4 * outputs * (self.warps_k * (8 * self.columns + 1) + 1)
+        stages = 6 if self.groups == 1 else 4
+        return sums + 128 + self.warps_m * self.warps_k * stages * self.groups * SLAB_BYTES
 
 
 @functools.cache
 def geometry(groups: int, slabs: int, rows: int, experts: int = 1) -> Geometry:
     """The cut for `rows` rows by `groups` groups of outputs and `slabs` of inputs, times so many experts at once."""
     columns = next(c for c in (1, 2, 4, 8) if rows <= 8 * c or c == 8)
-    each, warps_m = (2 if slabs <= 16 else 1, 1) if columns == 1 else (2, 2)
+    each, warps_m, warps_k = 2, 1, 8
+    if columns == 1 and slabs > 16 and groups * experts <= _RESIDENT:
+        each = 1
+    elif columns == 4 and groups > _RESIDENT:
+        each, warps_m, warps_k = 1, 2, 4
+    elif columns == 8 and groups > _RESIDENT:
+        warps_k = 4
+    if slabs < 4:  # few inputs: warps share outputs
+        warps_m, warps_k = 4 if groups >= 8 * each else 1, slabs
+    sets = -(-groups // (each * warps_m))
     cluster = 1
-    while cluster < 8 and cluster * 4 <= slabs:
-        blocks = -(-groups // (each * warps_m)) * experts * cluster
-        if blocks >= _BLOCKS and each * warps_m * -(-slabs // cluster) * SLAB_BYTES <= _MAX_WEIGHTS:
-            break
+    while cluster < 8 and cluster * 4 <= slabs and sets * experts * cluster < _BLOCKS:
         cluster *= 2
-    warps_k = max(1, min(8 if columns <= 2 else 4, -(-slabs // cluster)))
-    cut = Geometry(columns, each, warps_m, warps_k, cluster)
-    while cut.shared(slabs) > MAX_SHARED and cut.warps_m > 1:
-        cut = cut._replace(warps_m=cut.warps_m // 2)
-    if cut.shared(slabs) > MAX_SHARED:
-        raise ValueError(f"no kernel for NVFP4 weights of {slabs * SLAB} inputs")
-    return cut
-
-
-def linear_kernel(cut: Geometry, gated: bool, experts: bool, device: int) -> Kernel:
-    defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("GATED", int(gated)), ("EXPERTS", int(experts)))
-    return kernel("nvfp4_linear.cu", "nvfp4_linear", "5P12i", defines, device)
+    warps_k = min(warps_k, -(-slabs // cluster))
+    turns = max(1, round(sets * experts * cluster / _RESIDENT))
+    return Geometry(columns, each, warps_m, warps_k, cluster, -(-sets // turns))
 
 
 def launch(
@@ -112,22 +112,29 @@ def launch(
     out: int,
     gated: bool,
     ids: Tensor | None = None,
+    early: bool = False,
     cut: Geometry | None = None,
 ) -> None:
-    """Few rows: y = x W^T of one expert, or with ids int64 [tokens, k] of each choice's expert, a row of y each."""
+    """Few rows: y = x W^T of one expert, or with ids int64 [tokens, k] of each choice's expert, a row of y each.
+
+    With ids x has a row for each token or for each choice.  early: the kernel ahead waited for the ids before it let
+    this one begin.
+    """
     rows, width = x.shape
     if rows == 0:
         return
     choices = 0 if ids is None else ids.numel()
     cut = cut or geometry(tiles.groups, tiles.slabs, rows if ids is None else 1, max(1, choices))
+    experts = 0 if ids is None else 2 if early else 1
+    defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("GATED", int(gated)), ("EXPERTS", experts))
     data, row_scale = tiles.data, tiles.row_scale
     if ids is None:
         data, row_scale = data[expert], row_scale[expert]
-    grid = (-(-tiles.groups // (cut.groups * cut.warps_m)) * cut.cluster, max(1, choices), 1)
-    linear_kernel(cut, gated, ids is not None, x.device.index)(
+    grid = (cut.blocks * cut.cluster, max(1, choices), 1)
+    kernel("nvfp4_linear.cu", "nvfp4_linear", "5P12i", defines, x.device.index)(
         grid,
         32 * cut.warps_m * cut.warps_k,
-        cut.shared(tiles.slabs),
+        cut.shared,
         data.data_ptr(),
         row_scale.data_ptr(),
         x.data_ptr(),
@@ -144,7 +151,7 @@ def launch(
         out,
         tiles.half,
         choices,
-        1 if ids is None else ids.shape[1],
+        max(1, choices // rows),
         cluster=cut.cluster,
     )
 

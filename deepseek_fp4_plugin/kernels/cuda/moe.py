@@ -10,36 +10,58 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _FEW_CHOICES = 512  # tokens times k; the kernels' lists hold as many
+_ONE_LAUNCH = 1  # tokens whose experts' second products and sum are one launch; more share experts' weights
 
 
 def experts_mlp(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight
 ) -> Tensor:
-    """See kernels/reference/moe.py; gate and up are not rounded before SiLU. Many tokens take the reference's loop over
-    experts, on these products."""
+    """See kernels/reference/moe.py; rounded where it rounds. Many tokens take its loop, on these products."""
     tiles: Tiles = gate_up.data
-    few = expert_ids.numel() <= _FEW_CHOICES and _down_groups(expert_ids.shape[1], down.in_features) > 0
-    if not few or not tiles.half:
+    if expert_ids.numel() > _FEW_CHOICES or not tiles.half or down.out_features % 8:
         return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
     x = rounded_input(x, gate_up)
     ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
     h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
+    if not h.numel():
+        return torch.zeros_like(x)
     launch(x, tiles, 0, h, gate_up.out_features, True, ids)
-    return combine(rounded_input(h, down), ids, weights, down)
+    h = rounded_input(h, down)
+    if ids.shape[0] <= _ONE_LAUNCH and _down_groups(ids.shape[1], down.in_features):
+        return _down_and_sum(h, ids, weights, down)
+    outputs = torch.empty(ids.numel(), down.out_features, dtype=torch.bfloat16, device=x.device)
+    launch(h, down.data, 0, outputs, down.out_features, False, ids, early=True)
+    return _sum(outputs, ids, weights)
 
 
-def combine(h: Tensor, ids: Tensor, weights: Tensor, down: PreparedWeight, shared: Tensor | None = None) -> Tensor:
-    """y[t] = sum over k of weight[t, k] * down_e h[t * k + k], and `shared` [T, out] where given.
+def _sum(outputs: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """y[t] = sum over k of weight[t, k] * outputs[t * k + k], where the id is not below 0."""
+    tokens, k = ids.shape
+    y = torch.empty(tokens, outputs.shape[1], dtype=torch.bfloat16, device=outputs.device)
+    kernel("combine.cu", "combine", "4P2i", (), y.device.index)(
+        (-(-y.shape[1] // 1024), tokens, 1),
+        128,
+        0,
+        outputs.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        y.data_ptr(),
+        y.shape[1],
+        k,
+    )
+    return y
 
-    Must follow the kernel that made h: weights of `ids` are asked for before that one has ended.
+
+def _down_and_sum(h: Tensor, ids: Tensor, weights: Tensor, down: PreparedWeight) -> Tensor:
+    """y[t] = sum over k of weight[t, k] * down_e h[t * k + k] in one launch, token by token.
+
+    Must follow the kernel that made h, and that kernel's wait for the ids: their weights are asked for before it ends.
     """
     tiles: Tiles = down.data
     tokens, k = ids.shape
     y = torch.empty(tokens, down.out_features, dtype=torch.bfloat16, device=h.device)
-    if tokens == 0:
-        return y
     groups = _down_groups(k, down.in_features)
-    kernel("nvfp4_experts_down.cu", "nvfp4_experts_down", "7P7i", (("GROUPS", groups),), h.device.index)(
+    kernel("nvfp4_experts_down.cu", "nvfp4_experts_down", "6P7i", (("GROUPS", groups),), h.device.index)(
         (-(-tiles.groups // groups), tokens, 1),
         32 * k,
         k * groups * tiles.slabs * SLAB_BYTES,
@@ -49,7 +71,6 @@ def combine(h: Tensor, ids: Tensor, weights: Tensor, down: PreparedWeight, share
         y.data_ptr(),
         ids.data_ptr(),
         weights.data_ptr(),
-        0 if shared is None else shared.data_ptr(),
         down.in_features,
         h.stride(0),
         y.stride(0),

@@ -119,6 +119,8 @@ __device__ inline u16 to_bf16(float value) {
     return bits;
 }
 
+__device__ inline float round_bf16(float value) { return from_bf16(to_bf16(value)); }
+
 __device__ inline u32 pack_bf16(float low, float high) {
     u32 bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));

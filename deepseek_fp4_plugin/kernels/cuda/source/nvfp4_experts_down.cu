@@ -16,7 +16,6 @@ struct Parameters {
     u16* y;                  // [tokens][y_stride]
     const long long* ids;    // [tokens * k]
     const float* weights;    // [tokens * k]
-    const u16* shared;       // null, or [tokens][y_stride], added
     int width, h_stride, y_stride, groups, slabs, out, k;
 };
 
@@ -75,14 +74,15 @@ extern "C" __global__ void __launch_bounds__(512) nvfp4_experts_down(const __gri
             for (int half = 0; half < 2; half++) {
                 int output = i * 16 + half * 8 + g;
                 float scale = expert >= 0 && i < groups ? p.row_scale[(expert * p.groups + first_group) * 16 + output] : 0.0f;
-                sums[warp][output] = (acc[i][0][0][2 * half] + acc[i][1][0][2 * half]) * scale * weight;
+                sums[warp][output] = 
+                    round_bf16((acc[i][0][0][2 * half] + acc[i][1][0][2 * half]) * scale) * weight;
             }
     }
     __syncthreads();
     for (int output = threadIdx.x; output < GROUPS * 16; output += blockDim.x) {
         int n = first_group * 16 + output;
         if (n >= p.out) continue;
-        float total = p.shared ? from_bf16(p.shared[(u64)token * p.y_stride + n]) : 0.0f;
+        float total = 0.0f;
         for (int w = 0; w < p.k; w++) total += sums[w][output];
         p.y[(u64)token * p.y_stride + n] = to_bf16(total);
     }

@@ -1,33 +1,36 @@
 // Few activation rows times NVFP4 weights: dense, or each expert's with the rows that chose it.
 //
-// A block takes some groups of 16 outputs; its warps share the inputs, and so do the blocks of a cluster. Every warp
-// asks for all of its weights at once, by bulk copies that arrive in shared memory, before it waits for the kernel that
-// makes the activations. Sums of warps and blocks are added in a fixed order.
+// A block takes one set of outputs after the other; its warps share the inputs, and so do the blocks of a cluster. Every
+// warp has a ring of slabs that bulk copies fill: it asks for the first ones before it waits for the kernel that makes
+// the activations, and for another one as soon as one is used up, on into the next set of outputs. So weights keep
+// arriving while earlier ones are multiplied and while sums are added. Sums of warps and blocks have a fixed order.
 //
-// ROWS8: columns of 8 activation rows a warp multiplies at a time.  GROUPS: groups of outputs a warp has.
+// ROWS8: columns of 8 activation rows a warp multiplies at a time.  GROUPS: groups of 16 outputs a warp has.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
-// EXPERTS: the second axis of the grid is a choice (token, expert); one block does all rows of an expert.
+// EXPERTS: the second axis of the grid is a choice (token, expert); one block does all rows of an expert. 1: the kernel
+// before may have made the choices.  2: it has not, so that weights are asked for before it ends.
 #include "nvfp4.cuh"
 
 struct Parameters {
     const u8* tiles;         // [experts][groups][slabs][1152]
     const float* row_scale;  // [experts][groups * 16], in the order of the tiles
-    const u16* x;            // [rows][x_stride]
+    const u16* x;            // [rows][x_stride]; of EXPERTS choice i takes row i / k
     u16* y;                  // [rows][y_stride]; of EXPERTS [choices][y_stride]
     const long long* ids;    // of EXPERTS [choices], below 0: not here
     int rows, width, x_stride, y_stride;
     int groups, slabs, warps_m, warps_k;
     int out;      // outputs, both of gate and up
     int half;     // 0, or outputs of gate where gate and up take turns
-    int choices;  // of EXPERTS: tokens times k
-    int k;
+    int choices, k;  // of EXPERTS
 };
 
-constexpr int PARTS = 4;  // a warp's weights arrive in so many pieces
+constexpr int STAGES = GROUPS == 1 ? 6 : 4;  // slabs of a warp that are under way
+constexpr int STAGE_BYTES = GROUPS * SLAB_BYTES;
+constexpr int MAX_WARPS = ROWS8 <= 2 ? 16 : 8;
 constexpr int MAX_ROWS = 512;
 constexpr int STRIDE = 8 * ROWS8 + 1;
 constexpr int DEPTH = ROWS8 == 1 ? 4 : 2;  // tiles of activations under way
-constexpr int THREADS = ROWS8 <= 2 ? 512 : 256;
+
 #if EXPERTS
 // The choices that took this expert, in order; false where an earlier choice has it.
 __device__ bool find_rows(const Parameters& p, int expert, int choice, u16* list, int* count) {
@@ -49,167 +52,186 @@ __device__ bool find_rows(const Parameters& p, int expert, int choice, u16* list
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) nvfp4_linear(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ __align__(8) u64 barriers[16 * PARTS];
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
-    int warp_m = warp / p.warps_k, warp_k = warp - warp_m * p.warps_k;
+    __shared__ __align__(8) u64 barriers[MAX_WARPS * STAGES];
+    int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
+    int warp_m = warp / p.warps_k, warp_k = warp - warp_m * p.warps_k, warps = p.warps_m * p.warps_k;
     int cluster = (int)cluster_size(), rank = (int)cluster_rank();
-    int block_groups = p.warps_m * GROUPS, first_group = (int)(blockIdx.x / cluster) * block_groups;
+    int block_groups = p.warps_m * GROUPS, block_rows = block_groups * 16;
     int slab_begin = rank * p.slabs / cluster, block_slabs = (rank + 1) * p.slabs / cluster - slab_begin;
-    int begin = warp_k * block_slabs / p.warps_k, end = (warp_k + 1) * block_slabs / p.warps_k;
+    int begin = slab_begin + warp_k * block_slabs / p.warps_k;
+    int count = slab_begin + (warp_k + 1) * block_slabs / p.warps_k - begin;
+    int block = (int)blockIdx.x / cluster, blocks = (int)gridDim.x / cluster;
+    int sets = (p.groups + block_groups - 1) / block_groups, items = (sets - block + blocks - 1) / blocks;
     const u8* tiles = p.tiles;
     const float* row_scale = p.row_scale;
     int rows = p.rows;
 
 #if EXPERTS
     __shared__ u16 list[MAX_ROWS];
-    __shared__ int count;
+    __shared__ int chosen;
+#if EXPERTS == 1
     wait_for_kernels_before();
-    let_next_kernel_begin();  // only now: the next kernel may then read the choices, which an earlier one made
+    let_next_kernel_begin();  // only now: the next kernel may then read the choices before it waits
+#endif
     int choice = (int)blockIdx.y;
     long long expert = p.ids[choice];
-    if (expert < 0 || !find_rows(p, (int)expert, choice, list, &count)) return;
+    if (expert < 0 || !find_rows(p, (int)expert, choice, list, &chosen)) return;
     tiles += (u64)expert * p.groups * p.slabs * SLAB_BYTES;
     row_scale += expert * p.groups * 16;
-#endif
-
-    // Sums lie first: they must be where the cluster's other blocks have theirs, and those may have fewer slabs.
-    float* sums = (float*)memory;
-    u32 sums_bytes = (p.warps_k * block_groups * 16 * STRIDE * 4 + 127) / 128 * 128;
-    u32 weights = shared_address(memory) + sums_bytes, barrier = shared_address(barriers + warp * PARTS);
-    if (lane == 0) {
-        for (int part = 0; part < PARTS; part++) barrier_init(barrier + 8 * part, 1);
-        barrier_fence();
-        for (int part = 0; part < PARTS; part++) {
-            int from = begin + part * (end - begin) / PARTS, until = begin + (part + 1) * (end - begin) / PARTS;
-            u32 bytes = (until - from) * SLAB_BYTES;
-            if (!bytes) continue;
-            u32 whole = 0;
-            for (int i = 0; i < GROUPS; i++) whole += first_group + warp_m * GROUPS + i < p.groups ? bytes : 0;
-            barrier_expect(barrier + 8 * part, whole);
-            for (int i = 0; i < GROUPS; i++) {
-                int local = warp_m * GROUPS + i, group = first_group + local;
-                if (group < p.groups)
-                    bulk_copy(weights + (local * block_slabs + from) * SLAB_BYTES,
-                              tiles + ((u64)group * p.slabs + slab_begin + from) * SLAB_BYTES, bytes,
-                              barrier + 8 * part);
-            }
-        }
-    }
-#if EXPERTS
     __syncthreads();
-    rows = count;
-#else
+    rows = chosen;
+#endif
+    int chunks = (rows + 8 * ROWS8 - 1) / (8 * ROWS8);
+
+    // Two sets of sums and scales, so that a set is added up while the next one is multiplied.
+    float* sums = (float*)memory;
+    int sums_size = p.warps_k * block_rows * STRIDE;
+    float* scales = sums + 2 * sums_size;
+    u32 ring = (shared_address(scales + 2 * block_rows) + 127) / 128 * 128 + warp * STAGES * STAGE_BYTES;
+    u32 barrier = shared_address(barriers + warp * STAGES);
+    int total = items * chunks * count, asked = 0, ask_slab = 0, ask_chunk = 0, ask_item = 0;
+    auto fill = [&]() {
+        if (asked == total) return;
+        u32 slot = asked % STAGES;
+        int group = (block + ask_item * blocks) * block_groups + warp_m * GROUPS;
+        const u8* from = tiles + ((u64)group * p.slabs + begin + ask_slab) * SLAB_BYTES;
+        int present = min(GROUPS, p.groups - group);
+        if (lane == 0) {
+            barrier_expect(barrier + 8 * slot, present > 0 ? present * SLAB_BYTES : 0);
+            for (int i = 0; i < present; i++)
+                bulk_copy(ring + slot * STAGE_BYTES + i * SLAB_BYTES, from + (u64)i * p.slabs * SLAB_BYTES, SLAB_BYTES,
+                          barrier + 8 * slot);
+        }
+        asked++;
+        if (++ask_slab == count) {
+            ask_slab = 0;
+            if (++ask_chunk == chunks) ask_chunk = 0, ask_item++;
+        }
+    };
+    if (lane == 0) {
+        for (int stage = 0; stage < STAGES; stage++) barrier_init(barrier + 8 * stage, 1);
+        barrier_fence();
+    }
     __syncwarp();
+    for (int stage = 0; stage < STAGES; stage++) fill();
+#if EXPERTS != 1
     let_next_kernel_begin();
     wait_for_kernels_before();
 #endif
 
-    for (int row0 = 0; row0 < rows; row0 += 8 * ROWS8) {
-        float acc[GROUPS][CHAINS<ROWS8>][ROWS8][4] = {};
-        const u16* row[ROWS8];  // a lane's first activation of each of its rows, and how many lie from there to its last
-        int last[ROWS8], input = (slab_begin + begin) * SLAB_INPUTS + quarter * 16;
+    u32 slot = 0, parity = 0;
+    int turn = 0;
+    for (int item = 0; item < items; item++) {
+        int first_group = (block + item * blocks) * block_groups;
+        float scale = (int)threadIdx.x < block_rows && first_group * 16 + (int)threadIdx.x < p.groups * 16
+                          ? row_scale[first_group * 16 + threadIdx.x]
+                          : 0.0f;
+        for (int row0 = 0; row0 < rows; row0 += 8 * ROWS8, turn ^= 1) {
+            float acc[GROUPS][CHAINS<ROWS8>][ROWS8][4] = {};
+            const u16* row[ROWS8];  // a lane's first activation of each of its rows, and how many lie from it to the last
+            int last[ROWS8], input = begin * SLAB_INPUTS + quarter * 16;
 #pragma unroll
-        for (int c = 0; c < ROWS8; c++) {
-            int r = row0 + 8 * c + g;
-            last[c] = r < rows ? min(p.width - input, (end - begin) * SLAB_INPUTS) : 0;
+            for (int c = 0; c < ROWS8; c++) {
+                int r = row0 + 8 * c + g;
+                last[c] = r < rows ? min(p.width - input, count * SLAB_INPUTS) : 0;
 #if EXPERTS
-            row[c] = p.x + (u64)(r < rows ? list[r] / p.k : 0) * p.x_stride + input;
+                row[c] = p.x + (u64)(r < rows ? list[r] / p.k : 0) * p.x_stride + input;
 #else
-            row[c] = p.x + (u64)r * p.x_stride + input;
+                row[c] = p.x + (u64)r * p.x_stride + input;
 #endif
-        }
-        // Activations are asked for some tiles ahead: their way from the second cache is longer than a tile's products.
-        // Inputs past the width meet zero weights, so that they may be any finite numbers.
-        Quad x[DEPTH][ROWS8][2] = {};
-        auto ask = [&](Quad (&to)[ROWS8][2], int offset) {
-#pragma unroll
-            for (int c = 0; c < ROWS8; c++) {
-                bool wanted = offset < last[c];
-                load_quad_if(to[c][0], row[c] + offset, wanted);
-                load_quad_if(to[c][1], row[c] + offset + 8, wanted);
             }
-        };
+            // Activations are asked for some tiles ahead: their way from the second cache is longer than a tile's products.
+            // Inputs past the width meet zero weights, so that they may be any finite numbers.
+            Quad x[DEPTH][ROWS8][2] = {};
+            auto ask = [&](Quad (&to)[ROWS8][2], int offset) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) ask(x[d], d * 64);
-        int part = 0, arrived = begin, offset = DEPTH * 64;
-        u32 at = weights + (warp_m * GROUPS * block_slabs + begin) * SLAB_BYTES;
-        for (int slab = begin; slab < end; slab += DEPTH / 2) {
-#pragma unroll
-            for (int d = 0; d < DEPTH; d++) {
-                if (slab + d / 2 >= end) break;
-                while (!(d & 1) && arrived <= slab + d / 2) {
-                    int until = begin + (part + 1) * (end - begin) / PARTS;
-                    if (until > arrived) barrier_wait(barrier + 8 * part, 0);
-                    arrived = until, part++;
+                for (int c = 0; c < ROWS8; c++) {
+                    bool wanted = offset < last[c];
+                    load_quad_if(to[c][0], row[c] + offset, wanted);
+                    load_quad_if(to[c][1], row[c] + offset + 8, wanted);
                 }
+            };
 #pragma unroll
-                for (int i = 0; i < GROUPS; i++) {
-                    u32 here = at + i * block_slabs * SLAB_BYTES + (d & 1) * TILE_BYTES;
-                    multiply_tile<ROWS8>(acc[i], shared_quad(here + lane * 16),
-                                         shared_word(here + lane * 4 + SCALES_OFFSET - (d & 1) * TILE_BYTES), d & 1, x[d]);
+            for (int d = 0; d < DEPTH; d++) ask(x[d], d * 64);
+            int offset = DEPTH * 64;
+            for (int slab = 0; slab < count; slab += DEPTH / 2) {
+#pragma unroll
+                for (int d = 0; d < DEPTH; d++) {
+                    if (slab + d / 2 >= count) break;
+                    if (!(d & 1)) barrier_wait(barrier + 8 * slot, parity);
+#pragma unroll
+                    for (int i = 0; i < GROUPS; i++) {
+                        u32 here = ring + slot * STAGE_BYTES + i * SLAB_BYTES;
+                        multiply_tile<ROWS8>(acc[i], shared_quad(here + (d & 1) * TILE_BYTES + lane * 16),
+                                             shared_word(here + SCALES_OFFSET + lane * 4), d & 1, x[d]);
+                    }
+                    if (d & 1) {
+                        __syncwarp();
+                        fill();
+                        if (++slot == STAGES) slot = 0, parity ^= 1;
+                    }
+                    ask(x[d], offset);
+                    offset += 64;
                 }
-                if (d & 1) at += SLAB_BYTES;
-                ask(x[d], offset);
-                offset += 64;
             }
-        }
 
-        // Sums of the warps that share outputs, then of the cluster's blocks.
+            // Sums of the warps that share outputs, then of the cluster's blocks.
+            float* here = sums + turn * sums_size;
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            float* own = sums + ((u64)(warp_k * block_groups + warp_m * GROUPS + i) * 16 + g) * STRIDE + 2 * quarter;
+            for (int i = 0; i < GROUPS; i++) {
+                float* own = here + ((u64)(warp_k * block_groups + warp_m * GROUPS + i) * 16 + g) * STRIDE + 2 * quarter;
 #pragma unroll
-            for (int c = 0; c < ROWS8; c++) {
-                for (int n = 0; n < 4; n++)
-                    own[(n >> 1) * 8 * STRIDE + 8 * c + (n & 1)] = acc[i][0][c][n] + (CHAINS<ROWS8> > 1 ? acc[i][CHAINS<ROWS8> - 1][c][n] : 0.0f);
+                for (int c = 0; c < ROWS8; c++)
+                    for (int n = 0; n < 4; n++)
+                        own[(n >> 1) * 8 * STRIDE + 8 * c + (n & 1)] =
+                            acc[i][0][c][n] + (CHAINS<ROWS8> > 1 ? acc[i][CHAINS<ROWS8> - 1][c][n] : 0.0f);
             }
-        }
-        __syncthreads();
-        int block_rows = block_groups * 16, here = min(rows - row0, 8 * ROWS8);
-        if (cluster > 1) {
-            for (int i = threadIdx.x; i < block_rows * here; i += blockDim.x) {
-                float* at = sums + (i % block_rows) * STRIDE + i / block_rows;
-                float total = *at;
-                for (int w = 1; w < p.warps_k; w++) total += at[w * block_rows * STRIDE];
-                *at = total;
-            }
-            cluster_barrier();
-        }
-        auto value = [&](int output, int column) {
-            float* at = sums + output * STRIDE + column;
-            float total = 0;
+            float* factor = scales + turn * block_rows;
+            if ((int)threadIdx.x < block_rows) factor[threadIdx.x] = scale;
+            __syncthreads();
+            int present = min(rows - row0, 8 * ROWS8);
             if (cluster > 1) {
-                for (int r = 0; r < cluster; r++) total += cluster_float(shared_address(at), r);
-            } else {
-                for (int w = 0; w < p.warps_k; w++) total += at[w * block_rows * STRIDE];
+                for (int i = threadIdx.x; i < block_rows * present; i += 32 * warps) {
+                    float* at = here + (i % block_rows) * STRIDE + i / block_rows;
+                    float sum = *at;
+                    for (int w = 1; w < p.warps_k; w++) sum += at[w * block_rows * STRIDE];
+                    *at = sum;
+                }
+                cluster_barrier();
             }
-            return total * row_scale[first_group * 16 + output];
-        };
-        int outputs = GATED ? block_rows / 2 : block_rows;
-        for (int i = threadIdx.x + rank * blockDim.x; i < outputs * here; i += blockDim.x * cluster) {
-            int output = i % outputs, column = i / outputs;
-            if (first_group + output / (GATED ? 8 : 16) >= p.groups) continue;
+            auto value = [&](int output, int column) {
+                float* at = here + output * STRIDE + column;
+                float sum = 0;
+                if (cluster > 1) {
+                    for (int r = 0; r < cluster; r++) sum += cluster_float(shared_address(at), r);
+                } else {
+                    for (int w = 0; w < p.warps_k; w++) sum += at[w * block_rows * STRIDE];
+                }
+                return sum * factor[output];
+            };
+            int outputs = GATED ? block_rows / 2 : block_rows;
+            for (int i = threadIdx.x + rank * 32 * warps; i < outputs * present; i += 32 * warps * cluster) {
+                int output = i % outputs, column = i / outputs;
+                if (first_group + output / (GATED ? 8 : 16) >= p.groups) continue;
 #if EXPERTS
-            u16* y = p.y + (u64)list[row0 + column] * p.y_stride;
+                u16* y = p.y + (u64)list[row0 + column] * p.y_stride;
 #else
-            u16* y = p.y + (u64)(row0 + column) * p.y_stride;
+                u16* y = p.y + (u64)(row0 + column) * p.y_stride;
 #endif
 #if GATED
-            int at = (output >> 3) * 16 + (output & 7), n = first_group * 8 + output;
-            if (n < p.half) y[n] = to_bf16(silu(value(at, column)) * value(at + 8, column));
+                // Rounded where the reference rounds.
+                int at = (output >> 3) * 16 + (output & 7), n = first_group * 8 + output;
+                float gate = round_bf16(value(at, column)), up = round_bf16(value(at + 8, column));
+                if (n < p.half) y[n] = to_bf16(round_bf16(silu(gate)) * up);
 #else
-            int n = first_group * 16 + output, limit = p.out;
-            if (p.half) {
-                n = (first_group + (output >> 4)) * 8 + (output & 7), limit = p.half;
-                if (n < limit) y[(output & 8 ? p.half : 0) + n] = to_bf16(value(output, column));
-            } else if (n < limit) {
-                y[n] = to_bf16(value(output, column));
-            }
+                int n = first_group * 16 + output, limit = p.out;
+                if (p.half) n = (first_group + (output >> 4)) * 8 + (output & 7), limit = p.half;
+                if (n < limit) y[(p.half && (output & 8) ? p.half : 0) + n] = to_bf16(value(output, column));
 #endif
+            }
+            if (cluster > 1) cluster_barrier();
         }
-        if (cluster > 1) cluster_barrier();
-        else __syncthreads();
     }
 }
