@@ -17,7 +17,7 @@ from deepseek_fp4_plugin.numerics import nvfp4
 
 MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
-_RESIDENT = 264  # more take turns: what a block sets up is then set up once
+_RESIDENT, _TURNS = 264, 4  # of more blocks than that each takes several turns, so that it sets up once for them
 
 
 def prepare(
@@ -59,7 +59,11 @@ def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
     if weight.activations == "fp4":
         packed, scale = nvfp4.quantize_activation(x, weight.input_scale)
         return nvfp4.block_values(packed, scale, torch.bfloat16)
-    return x if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous().clone()
+    return (
+        x
+        if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 class Geometry(NamedTuple):
@@ -93,14 +97,14 @@ def geometry(groups: int, slabs: int, rows: int, experts: int = 1) -> Geometry:
         each, warps_m, warps_k = 1, 2, 4
     elif columns == 8 and groups > _RESIDENT:
         warps_k = 4
-    if slabs < 4:  # few inputs: warps share outputs
-        warps_m, warps_k = 4 if groups >= 8 * each else 1, slabs
+    if slabs < 4:  # few inputs: warps share outputs instead
+        warps_m, warps_k = 4, 1
     sets = -(-groups // (each * warps_m))
     cluster = 1
     while cluster < 8 and cluster * 4 <= slabs and sets * experts * cluster < _BLOCKS:
         cluster *= 2
     warps_k = min(warps_k, -(-slabs // cluster))
-    turns = max(1, round(sets * experts * cluster / _RESIDENT))
+    turns = min(_TURNS, max(1, round(sets * experts * cluster / _RESIDENT)))
     return Geometry(columns, each, warps_m, warps_k, cluster, -(-sets // turns))
 
 

@@ -10,7 +10,7 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _FEW_CHOICES = 512  # tokens times k; the kernels' lists hold as many
-_ONE_LAUNCH = 1  # tokens whose experts' second products and sum are one launch; more share experts' weights
+_ONE_LAUNCH = 4  # tokens whose experts' second products and sum are one launch; more share experts' weights
 
 
 def experts_mlp(
