@@ -6,7 +6,7 @@ warnings, `inspect` shows it whole. What values must be (no NaN in a scale) is c
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,46 +179,46 @@ def _mtp_layers(
     where, field = f"{folder}/config.json", MTP_FIELDS[0]
     last, declared = config.num_hidden_layers, config.num_nextn_predict_layers
     given = any(name in raw for name in MTP_FIELDS)
-    layers: dict[int, list[str]] = {}
-    for name in tensors:
-        if match := re.match(r"model\.layers\.(\d+)\.", name):
-            layers.setdefault(int(match[1]), []).append(name)
+    layers = _by_layer(tensors)
     mtp = sorted(layer for layer in layers if f"model.layers.{layer}.eh_proj.weight" in tensors)
     if mtp and mtp[0] != last:
-        sentence = (
-            f"{where}: num_hidden_layers is {last}, but the first MTP layer (the one with eh_proj) is model.layers."
-        )
-        advice = f"{mtp[0]}; set num_hidden_layers to {mtp[0]} and {field} to {len(mtp)}"
-        return config, [error("num_hidden_layers", sentence + advice)], {n for layer in mtp for n in layers[layer]}
-    if declared and not layers.get(last):
-        findings = []
-        if given and whole:
-            sentence = f"{where} counts {declared} MTP layer{'s' if declared > 1 else ''} ({field}), but no tensor of"
-            sentence += f" model.layers.{last} is here; the checkpoint is used without"
-            findings.append(warning(field, sentence))
-        return replace(config, num_nextn_predict_layers=0), findings, set()
+        sentence = f"{where}: num_hidden_layers is {last}, but the first MTP layer (the one with eh_proj) is"
+        advice = f"set num_hidden_layers to {mtp[0]} and {field} to 1"
+        finding = error("num_hidden_layers", f"{sentence} model.layers.{mtp[0]}; {advice}")
+        return config, [finding], {name for layer in mtp for name in layers[layer]}
+    if declared and last not in layers:
+        sentence = f"{where} counts {declared} MTP layer{'s' if declared > 1 else ''} ({field}), but no tensor of"
+        finding = warning(field, f"{sentence} model.layers.{last} is here; the checkpoint is used without")
+        return replace(config, num_nextn_predict_layers=0), [finding] if given and whole else [], set()
     if declared > 1:
-        sentence = (
-            f"{where}: {field} is {declared}, and this program computes one MTP layer; set it to 1 to use the first"
-        )
-        used = {name for layer in layers if layer > last for name in layers[layer]}
-        return config, [error(field, f"{sentence} alone, or to 0 to go without")], used
+        sentence = f"{where}: {field} is {declared}, and this program computes one MTP layer"
+        finding = error(field, f"{sentence}; set it to 1 to use the first alone, or to 0 to go without")
+        return config, [finding], {name for layer in layers if layer > last for name in layers[layer]}
     findings = []
     if not given and last in mtp:
         sentence = f"{where} does not say {field}; model.layers.{last} is taken as the MTP layer that it looks like"
         findings.append(warning(field, sentence))
-    unread = [layer for layer in sorted({*mtp, *({last} & layers.keys())}) if layer >= last + declared]
-    used = {name for layer in unread for name in layers[layer]}
+    unread = {layer: layers[layer] for layer in sorted({*mtp, *({last} & layers.keys())}) if layer >= last + declared}
     if unread:
-        names = " and ".join(f"model.layers.{layer}" for layer in unread)
-        kind = "an MTP layer" if len(unread) == 1 else "MTP layers"
-        sentence = (
-            f"the {len(used)} tensors of {names} in {folder}, {kind}, are not used: config.json counts {declared}"
-        )
-        advice = "set it to 1 to keep the layer" if not declared else "one is computed here"
-        finding = warning(f"model.layers.{unread[0]}", f"{sentence} ({field}); {advice}", 1, True)
-        findings.append(finding)
-    return config, findings, used
+        findings.append(_unread_mtp(folder, unread, declared))
+    return config, findings, {name for names in unread.values() for name in names}
+
+
+def _by_layer(tensors: Iterable[str]) -> dict[int, list[str]]:
+    layers: dict[int, list[str]] = {}
+    for name in tensors:
+        if match := re.match(r"model\.layers\.(\d+)\.", name):
+            layers.setdefault(int(match[1]), []).append(name)
+    return layers
+
+
+def _unread_mtp(folder: Path, unread: Mapping[int, list[str]], declared: int) -> Finding:
+    names = " and ".join(f"model.layers.{layer}" for layer in unread)
+    kind = "an MTP layer" if len(unread) == 1 else "MTP layers"
+    sentence = f"the {sum(map(len, unread.values()))} tensors of {names} in {folder}, {kind}, are not used"
+    advice = "one is computed here" if declared else "set it to 1 to keep the layer"
+    finding = f"{sentence}: config.json counts {declared} ({MTP_FIELDS[0]}); {advice}"
+    return warning(f"model.layers.{min(unread)}", finding, unused=True)
 
 
 def _unplaced(folder: Path, unread: Sequence[str], formats: Mapping[str, WeightFormat | None]) -> list[Finding]:
