@@ -7,6 +7,7 @@ step that goes well pays for any of it.
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,7 +17,8 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
-from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3ForCausalLM
+from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 MAX_TOKENS = 2048  # attention over more would take memory that a serving machine may not have to spare
 _SLICE = 1 << 24  # elements looked at together
@@ -40,6 +42,8 @@ def explain(model: DeepseekV3ForCausalLM, token_ids: Sequence[int], device: torc
 def _outputs(model: DeepseekV3ForCausalLM, ids: Sequence[int], device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Each module's checkpoint name and output, in the order of the forward."""
     batch = ForwardBatch.from_sequences([ids], device)
+    if model.mesh.enable_attention_dp:  # every rank looks at these tokens
+        batch = replace(batch, dp_tokens=(len(ids),) * model.mesh.dp.count)
     inner = model.model
     hidden = inner.embed_tokens(batch.input_ids)
     yield "model.embed_tokens", hidden
@@ -48,12 +52,12 @@ def _outputs(model: DeepseekV3ForCausalLM, ids: Sequence[int], device: torch.dev
         name = f"model.layers.{index}"
         normed = layer.input_layernorm(hidden)
         yield f"{name}.input_layernorm", normed
-        attended = layer.self_attn(normed, cos, sin, batch, None)
+        attended = layer.attention(normed, cos, sin, batch, None)
         yield f"{name}.self_attn", attended
         hidden = ops.add(hidden, attended)
         normed = layer.post_attention_layernorm(hidden)
         yield f"{name}.post_attention_layernorm", normed
-        computed = layer.mlp(normed)
+        computed = layer.feed_forward(normed, batch)
         yield f"{name}.mlp", computed
         hidden = ops.add(hidden, computed)
     hidden = inner.norm(hidden)

@@ -26,8 +26,10 @@ class InputBatch:
     starts: list[int]
 
 
-def build(rows: Sequence[PlanRow], block_size: int, device: torch.device) -> InputBatch:
-    """One forward over all rows' tokens."""
+def build(
+    rows: Sequence[PlanRow], block_size: int, device: torch.device, dp_tokens: tuple[int, ...] | None = None
+) -> InputBatch:
+    """One forward over all rows' tokens; of none, too, where other ranks have some (dp_tokens: see ForwardBatch)."""
     short = [i for i, row in enumerate(rows) if len(row.tokens) <= MAX_ABSORBED_QUERY]
     long = [i for i, row in enumerate(rows) if len(row.tokens) > MAX_ABSORBED_QUERY]
     order = short + long
@@ -51,7 +53,7 @@ def build(rows: Sequence[PlanRow], block_size: int, device: torch.device) -> Inp
         else:
             chunks.append(Chunk(request, begin, begin + count, context))
     positions, table = _positions(firsts, lengths), _block_table([rows[i].blocks for i in order])
-    request_of = np.repeat(np.arange(len(order)), lengths)
+    request_of = np.repeat(np.arange(len(order)), np.asarray(lengths, dtype=np.int64))
     slots = table[request_of, positions // block_size] * block_size + positions % block_size
     contexts = np.asarray(firsts, dtype=np.int64) + np.asarray(lengths, dtype=np.int64)
     forward = ForwardBatch(
@@ -66,6 +68,7 @@ def build(rows: Sequence[PlanRow], block_size: int, device: torch.device) -> Inp
         max_query=max_query,
         max_context=max_context,
         chunks=tuple(chunks),
+        dp_tokens=dp_tokens,
     )
     return InputBatch(forward, order, starts)
 

@@ -11,8 +11,8 @@ from deepseek_fp4_plugin.engine.launch_spawned import spawn
 from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.engine.worker_group import Member, Progress, WorkerGroup
 from deepseek_fp4_plugin.engine.worker_process import Assignment
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.examination import examine
-from deepseek_fp4_plugin.models.loading import load_model
 
 
 def start_executor(config: EngineConfig, model: Path, device: torch.device, progress: Progress | None) -> Executor:
@@ -21,7 +21,13 @@ def start_executor(config: EngineConfig, model: Path, device: torch.device, prog
     Raises CheckpointError for a checkpoint that cannot be used, ValueError for what cannot run here.
     """
     if config.tensor_parallel_size == 1:
-        loaded = load_model(model, config.dtype, device, config.nvfp4_activations, progress=progress)
+        loaded = DeepseekV3ForCausalLM.from_pretrained(
+            model,
+            dtype=config.dtype,
+            device=device,
+            nvfp4_activations=config.nvfp4_activations,
+            progress=progress,
+        )
         return InProcessExecutor.of(Worker(config, loaded))
     examine(model).usable()  # says what is odd once, and refuses before any process starts
     return _spawned(config, model, device, progress)

@@ -37,7 +37,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         rows = plan.rows
         began = time.perf_counter()
-        batch = build(rows, self.block_size, self.device)
+        batch = build(rows, self.block_size, self.device, plan.dp_tokens or None)
         replayed = self.recorded(batch=batch.forward)
         hidden, logits = replayed or (self.model(batch.forward, self.cache), None)
         computed = time.perf_counter()
@@ -63,6 +63,7 @@ class ModelRunner:
                 none if positions is None else positions,
                 none if emitted is None else emitted,
                 accepted or [],
+                plan.dp_sampled,
             )
             for index, draft in zip(sampled, drafts, strict=True):
                 result.drafts[index] = draft

@@ -79,11 +79,13 @@ class MtpDrafter:
         sampled_tokens: Tensor,
         emitted: Tensor,
         accepted: list[int],
+        dp_sampled: tuple[int, ...] = (),
     ) -> list[list[int]]:
         """Drafts of each sampled row.
 
         hidden: [T, hidden] of the target.  sampled: plan rows with an emission.
         sampled_tokens, emitted: int64 [N], each sampled position in the batch and the token that follows it.
+        dp_sampled: under attention data parallelism how many rows each rank samples; one without any steps along.
         """
         ids = torch.empty_like(batch.forward.input_ids)
         ids[:-1] = batch.forward.input_ids[1:]
@@ -95,7 +97,7 @@ class MtpDrafter:
                 [rows[i].next_token for i in behind], device=ids.device
             )
         forward = replace(batch.forward, input_ids=ids)
-        if not sampled:
+        if not sampled and not any(dp_sampled):
             self._hidden(hidden, forward)
             return []
         # Each sampled request's last accepted token: where it lies in the batch, and its position.
@@ -107,10 +109,12 @@ class MtpDrafter:
         )
         tensors = hidden, torch.tensor(last, device=ids.device), *steps
         drafts = None
-        if len(sampled) == len(rows) and batch.order == sampled:  # then the batch's block tables are the steps' too
+        if (
+            len(sampled) == len(rows) and batch.order == sampled and not dp_sampled
+        ):  # then the batch's block tables are the steps' too
             drafts = self.recorded(*tensors, batch=forward)
         if drafts is None:
-            drafts = self._drafts(*tensors, batch=forward, tables=tables)
+            drafts = self._drafts(*tensors, batch=forward, tables=tables, dp_sampled=dp_sampled)
         return torch.stack(drafts, 1).tolist()
 
     def _drafts(
@@ -124,10 +128,11 @@ class MtpDrafter:
         *,
         batch: ForwardBatch,
         tables: Tensor | None = None,
+        dp_sampled: tuple[int, ...] = (),
     ) -> tuple[Tensor, ...]:
         """num_drafts tensors int64 [S].  last: int64 [S], rows of the batch.  Others: see input_batch.build_steps."""
         state = ops.embedding(last, self._hidden(hidden, batch))
-        drafts = [ops.argmax(self.model.lm_head(state))]
+        drafts = [self.model.lm_head.argmax(state)]
         tables = batch.block_tables if tables is None else tables
         assert tables is not None
         for position, slot, context in zip(positions, slots, contexts, strict=True):
@@ -142,9 +147,10 @@ class MtpDrafter:
                 num_decode_tokens=len(last),
                 max_query=1,
                 max_context=tables.shape[1] * self.cache.shape[1],
+                dp_tokens=dp_sampled or None,
             )
             state = self._hidden(state, step)
-            drafts.append(ops.argmax(self.model.lm_head(state)))
+            drafts.append(self.model.lm_head.argmax(state))
         return tuple(drafts)
 
     def _hidden(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:

@@ -20,7 +20,8 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine.heartbeat import Pulse
 from deepseek_fp4_plugin.engine.worker import Worker
-from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_fp4_plugin.parallel.collectives import connect
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,13 @@ def _serve(work: Connection) -> None:
             work.send(Loading(done, parts))
 
     config = assignment.config
-    model = load_model(
+    device = torch.device(assignment.device)
+    model = DeepseekV3ForCausalLM.from_pretrained(
         assignment.model,
-        config.dtype,
-        torch.device(assignment.device),
-        config.nvfp4_activations,
-        mesh=Mesh(),
+        dtype=config.dtype,
+        device=device,
+        nvfp4_activations=config.nvfp4_activations,
+        mesh=_mesh(assignment, device),
         progress=progress,
     )
     worker = Worker(config, model, assignment.ranks_here)
@@ -104,6 +106,21 @@ def _serve(work: Connection) -> None:
         answer = _explain(worker, asked) if isinstance(asked, Question) else worker.runner.run(asked)
         if assignment.answers:
             work.send(answer)
+
+
+def _mesh(assignment: Assignment, device: torch.device) -> Mesh:
+    """This rank's place, connected to the others."""
+    host, port = assignment.store
+    store = torch.distributed.TCPStore(host, port, is_master=False)
+    config = assignment.config
+    return Mesh(
+        assignment.rank,
+        config.tensor_parallel_size,
+        config.moe_expert_parallel_size,
+        config.moe_tensor_parallel_size,
+        config.enable_attention_dp,
+        connect(assignment.rank, assignment.ranks, store, "gloo" if device.type == "cpu" else "nccl"),
+    )
 
 
 def _explain(worker: Worker, question: Question) -> str | RuntimeError:

@@ -28,6 +28,7 @@ class ForwardBatch:
     query_start: int64 [num_decode_requests + 1], where each short query begins; they attend in absorbed form.
     max_query, max_context: host bounds of the short queries, so that no kernel must ask the device.
     chunks: the others; they attend one after the other in expanded form.
+    dp_tokens: under attention data parallelism every rank's T, in rank order (this rank's may be 0); else None.
     """
 
     input_ids: Tensor
@@ -41,16 +42,21 @@ class ForwardBatch:
     max_query: int = 0
     max_context: int = 0
     chunks: tuple[Chunk, ...] = ()
+    dp_tokens: tuple[int, ...] | None = None
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "ForwardBatch":
-        """Whole sequences, no cache: for calibration, tests and plain scoring."""
-        chunks, start = [], 0
+        """Whole sequences, no cache: for calibration, tests and plain scoring. None is a batch too."""
+        chunks: list[Chunk] = []
+        tokens: list[int] = []
+        positions: list[int] = []
         for request, sequence in enumerate(sequences):
-            chunks.append(Chunk(request, start, start + len(sequence), len(sequence)))
-            start += len(sequence)
+            start, count = len(tokens), len(sequence)
+            chunks.append(Chunk(request, start, start + count, count))
+            tokens += sequence
+            positions += range(count)
         return cls(
-            input_ids=torch.tensor([token for sequence in sequences for token in sequence], device=device),
-            positions=torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences]),
+            input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
             chunks=tuple(chunks),
         )

@@ -9,7 +9,7 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 
 class VocabEmbedding(nn.Module):
-    """Token ids to rows; a rank returns zeros for tokens whose rows it does not hold, so partial outputs add up."""
+    """Token ids to rows. A rank adds zeros for tokens whose rows it does not hold."""
 
     weight: Tensor
 
@@ -27,11 +27,11 @@ class VocabEmbedding(nn.Module):
         start, stop = self.mesh.tp.bounds(self.shape[0], self.name)
         here = (input_ids >= start) & (input_ids < stop)
         rows = ops.embedding(torch.where(here, input_ids - start, 0), self.weight)
-        return self.mesh.reduce_attention(rows * here.unsqueeze(-1))
+        return self.mesh.tp_group.all_reduce(rows * here.unsqueeze(-1))
 
 
 class LanguageModelHead(nn.Module):
-    """Hidden states to this rank's logits."""
+    """Hidden states to logits of the whole vocabulary, on every rank."""
 
     weight: Tensor
 
@@ -43,5 +43,26 @@ class LanguageModelHead(nn.Module):
         self.weight = source.tensor(f"{self.name}.weight", self.shape, cut=Cut(OUT, self.mesh.tp))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] to [rows, vocab / tp], in the model's dtype."""
-        return ops.plain_linear(hidden, self.weight)
+        """[rows, hidden] to [rows, vocab], in the model's dtype."""
+        own = ops.plain_linear(hidden, self.weight)
+        count = self.mesh.tp.count
+        if count == 1:
+            return own
+        slices = self.mesh.tp_group.all_gather(own).view(count, *own.shape)
+        return slices.transpose(0, 1).flatten(1)
+
+    def argmax(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] to the best token of each row, int64 [rows]; of equal ones the first.
+
+        Ranks exchange their best tokens, not their logits.
+        """
+        own = ops.plain_linear(hidden, self.weight)
+        best = ops.argmax(own)
+        count = self.mesh.tp.count
+        if count == 1:
+            return best
+        start, _ = self.mesh.tp.bounds(self.shape[0], self.name)
+        logit = own.gather(1, best.unsqueeze(1)).squeeze(1)
+        pairs = torch.stack((logit.float(), (best + start).float()), 1)  # FP32 holds ids up to 2^24 exactly
+        logits, ids = self.mesh.tp_group.all_gather(pairs).view(count, -1, 2).unbind(-1)
+        return ids.gather(0, logits.argmax(0, keepdim=True)).squeeze(0).long()

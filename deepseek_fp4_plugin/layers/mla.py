@@ -25,14 +25,14 @@ LATENT_NORM_EPS = (
 
 
 class MLA(nn.Module):
-    """Attention of one layer; heads are cut over the tensor-parallel ranks, output is partial over them."""
+    """Attention of one layer; heads are cut over the tensor-parallel ranks. Output is a partial sum over them."""
 
     kv_b_proj: PreparedWeight  # [heads * (nope + v), latent]
 
     def __init__(self, name: str, config, mesh: Mesh):
         super().__init__()
         c = self.config = config
-        self.name, self.mesh = name, mesh
+        self.name, self.tp = name, mesh.tp
         start, stop = mesh.tp.bounds(c.num_attention_heads, f"{name} heads")
         self.heads = stop - start
         q_out = c.num_attention_heads * c.qk_head_dim
@@ -54,13 +54,13 @@ class MLA(nn.Module):
         rows = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
         # Both forms of attention must see the same values, and in the absorbed one no input could be rounded to FP4.
         self.kv_b_proj = source.linear(
-            [f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.mesh.tp), activations="bf16"
+            [f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.tp), activations="bf16"
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """x: [T, hidden].  cos, sin: FP32 [T, rope / 2].  cache: this layer's [blocks, block_size, latent + rope].
 
-        Writes the tokens' latents at batch.slot_mapping, then attends. Returns [T, hidden].
+        Writes the tokens' latents at batch.slot_mapping, then attends. Returns [T, hidden], this rank's heads' part.
         """
         q_nope, q_rope = self._queries(x, cos, sin)
         entries = self._latents(x, cos, sin)
@@ -80,7 +80,7 @@ class MLA(nn.Module):
             attended = outputs[0]
         else:
             attended = torch.cat(outputs) if outputs else q_nope.new_empty(0, self.heads, self.config.v_head_dim)
-        return self.mesh.reduce_attention(self.o_proj(attended.flatten(1)))
+        return self.o_proj(attended.flatten(1))
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[T, heads, nope] and rotated [T, heads, rope]."""

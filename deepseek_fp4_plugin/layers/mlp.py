@@ -10,7 +10,7 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate x) * up x), gate and up fused. Output is partial over the tensor-parallel ranks."""
+    """down(silu(gate x) * up x), gate and up fused. Output is a partial sum over the tensor-parallel ranks."""
 
     def __init__(self, name: str, hidden_size: int, intermediate_size: int, mesh: Mesh):
         super().__init__()

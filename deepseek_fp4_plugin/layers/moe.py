@@ -36,7 +36,7 @@ class Router(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """This rank's experts, stacked. Output is partial over all ranks that share the layer's experts."""
+    """This rank's experts, stacked. Output is a partial sum over all ranks."""
 
     gate_up: PreparedWeight
     down: PreparedWeight
@@ -64,7 +64,11 @@ class RoutedExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed plus shared experts. Partial sums over ranks; the shared expert is cut over the tensor-parallel ranks."""
+    """Routed plus shared experts. Output is a partial sum over the tensor-parallel ranks.
+
+    Under attention data parallelism every rank's tokens meet all routed experts, wherever these are: they are gathered
+    before, and each rank gets the sum of its own tokens' outputs after. The shared expert stays with its tokens.
+    """
 
     def __init__(self, name: str, config, mesh: Mesh):
         super().__init__()
@@ -82,9 +86,11 @@ class MoE(nn.Module):
         if self.shared_experts:
             self.shared_experts.load(source)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
-        routed = self.mesh.reduce_experts(self.experts(x, *self.gate(x)))
-        if not self.shared_experts:
-            return routed
-        return ops.add(routed, self.mesh.reduce_attention(self.shared_experts(x)))
+    def forward(self, x: Tensor, dp_tokens: tuple[int, ...] | None = None) -> Tensor:
+        """[T, hidden] to [T, hidden].  dp_tokens: see ForwardBatch. Ranks without a token take part."""
+        group = self.mesh.dp_group
+        if group.size > 1 and dp_tokens is None:
+            raise ValueError("attention data parallelism needs every rank's token count in the batch's dp_tokens")
+        tokens = group.all_gather(x, dp_tokens)
+        routed = group.reduce_scatter(self.experts(tokens, *self.gate(tokens)), dp_tokens)
+        return ops.add(routed, self.shared_experts(x)) if self.shared_experts else routed

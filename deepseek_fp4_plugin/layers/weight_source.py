@@ -89,17 +89,19 @@ class WeightSource:
         """
         stacks = []
         for projection in projections:
-            slots = [self._parts(f"{prefix}.{expert}.{projection}", *sizes, cut) for expert in experts]
+            modules = [f"{prefix}.{expert}.{projection}" for expert in range(total)]
+            slots = [self._parts(modules[expert], *sizes, cut, input_scale=False) for expert in experts]
             if len({slot.format for slot in slots}) > 1:
                 raise CheckpointError(f"{prefix}.*.{projection}: experts of one layer differ in weight format")
-            scale = self._largest_input_scale(prefix, projection, total, slots[0].format)
-            stacks.append(_stack(slots, scale))
+            stacks.append(_stack(slots, self._largest_input_scale(modules, slots[0].format)))
         return self._prepare(stacks)
 
     def _prepare(self, parts: Sequence[WeightTensors], activations: Activations | None = None) -> PreparedWeight:
         return ops.prepare(parts, self.device, self.dtype, activations or self.activations, self.backend)
 
-    def _parts(self, module: str, out_features: int, in_features: int, cut: Cut) -> WeightTensors:
+    def _parts(
+        self, module: str, out_features: int, in_features: int, cut: Cut, input_scale: bool = True
+    ) -> WeightTensors:
         weight_format = detect_format(self.reader, module)
         if weight_format is WeightFormat.PLAIN:
             weight = self._read(f"{module}.weight", (out_features, in_features), cut)
@@ -114,21 +116,23 @@ class WeightSource:
                 self._read(f"{module}.weight", (out_features, in_features // 2), cut),
                 self._scale(f"{module}.weight_scale", (out_features, in_features // _NVFP4_BLOCK), cut),
                 self._scale(f"{module}.weight_scale_2"),
-                self._input_scale(module),
+                self._input_scale(module) if input_scale else None,
             )
         return self._fp8_parts(module, (out_features, in_features), cut)
 
     def _fp8_parts(self, module: str, shape: tuple[int, ...], cut: Cut) -> WeightTensors:
         weight = self._read(f"{module}.weight", shape, cut)
         scale_shape = tuple(-(-size // _FP8_BLOCK) for size in shape)
-        scale = self._scale(f"{module}.weight_scale_inv", scale_shape, UNCUT)
+        scale_name = f"{module}.weight_scale_inv"
         if cut.shard.count == 1:
-            return WeightTensors(WeightFormat.FP8_BLOCK, weight, scale)
+            return WeightTensors(WeightFormat.FP8_BLOCK, weight, self._scale(scale_name, scale_shape))
         start, stop = cut.shard.bounds(shape[cut.axis], module)
         # A slice may begin or end inside a block: describe it with the largest block size that divides its bounds.
         fine = next(size for size in (128, 64, 32, 16, 8, 4, 2, 1) if start % size == 0 and (stop - start) % size == 0)
+        first = start // _FP8_BLOCK
+        scale = self._scale(scale_name, scale_shape, cut, (first, -(-stop // _FP8_BLOCK)))
         scale = scale.repeat_interleave(_FP8_BLOCK // fine, cut.axis).narrow(
-            cut.axis, start // fine, (stop - start) // fine
+            cut.axis, (start - first * _FP8_BLOCK) // fine, (stop - start) // fine
         )
         block = (fine, _FP8_BLOCK) if cut.axis == OUT else (_FP8_BLOCK, fine)
         return WeightTensors(WeightFormat.FP8_BLOCK, weight, scale.contiguous(), fp8_block=block)
@@ -137,23 +141,28 @@ class WeightSource:
         name = f"{module}.input_scale"
         return self._scale(name) if name in self.reader else None
 
-    def _largest_input_scale(
-        self, prefix: str, projection: str, total: int, weight_format: WeightFormat
-    ) -> Tensor | None:
+    def _largest_input_scale(self, modules: Sequence[str], weight_format: WeightFormat) -> Tensor | None:
         if weight_format is not WeightFormat.NVFP4:
             return None
-        scales = [self._input_scale(f"{prefix}.{expert}.{projection}") for expert in range(total)]
+        scales = [self._input_scale(module) for module in modules]
         present = [scale for scale in scales if scale is not None]
-        return torch.stack(present).amax() if len(present) == total else None
+        return torch.stack(present).amax() if len(present) == len(modules) else None
 
-    def _scale(self, name: str, shape: tuple[int, ...] | None = None, cut: Cut = UNCUT) -> Tensor:
-        """shape: of a scale that is not one for the whole tensor."""
-        scale = read_scale(self.reader, name, None if shape is None else self._read(name, shape, cut))
+    def _scale(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        cut: Cut = UNCUT,
+        bounds: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """shape: of a scale that is not one for the whole tensor.  cut, bounds: see _read."""
+        scale = read_scale(self.reader, name, None if shape is None else self._read(name, shape, cut, bounds))
         if not all_finite(scale):
             self.not_finite.append(name)
         return scale
 
-    def _read(self, name: str, shape: tuple[int, ...], cut: Cut) -> Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], cut: Cut, bounds: tuple[int, int] | None = None) -> Tensor:
+        """A tensor of the whole `shape`, or its slice; bounds: of the slice, where `cut` does not give them."""
         info = self.reader.info(name)
         if info.shape != shape:
             raise CheckpointError(
@@ -161,7 +170,7 @@ class WeightSource:
             )
         if cut.shard.count == 1:
             return self.reader.get(name)
-        start, stop = cut.shard.bounds(shape[cut.axis], name)
+        start, stop = bounds or cut.shard.bounds(shape[cut.axis], name)
         return self.reader.get_slice(name, cut.axis, start, stop)
 
 

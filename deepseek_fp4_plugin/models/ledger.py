@@ -107,7 +107,7 @@ def decode_step(
             add(weight.role, 2.0 * config.hidden_size * step.rows, 0.0)
         else:
             add(weight.role, share * size, share * products)
-    layers, heads = config.num_hidden_layers, config.num_attention_heads / mesh.tp_size
+    layers, heads = config.num_hidden_layers, config.num_attention_heads / mesh.tp.count
     scores = 2.0 * heads * step.rows * step.context * (config.latent_dim + config.kv_lora_rank)
     entries = step.requests * step.context + step.rows
     add(CACHE, float(layers * config.latent_dim * step.cache_bytes * entries), layers * scores)
@@ -128,5 +128,5 @@ def _share(weight: Weight, mesh: Mesh) -> float:
     """The part of a weight that one rank holds, on average over ranks."""
     name = weight.module.rpartition(".")[2]
     if weight.role is Role.ROUTED_EXPERT:
-        return 1.0 / mesh.world_size
-    return 1.0 / mesh.tp_size if name in _CUT else 1.0
+        return 1.0 / mesh.tensor_parallel_size
+    return 1.0 / mesh.tp.count if name in _CUT else 1.0

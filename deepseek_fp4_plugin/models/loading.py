@@ -1,15 +1,19 @@
-"""Stream a checkpoint into a model, or into one decoder layer, reading only this rank's slices."""
+"""Stream a checkpoint into a model's parts, reading only this rank's slices. Which model is the caller's affair."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from deepseek_fp4_plugin.checkpoint.hub import resolve
+from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.kernels import select
+from deepseek_fp4_plugin.kernels.weights import Activations
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
-from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM, resolve_activations
+from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
@@ -18,55 +22,48 @@ Progress = Callable[[int, int], None]  # parts done, parts in all
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16}
 
 
-def load_model(
+class Loadable(Protocol):
+    """A part of a model that reads its own weights."""
+
+    def load(self, source: WeightSource) -> None: ...
+
+
+@dataclass
+class OpenCheckpoint:
+    """A checkpoint about to be loaded; a context manager that closes its files."""
+
+    folder: Path
+    config: DeepseekV3Config
+    quantization: QuantConfig
+    source: WeightSource
+
+    def __enter__(self) -> "OpenCheckpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.reader.close()
+
+
+def open_checkpoint(
     path: str | Path,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     nvfp4_activations: str = "auto",
     mesh: Mesh | None = None,
     backend: str | None = None,
-    progress: Progress | None = None,
-) -> DeepseekV3ForCausalLM:
-    """A model with its weights, in evaluation mode.
-
-    dtype: of activations and decoded weights; "auto" is BF16.  nvfp4_activations: auto, bf16 or fp4.
-    Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong choice.
-    """
+) -> OpenCheckpoint:
+    """Resolve a caller's choices. Raises CheckpointError or ValueError; see DeepseekV3ForCausalLM.from_pretrained."""
     folder = resolve(path)
     device = checked_device(device)
     examination = examine(folder)
     config, reader = examination.usable()
-    source = WeightSource(
-        reader,
-        device,
-        resolve_dtype(dtype),
-        mesh,
-        resolve_activations(nvfp4_activations, select.has_fp4_tensor_cores(device)),
-        backend,
-    )
-    model = DeepseekV3ForCausalLM(config, mesh)
-    load_weights(model, source, progress)
-    if source.not_finite:
-        count = f" ({len(source.not_finite)} such scales)" if len(source.not_finite) > 1 else ""
-        first = source.not_finite[0]
-        logger.warning(
-            "%s in %s holds NaN or infinity%s: requests that meet it will fail; download %s again",
-            first,
-            folder,
-            count,
-            reader.info(first).shard,
-        )
-    model.path = folder
-    model.quantization = examination.quantization
-    reader.close()
-    return model.eval()
+    activations = resolve_activations(nvfp4_activations, select.has_fp4_tensor_cores(device))
+    source = WeightSource(reader, device, resolve_dtype(dtype), mesh, activations, backend)
+    return OpenCheckpoint(folder, config, examination.quantization, source)
 
 
-def load_weights(model: DeepseekV3ForCausalLM, source: WeightSource, progress: Progress | None = None) -> None:
-    """Load every part of `model`."""
-    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
-    if model.mtp is not None:
-        parts.append(model.mtp)
+def load_parts(parts: Sequence[Loadable], source: WeightSource, progress: Progress | None = None) -> None:
+    """Load every part of a model, and say which scales are not numbers."""
     with torch.inference_mode():
         for done, part in enumerate(parts):
             if progress:
@@ -74,6 +71,16 @@ def load_weights(model: DeepseekV3ForCausalLM, source: WeightSource, progress: P
             part.load(source)
     if progress:
         progress(len(parts), len(parts))
+    if source.not_finite:
+        count = f" ({len(source.not_finite)} such scales)" if len(source.not_finite) > 1 else ""
+        first = source.not_finite[0]
+        logger.warning(
+            "%s in %s holds NaN or infinity%s: requests that meet it will fail; download %s again",
+            first,
+            source.reader.folder,
+            count,
+            source.reader.info(first).shard,
+        )
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -93,3 +100,14 @@ def checked_device(device: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
     return device
+
+
+def resolve_activations(choice: str, fp4_tensor_cores: bool) -> Activations:
+    """`auto` is fp4 where FP4 tensor cores exist and bf16 elsewhere. Raises ValueError for anything else."""
+    if choice == "auto":
+        return "fp4" if fp4_tensor_cores else "bf16"
+    if choice == "bf16":
+        return "bf16"
+    if choice == "fp4":
+        return "fp4"
+    raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4")

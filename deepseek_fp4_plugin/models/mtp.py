@@ -16,7 +16,7 @@ from deepseek_fp4_plugin.layers.linear import Linear
 from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3DecoderLayer
+from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 

@@ -20,7 +20,7 @@ from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.embedding import VocabEmbedding
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3DecoderLayer, RotaryAngles
+from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAngles
 from deepseek_fp4_plugin.numerics import nvfp4
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, token_batches

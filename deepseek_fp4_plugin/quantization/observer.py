@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.layers.linear import Linear
 from deepseek_fp4_plugin.layers.moe import RoutedExperts
-from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3DecoderLayer
+from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer
 
 _EXPERT_INPUTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 

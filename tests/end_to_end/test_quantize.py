@@ -21,7 +21,6 @@ from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig, nvfp4_confi
 from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader, read_json
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.models.loading import load_model
 from deepseek_fp4_plugin.numerics.error import first_mismatch
 from deepseek_fp4_plugin.quantization.calibration_data import load_calibration
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
@@ -80,7 +79,7 @@ def logits(model: DeepseekV3ForCausalLM, folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(("activations", "least"), [("bf16", 0.75), ("fp4", 0.65)])
 def test_the_result_loads_and_answers_like_its_source(source, quantized, activations, least):
     """Random weights: errors add up freely, and unrelated logits would have a cosine near zero."""
-    expected = logits(load_model(source), source)
+    expected = logits(DeepseekV3ForCausalLM.from_pretrained(source), source)
     found = logits(DeepseekV3ForCausalLM.from_pretrained(quantized[0], nvfp4_activations=activations), source)
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), 0) > least
 
@@ -88,8 +87,8 @@ def test_the_result_loads_and_answers_like_its_source(source, quantized, activat
 @pytest.mark.parametrize(("activations", "least"), [("bf16", 0.94), ("fp4", 0.92)])
 def test_the_trained_model_chooses_the_same_tokens(trained, activations, least):
     folder, result = trained
-    expected = logits(load_model(folder), folder)
-    found = logits(load_model(result, nvfp4_activations=activations), folder)
+    expected = logits(DeepseekV3ForCausalLM.from_pretrained(folder), folder)
+    found = logits(DeepseekV3ForCausalLM.from_pretrained(result, nvfp4_activations=activations), folder)
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > least
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), 0) > 0.99
 
@@ -137,7 +136,7 @@ def test_bf16_cache_and_layout_v2(source, tmp_path):
     assert quant["kv_cache_quant_algo"] is None
     assert "model.layers.1.self_attn.kv_b_proj" in quant["exclude_modules"]
     assert "model.layers.1.self_attn.o_proj.weight_scale" in CheckpointReader(tmp_path / "v2")
-    model = load_model(tmp_path / "v2")
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "v2")
     assert model.quantization.kv_cache_quant_algo is None
     assert torch.isfinite(logits(model, source)).all()
 
@@ -149,7 +148,7 @@ def test_a_source_without_mtp_or_query_compression(tmp_path):
     report = quantize(folder, tmp_path / "q")
     assert "MTP layer" not in report.size
     assert not [name for name in CheckpointReader(tmp_path / "q") if name.startswith("model.layers.3")]
-    assert load_model(tmp_path / "q").mtp is None
+    assert DeepseekV3ForCausalLM.from_pretrained(tmp_path / "q").mtp is None
 
 
 def test_a_checkpoint_whose_mtp_layer_was_dropped(source, tmp_path):
@@ -164,7 +163,7 @@ def test_a_checkpoint_whose_mtp_layer_was_dropped(source, tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     quantize(folder, tmp_path / "q")
     assert not QuantConfig.from_folder(tmp_path / "q", {}).excludes("model.layers.3")
-    assert load_model(tmp_path / "q").mtp is None
+    assert DeepseekV3ForCausalLM.from_pretrained(tmp_path / "q").mtp is None
 
 
 def test_transformers_opens_config_and_tokenizer(quantized, trained):
@@ -251,7 +250,7 @@ def test_ctrl_c_leaves_what_the_next_run_continues(source, quantized, tmp_path, 
         quantize(source, destination, progress=interrupt)
     assert not destination.exists()
     with pytest.raises(CheckpointError):  # what is left cannot be taken for a checkpoint
-        load_model(tmp_path / "Tiny-R1-NVFP4.incomplete")
+        DeepseekV3ForCausalLM.from_pretrained(tmp_path / "Tiny-R1-NVFP4.incomplete")
     with pytest.raises(CheckpointError, match="left by a different job"):
         quantize(source, destination, samples=5)
     assert quantize(source, destination).to_json() == {**quantized[1].to_json(), "destination": str(destination)}

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,8 @@ from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3DecoderLayer, RotaryAngles
-from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAngles
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization import calibrate as calibrate_module
 from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, input_scales
@@ -23,6 +24,7 @@ from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, l
 from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
 from deepseek_fp4_plugin.quantization.recipe import make_plan
 from deepseek_fp4_plugin.tokenizer import Tokenizer
+from tests.ranks import on_mesh
 
 CNN_SUBSET = Path(__file__).parents[3] / "shared/data/cnn_dailymail/validation_subset_1000.jsonl.gz"
 TEXT = "A week has seven days.\n\nThe earth goes around the sun in one year. 1+1=2.\n" * 40
@@ -218,7 +220,7 @@ def run(folder: Path, work: Path, data: CalibrationData, progress=lambda done, t
 def test_layer_by_layer_equals_the_whole_model(tiny_fp8, tmp_path):
     data = some_data()
     found = run(tiny_fp8, tmp_path / "work", data)
-    model = load_model(tiny_fp8, backend="reference")
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, backend="reference")
     observers = [LayerObserver(layer) for layer in model.model.layers]
     with torch.inference_mode():
         model(ForwardBatch.from_sequences(data.samples))
@@ -268,7 +270,7 @@ def test_ranks_merge_by_maximum():
 
 
 def test_two_expert_parallel_ranks_together_see_what_one_does(tiny_fp8):
-    """Each names its own experts with their global numbers."""
+    """Each names its own experts with their global numbers; both bring the same tokens."""
     reader, config, _ = parts(tiny_fp8)
     batch = ForwardBatch.from_sequences(some_data().samples)
     hidden = torch.randn(batch.input_ids.shape[0], config.hidden_size).bfloat16()
@@ -279,10 +281,10 @@ def test_two_expert_parallel_ranks_together_see_what_one_does(tiny_fp8):
         with torch.inference_mode():
             layer.load(WeightSource(reader, mesh=mesh, backend="reference"))
             observer = LayerObserver(layer)
-            layer(hidden, cos, sin, batch, None)
+            layer(hidden, cos, sin, replace(batch, dp_tokens=(len(hidden),) * mesh.dp.count), None)
         return observer.result()
 
-    ranks = [seen(Mesh(rank, ep_size=2)) for rank in (0, 1)]
+    ranks = on_mesh("DP2/EP2", seen)
     experts = [{name for name in rank.amax if ".experts." in name} for rank in ranks]
     assert experts[0] and experts[1] and not experts[0] & experts[1]
     assert ranks[0].merge(ranks[1]).amax == seen(Mesh()).amax

@@ -9,7 +9,6 @@ import torch
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.models.loading import load_model
 from tests.engine_core import make_engine, make_request, run_all
 
 NAN, INF = float("nan"), float("inf")
@@ -55,7 +54,9 @@ def failures(model: DeepseekV3ForCausalLM, prompt: list[int], drafts: int = 0, s
     ],
 )
 def test_the_module_and_the_weight_are_named(tiny_fp8, tmp_path, name, index, value, module):
-    model = load_model(damage(tiny_fp8, tmp_path / "model", name, index, value), "float32")
+    model = DeepseekV3ForCausalLM.from_pretrained(
+        damage(tiny_fp8, tmp_path / "model", name, index, value), dtype="float32"
+    )
     (emission,) = failures(model, [5, 9, 200, 31])
     assert emission.finish_reason == "error"
     assert emission.tokens == []
@@ -70,7 +71,10 @@ def test_the_module_and_the_weight_are_named(tiny_fp8, tmp_path, name, index, va
 def test_the_others_in_the_batch_go_on(tiny_fp8, tmp_path, drafts, sampling):
     prompts = {0: [5, 9, 200], 1: [5, VICTIM, 9], 2: [11, 12, 13, 14]}
     folder = damage(tiny_fp8, tmp_path / "model", "model.embed_tokens.weight", (VICTIM, 100), NAN)
-    whole, model = load_model(tiny_fp8, "float32"), load_model(folder, "float32")
+    whole, model = (
+        DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32"),
+        DeepseekV3ForCausalLM.from_pretrained(folder, dtype="float32"),
+    )
     expected = run_all(
         make_engine(whole, drafts=drafts), [make_request(i, prompts[i], sampling=sampling) for i in (0, 2)]
     )
@@ -86,7 +90,9 @@ def test_the_others_in_the_batch_go_on(tiny_fp8, tmp_path, drafts, sampling):
 
 def test_prompt_logprobs_are_checked_too(tiny_fp8, tmp_path):
     # A damaged row of the head: the logits of every position are broken, a prompt chunk's that is not sampled as well.
-    model = load_model(damage(tiny_fp8, tmp_path / "model", "lm_head.weight", (9, 9), NAN), "float32")
+    model = DeepseekV3ForCausalLM.from_pretrained(
+        damage(tiny_fp8, tmp_path / "model", "lm_head.weight", (9, 9), NAN), dtype="float32"
+    )
     engine = make_engine(model, tokens=4)
     engine.add(make_request(0, list(range(2, 12)), sampling=Sampling(prompt_logprobs=1)))
     (emission,) = engine.step()
@@ -94,7 +100,7 @@ def test_prompt_logprobs_are_checked_too(tiny_fp8, tmp_path):
 
 
 def test_what_is_not_finite_is_not_found_as_a_prefix(tiny_fp8):
-    model = load_model(tiny_fp8, "float32")
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
     engine = make_engine(model)
     prompt = list(range(2, 42))
     with torch.inference_mode():
@@ -113,14 +119,15 @@ def test_a_broken_mtp_module_only_costs_acceptance(tiny_fp8, tmp_path):
     folder = damage(tiny_fp8, tmp_path / "model", "model.layers.3.eh_proj.weight", (0, 0), NAN)
     prompts = [[5, 9, 200], [11, 12, 13, 14]]
     expected = run_all(
-        make_engine(load_model(tiny_fp8, "float32")), [make_request(i, prompt) for i, prompt in enumerate(prompts)]
+        make_engine(DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")),
+        [make_request(i, prompt) for i, prompt in enumerate(prompts)],
     )
-    engine = make_engine(load_model(folder, "float32"), drafts=3)
+    engine = make_engine(DeepseekV3ForCausalLM.from_pretrained(folder, dtype="float32"), drafts=3)
     assert run_all(engine, [make_request(i, prompt) for i, prompt in enumerate(prompts)]) == expected
 
 
 def test_a_row_with_every_token_forbidden_is_told_apart(tiny_fp8):
-    model = load_model(tiny_fp8, "float32")
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
     banned = tuple((token,) for token in range(320))
     engine = make_engine(model)
     requests = [make_request(0, [5, 9], bad_words=banned), make_request(1, [5, 9])]
@@ -130,7 +137,7 @@ def test_a_row_with_every_token_forbidden_is_told_apart(tiny_fp8):
 
 
 def test_weights_that_are_finite_on_disk_are_not_accused(tiny_fp8):
-    model = load_model(tiny_fp8, "float32")
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
     with torch.inference_mode():
         model.model.norm.weight[3] = INF
     (emission,) = failures(model, [5, 9])

@@ -33,11 +33,11 @@ def test_batch_one_of_r1():
 
 def test_what_eight_ranks_read_is_the_whole_and_what_each_has_whole():
     whole = {line.role: line for line in decode_step(DEEPSEEK_R1, published("v1"), Step(4, 2, 1000))}
-    for mesh in (Mesh(0, 8, 1), Mesh(0, 8, 2), Mesh(0, 1, 8)):
+    for mesh in (Mesh(0, 8), Mesh(0, 8, 2), Mesh(0, 8, 8, enable_attention_dp=True)):
         for line in decode_step(DEEPSEEK_R1, published("v1"), Step(4, 2, 1000), mesh):
             if line.role in (Role.ROUTED_EXPERT,):
                 assert math.isclose(8 * line.bytes, whole[line.role].bytes)
-            elif mesh.tp_size == 8 and line.role in (Role.SHARED_EXPERT, Role.DENSE_MLP, Role.HEAD):
+            elif mesh.tp.count == 8 and line.role in (Role.SHARED_EXPERT, Role.DENSE_MLP, Role.HEAD):
                 assert math.isclose(8 * line.bytes, whole[line.role].bytes)
                 assert math.isclose(8 * line.flops, whole[line.role].flops)
             elif line.role is not Role.ATTENTION and line.role != CACHE:

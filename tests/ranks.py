@@ -1,0 +1,76 @@
+"""Ranks for tests: threads of this process, or processes that stay and run one function after the other."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deepseek_fp4_plugin.parallel.collectives import ALONE, Group, ProcessGroup
+from deepseek_fp4_plugin.parallel.mesh import Mesh
+
+MAPPINGS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_parallel_size": 2},
+    "TP4": {"tensor_parallel_size": 4},
+    "TP2/EP2": {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
+    "TP4/EP4": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 4},
+    "TP4/EP2": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 2},
+    "DP2": {"tensor_parallel_size": 2, "enable_attention_dp": True},
+    "DP2/EP2": {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2, "enable_attention_dp": True},
+    "DP4": {"tensor_parallel_size": 4, "enable_attention_dp": True},
+    "DP4/EP2": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 2, "enable_attention_dp": True},
+    "DP4/EP4": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "enable_attention_dp": True},
+}
+
+
+class ThreadGroup(ProcessGroup):
+    """The same collectives, exchanged through this process's memory."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list):
+        self.rank, self.size, self.barrier, self.slots = rank, size, barrier, slots
+
+    def _exchange(self, output, given, output_sizes, given_sizes):
+        if not (output.numel() or given.numel()):
+            return
+        self.slots[self.rank] = given.split(given_sizes)
+        self.barrier.wait()
+        for rank, part in enumerate(output.split(output_sizes)):
+            part.copy_(self.slots[rank][self.rank])
+        self.barrier.wait()
+
+
+def in_threads(size: int, function: Callable[[Group], Any]) -> list[Any]:
+    """function(group) on every rank at once; the results, or the first rank's error."""
+    if size == 1:
+        return [function(ALONE)]
+    num_threads = torch.get_num_threads()
+    barrier, slots = threading.Barrier(size, timeout=60), [None] * size
+    results: list[Any] = [None] * size
+    errors: list[BaseException | None] = [None] * size
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            results[rank] = function(ThreadGroup(rank, size, barrier, slots))
+        except BaseException as error:
+            errors[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(num_threads)
+    raised = [error for error in errors if error is not None]
+    for error in raised:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    assert not raised, "the ranks did not make the same collective calls"
+    return results
+
+
+def on_mesh(mapping: str, function: Callable[[Mesh], Any]) -> list[Any]:
+    """function(mesh) on every rank of MAPPINGS[mapping], in threads."""
+    sizes = MAPPINGS[mapping]
+    return in_threads(sizes["tensor_parallel_size"], lambda group: function(Mesh(group.rank, **sizes, group=group)))
