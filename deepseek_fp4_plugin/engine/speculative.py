@@ -103,15 +103,16 @@ class MtpDrafter:
         # Each sampled request's last accepted token: where it lies in the batch, and its position.
         offsets = [len(rows[i].tokens) - 1 - rows[i].num_drafts + n for i, n in zip(sampled, accepted, strict=True)]
         last = [batch.starts[i] + offset for i, offset in zip(sampled, offsets, strict=True)]
-        firsts = np.array([rows[i].start + offset + 1 for i, offset in zip(sampled, offsets, strict=True)])
+        firsts = np.array(
+            [rows[i].start + offset + 1 for i, offset in zip(sampled, offsets, strict=True)], dtype=np.int64
+        )
         steps, tables = build_steps(
             firsts, self.num_drafts - 1, [rows[i].blocks for i in sampled], self.cache.shape[1], ids.device
         )
-        tensors = hidden, torch.tensor(last, device=ids.device), *steps
+        tensors = hidden, torch.tensor(last, dtype=torch.int64, device=ids.device), *steps
         drafts = None
-        if (
-            len(sampled) == len(rows) and batch.order == sampled and not dp_sampled
-        ):  # then the batch's block tables are the steps' too
+        # If all rows are sampled, in the batch's order, the batch's block tables are the steps' too.
+        if len(sampled) == len(rows) and batch.order == sampled and not dp_sampled:
             drafts = self.recorded(*tensors, batch=forward)
         if drafts is None:
             drafts = self._drafts(*tensors, batch=forward, tables=tables, dp_sampled=dp_sampled)

@@ -12,7 +12,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader
 from deepseek_fp4_plugin.cli.app import run
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
-from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.numerics import fp8_block
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 
@@ -59,7 +59,7 @@ def same_tensors(first: Path, second: Path) -> bool:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    model = load_model(folder, "float32")
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype="float32")
     with torch.inference_mode():
         return model.compute_logits(model(ForwardBatch.from_sequences([list(range(40))])))
 
@@ -209,7 +209,7 @@ def test_config_card_lists_and_tensors_agree_on_the_mtp_layer(source, tmp_path, 
     assert ("with a multi-token-prediction layer" in card) is bool(kept)
     assert ("without a multi-token-prediction layer" in card) is not bool(kept)
     caplog.clear()
-    assert (load_model(result).mtp is not None) is bool(kept)
+    assert (DeepseekV3ForCausalLM.from_pretrained(result).mtp is not None) is bool(kept)
     assert caplog.text == ""  # what was written agrees with itself
 
 
@@ -243,13 +243,13 @@ def test_what_a_result_is_without_is_said(source, tmp_path, caplog):
     assert "(7 more like it), and the result is without" in caplog.text
     assert "inv_freq in" in caplog.text and "(3 more like it), and the result is without" in caplog.text
     caplog.clear()
-    load_model(folder)
+    DeepseekV3ForCausalLM.from_pretrained(folder)
     assert caplog.text == ""
 
 
 def test_fields_that_are_not_known_are_said_once(source, tmp_path, caplog):
     folder = changed(source, tmp_path / "odd", use_qk_norm=True)
-    load_model(folder)
+    DeepseekV3ForCausalLM.from_pretrained(folder)
     assert caplog.text.count("does not know and does not use: use_qk_norm") == 1
 
 
@@ -339,7 +339,7 @@ def test_a_scale_that_is_not_finite_is_said_at_load(source, tmp_path, caplog, va
     def edit(tensors: Tensors) -> None:
         tensors[f"{EXPERT}.weight_scale_inv"][0, 0] = value
 
-    load_model(changed(source, tmp_path / "odd", edit))
+    DeepseekV3ForCausalLM.from_pretrained(changed(source, tmp_path / "odd", edit))
     assert f"{EXPERT}.weight_scale_inv in" in caplog.text and "holds NaN or infinity" in caplog.text
 
 
