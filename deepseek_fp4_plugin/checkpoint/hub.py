@@ -6,10 +6,25 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.sizes import size_text
 
 EMBEDDED = "r1_nano"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+# What a checkpoint has beside its weights and card, and a quantized copy takes along: `auto_map` of config.json names
+# the *.py files. Nothing here runs them.
+SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+_SMALL_NAMES = ("LICENSE", "NOTICE")
+_PATTERNS = [
+    "*.safetensors",
+    "README.md",
+    *(f"*{suffix}" for suffix in SMALL_SUFFIXES),
+    *("".join(f"[{c}{c.lower()}]" for c in name) + "*" for name in _SMALL_NAMES),  # in upper or lower case
+]
+
+
+def is_small_file(name: str) -> bool:
+    """True for the files of a checkpoint's folder that come along with its weights, whoever copies it."""
+    return name.endswith(SMALL_SUFFIXES) or name.upper().startswith(_SMALL_NAMES)
 
 
 def embedded_folder() -> Path:
@@ -23,7 +38,10 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     A folder wins over the embedded model and over a hub id of the same name. Raises CheckpointError when there is no
     such folder and the name is not a hub id, when the hub cannot be reached, or when the disk is too small.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise CheckpointError(f"{model}: {str(error).rstrip('.')}") from None
     if path.is_dir():
         return path
     if str(model) == EMBEDDED:
@@ -67,7 +85,11 @@ def _download(model_id: str, revision: str | None) -> Path:
     have = sum(p.stat().st_size for p in (cache / f"models--{model_id.replace('/', '--')}").rglob("blobs/*"))
     if size - have > free:
         raise CheckpointError(
-            f"{model_id} needs {(size - have) / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free; "
+            f"{model_id} needs {size_text(size - have)} more and {cache} has {size_text(free)} free; "
             "set HF_HOME to a larger disk"
         )
-    return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS))
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS))
+    except Exception as error:  # of the network, the hub or the disk, at any time in hours of downloading
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"the download of {model_id} stopped ({reason}); run again to continue it") from None

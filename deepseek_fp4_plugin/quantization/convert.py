@@ -1,17 +1,18 @@
 """Stream a source checkpoint into an NVFP4 one: one weight, or one gate and up pair, in memory at a time.
 
 The arithmetic is numerics/nvfp4.py's, row chunk after row chunk (rows are independent once the tensor scale is known).
-What the report needs of each weight is noted before its tensors are written, so that a resumed run has it all.
+What the report needs of each weight is noted before its shard is closed, so that a resumed run has it all; what was
+lost of the notes is found again by rounding those weights once more.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.checkpoint.durable import Journal
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
@@ -47,6 +48,7 @@ def convert(
     Raises CheckpointError naming a weight that holds NaN or infinity.
     """
     notes = _Notes(writer.work / _NOTES)
+    writer.before_close = notes.sync
     for done, unit in enumerate(plan.units):
         progress(done, len(plan.units))
         if unit.conversions[0].nvfp4:
@@ -100,7 +102,8 @@ def _convert_nvfp4(
     notes: "_Notes",
 ) -> None:
     names = [spec.name for conversion in unit.conversions for spec in result_tensors(conversion, torch.bfloat16)]
-    if not any(map(writer.needs, names)):
+    noted = all(conversion.weight.module in notes.by_module for conversion in unit.conversions)
+    if noted and not any(map(writer.needs, names)):
         return
     weights = [decoded(reader, conversion, torch.bfloat16, device) for conversion in unit.conversions]
     scale_2 = nvfp4.tensor_scale(torch.stack([weight.abs().amax() for weight in weights]).amax())
@@ -115,28 +118,16 @@ def _convert_nvfp4(
 
 
 class _Notes:
-    """Rounding by module, one JSON line each, appended as they come."""
+    """Rounding by module, a line each, appended as they come."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.by_module: dict[str, Rounding] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    self._remember(json.loads(line))
-                except ValueError:  # cut off by an interruption; its shard was not closed, so it comes again
-                    continue
+        self._journal = Journal(path)
+        self.by_module = {module: Rounding(*numbers) for module, *numbers in self._journal.lines}
 
     def add(self, module: str, rounding: Rounding) -> None:
-        note = {"module": module, **rounding._asdict()}
-        self._remember(note)
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(note) + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.path}: {error.strerror}; free some space and run again to continue"
-            ) from None
+        if self.by_module.get(module) != rounding:
+            self.by_module[module] = rounding
+            self._journal.append([module, *rounding])
 
-    def _remember(self, note: dict[str, Any]) -> None:
-        self.by_module[note["module"]] = Rounding(note["signal"], note["noise"], note["amax"])
+    def sync(self) -> None:
+        self._journal.sync()

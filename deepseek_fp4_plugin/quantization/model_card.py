@@ -6,8 +6,10 @@ from typing import Any
 import yaml
 
 from deepseek_fp4_plugin.checkpoint.quant_config import PRODUCER
+from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.quantization.report import QuantizationReport, size_text
+from deepseek_fp4_plugin.quantization.calibrate import ZERO_INPUT_SCALE
+from deepseek_fp4_plugin.quantization.report import WORST, QuantizationReport, decibels
 
 BENCHMARKS = ("MMLU Pro", "GPQA Diamond", "LiveCodeBench", "SCICODE", "MATH-500", "AIME 2024")
 _CNN_DAILYMAIL = "https://huggingface.co/datasets/abisee/cnn_dailymail"
@@ -81,11 +83,19 @@ def _calibration(report: QuantizationReport) -> str:
     text = report.calibration
     if text.startswith("cnn_dailymail"):
         text = text.replace("cnn_dailymail", f"[cnn_dailymail]({_CNN_DAILYMAIL})", 1)
+    zeros = ""
+    if report.zero_inputs:
+        first, more = report.zero_inputs[:WORST], len(report.zero_inputs) - WORST
+        names = ", ".join(f"`{module}`" for module in first) + (f" and {more} more" if more > 0 else "")
+        zeros = f"""
+
+The inputs of {names} were all zero, which every scale decodes exactly;
+their input scale is {ZERO_INPUT_SCALE}."""
     return f"""## Post-training quantization
 
 Input scales were calibrated on {text}: {report.samples} samples,
 {report.tokens} tokens in all, through the source's own weights. {report.quantized_modules} linears are NVFP4. All
-experts of a layer share their input scales; {report.cold_experts} expert projections saw no token themselves."""
+experts of a layer share their input scales; {report.cold_experts} expert projections saw no token themselves.{zeros}"""
 
 
 def _sizes(report: QuantizationReport) -> str:
@@ -93,11 +103,11 @@ def _sizes(report: QuantizationReport) -> str:
     rows += [("**all**", report.total), ("all without the MTP layer", report.without_mtp)]
     lines = ["| | before | after | ratio | SQNR dB |", "|---|---|---|---|---|"]
     for label, count in rows:
-        error = f"{report.sqnr_db[label]:.2f}" if label in report.sqnr_db else ""
+        error = decibels(report.sqnr_db[label]) if label in report.sqnr_db else ""
         lines.append(
             f"| {label} | {size_text(count.before)} | {size_text(count.after)} | {count.ratio:.2f}x | {error} |"
         )
-    worst = ", ".join(f"`{module.module}` ({module.sqnr_db:.2f} dB)" for module in report.worst)
+    worst = ", ".join(f"`{module.module}` ({decibels(module.sqnr_db)} dB)" for module in report.worst)
     return "## Size and error\n\n" + "\n".join(lines) + f"\n\nLargest error: {worst}."
 
 

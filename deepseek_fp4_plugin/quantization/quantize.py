@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,26 @@ from typing import Any
 
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
-from deepseek_fp4_plugin.checkpoint.hub import resolve
+from deepseek_fp4_plugin.checkpoint.hub import is_small_file, resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
-from deepseek_fp4_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_taken
+from deepseek_fp4_plugin.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointWriter,
+    incomplete_folder,
+    real_destination,
+    refuse_taken,
+)
 from deepseek_fp4_plugin.models.config import DeepseekV3Config, with_mtp_layers
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import checked_device
-from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, hidden_bytes, input_scales
+from deepseek_fp4_plugin.quantization.calibrate import (
+    calibrate,
+    cold_experts,
+    hidden_bytes,
+    input_scales,
+    zero_inputs,
+)
 from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, load_calibration
 from deepseek_fp4_plugin.quantization.convert import convert
 from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
@@ -33,9 +46,8 @@ from deepseek_fp4_plugin.tokenizer import Tokenizer
 Progress = Callable[[str, int, int], None]  # stage, parts done, parts in all
 CALIBRATE, CONVERT = "calibrate", "convert"
 _KV_CACHES = {"fp8": "FP8", "bf16": None}
-# What comes along unchanged; weights, indexes and quantization files are this program's to write.
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
-_WRITTEN = ("config.json", HF_QUANT_CONFIG)
+_WRITTEN = ("config.json", HF_QUANT_CONFIG)  # not copied, and no indexes either
+_log = logging.getLogger(__name__)
 
 
 def quantize_checkpoint(
@@ -55,7 +67,8 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Write the FP8 or BF16 checkpoint `source` as a calibrated NVFP4 checkpoint to `destination`.
 
-    source: a folder, a Hugging Face id, or `r1_nano`.  destination: a folder that is absent or empty.
+    source: a folder, a Hugging Face id, or `r1_nano`.  destination: a folder that is absent or empty; `~` and links
+    are followed.
     recipe: a name in recipe.RECIPES.  layout: a key of recipe.LAYOUTS.  kv_cache: what the config files ask for.
     calibration, samples, tokens, seed: see calibration_data.load_calibration.  device: where layers and weights are
     computed.  progress: called with ("calibrate" or "convert", done, total).
@@ -68,9 +81,11 @@ def quantize_checkpoint(
     if kv_cache not in _KV_CACHES:
         raise ValueError(f"kv_cache {kv_cache!r} is unknown; choose from {', '.join(_KV_CACHES)}")
     target = checked_device(device)
-    refuse_taken(Path(destination))
+    refuse_taken(destination)
     folder = resolve(source)
+    _refuse_in_the_way(folder, real_destination(destination))
     config, reader = examine(folder).usable(result="the result")
+    _note_absent_code(folder)
     plan = make_plan(reader, config, layout)
     data = load_calibration(calibration, Tokenizer.from_folder(folder), samples, tokens, config.vocab_size, seed)
     job = {
@@ -85,6 +100,9 @@ def quantize_checkpoint(
     tell = progress or (lambda stage, done, total: None)
     writer = CheckpointWriter(destination, plan.tensors, job, max_shard_bytes, hidden_bytes(config, data))
     try:
+        if writer.finished is not None:  # an earlier run got as far as tidying up
+            writer.finish({})
+            return QuantizationReport.from_state(writer.finished)
         modules = [c.weight.module for unit in plan.units for c in unit.conversions if c.nvfp4]
         found = calibrate(
             reader, config, plan, data, writer.work, target, lambda done, total: tell(CALIBRATE, done, total)
@@ -94,7 +112,7 @@ def quantize_checkpoint(
         sqnr, worst = sqnr_by_class(plan, config, roundings)
         report = QuantizationReport(
             source=str(source),
-            destination=str(destination),
+            destination=str(Path(destination).expanduser()),
             recipe=recipe,
             layout=layout,
             kv_cache=kv_cache,
@@ -106,13 +124,43 @@ def quantize_checkpoint(
             worst=worst,
             quantized_modules=len(modules),
             cold_experts=len(cold_experts(found, modules)),
+            zero_inputs=tuple(zero_inputs(found, modules)),
             r1=planned_sizes(DEEPSEEK_R1, layout),
         )
-        writer.finish(_files(folder, plan, report, config))
+        files = _files(folder, plan, report, config)
+        if _fingerprint(reader) != job["source"]:
+            raise CheckpointError(
+                f"{folder} changed while it was being read, so that {writer.folder} holds parts of both; "
+                "remove that and run again"
+            )
+        writer.finish(files, report.to_state())
     finally:
         writer.close()
         reader.close()
     return report
+
+
+def _refuse_in_the_way(source: Path, destination: Path) -> None:
+    """Refuse a source that lies where the work on the destination will."""
+    work, real = incomplete_folder(destination), source.resolve()
+    if real == work or work in real.parents:
+        raise CheckpointError(f"{source} lies in {work}, where the work would lie; choose another destination")
+
+
+def _note_absent_code(folder: Path) -> None:
+    """Say which files `auto_map` names and the source lacks: they decide whether others can open the result."""
+    named = read_json(folder / "config.json").get("auto_map")
+    classes = (
+        [str(name) for entry in named.values() for name in (entry if isinstance(entry, list) else [entry])]
+        if (isinstance(named, dict))
+        else []
+    )
+    files = {f"{name.partition('.')[0]}.py" for name in classes if "--" not in name}  # owner/name--file.Class: the hub
+    for file in sorted(file for file in files if not (folder / file).is_file()):
+        _log.warning(
+            "auto_map in %s names %s, which is not there; trust_remote_code=True will fail on the result until you "
+            "copy that file from the original into it", folder / "config.json", file,
+        )  # fmt: skip
 
 
 def _fingerprint(reader: CheckpointReader) -> str:
@@ -128,9 +176,8 @@ def _files(folder: Path, plan: Plan, report: QuantizationReport, config: Deepsee
     """Everything but weights: the source's small files, the config files, the card."""
     files: dict[str, str | bytes] = {}
     for path in sorted(folder.iterdir()):
-        copied = path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE"))
         ours = path.name in _WRITTEN or path.name.endswith(".index.json") or path.name.startswith(".")
-        if path.is_file() and copied and not ours:
+        if path.is_file() and is_small_file(path.name) and not ours:
             try:
                 files[path.name] = path.read_bytes()
             except OSError as error:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.checkpoint.writer import TensorSpec
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Weight, weights
@@ -71,7 +72,8 @@ class QuantizationReport:
     """Everything that the table, the JSON file and the model card say of one run.
 
     size: module class -> bytes.  sqnr_db: module class -> decibels over all its weights.  worst: lowest SQNR first.
-    cold_experts: expert projections that saw no calibration token.  r1: the same arithmetic on DeepSeek-R1.
+    cold_experts: expert projections that saw no calibration token.  zero_inputs: modules that saw nothing but zeros.
+    r1: the same arithmetic on DeepSeek-R1.
     """
 
     source: str
@@ -87,6 +89,7 @@ class QuantizationReport:
     worst: tuple[ModuleError, ...]
     quantized_modules: int
     cold_experts: int
+    zero_inputs: tuple[str, ...]
     r1: Bytes
 
     @property
@@ -96,6 +99,20 @@ class QuantizationReport:
     @property
     def without_mtp(self) -> Bytes:
         return sum_bytes(count for name, count in self.size.items() if name != MTP)
+
+    def to_state(self) -> dict[str, Any]:
+        """A JSON object that `from_state` makes the same report of."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "QuantizationReport":
+        read = {
+            "size": {name: Bytes(*count) for name, count in state["size"].items()},
+            "worst": tuple(ModuleError(*module) for module in state["worst"]),
+            "zero_inputs": tuple(state["zero_inputs"]),
+            "r1": Bytes(*state["r1"]),
+        }
+        return cls(**{**state, **read})
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; infinite SQNR becomes null."""
@@ -134,13 +151,16 @@ class QuantizationReport:
     def _errors(self) -> Table:
         table = _table(f"Error of the {self.quantized_modules} NVFP4 weights", ("", "SQNR dB"))
         for name, value in self.sqnr_db.items():
-            table.add_row(name, f"{value:.2f}")
+            table.add_row(name, decibels(value))
         table.add_section()
         for module in self.worst:
-            table.add_row(f"worst: {module.module}", f"{module.sqnr_db:.2f}")
+            table.add_row(f"worst: {module.module}", decibels(module.sqnr_db))
         if self.cold_experts:
             table.add_section()
             table.add_row("expert projections that saw no calibration token", str(self.cold_experts))
+        if self.zero_inputs:
+            table.add_section()
+            table.add_row(f"projections that saw only zeros, first {self.zero_inputs[0]}", str(len(self.zero_inputs)))
         return table
 
 
@@ -201,12 +221,9 @@ def sum_bytes(counts: Iterable[Bytes]) -> Bytes:
     return total
 
 
-def size_text(count: float) -> str:
-    """Bytes in powers of ten, as disks are sold."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} B"
+def decibels(value: float) -> str:
+    """An SQNR as tables show it."""
+    return "exact" if value == math.inf else f"{value:.2f}"
 
 
 def _count(found: dict[str, Bytes], weight: Weight, config: DeepseekV3Config, count: Bytes) -> None:

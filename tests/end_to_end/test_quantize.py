@@ -396,7 +396,7 @@ def test_a_destination_with_something_in_it(source, tmp_path):
 def test_a_full_disk(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB and its disk has 0\.0 GB free"):
+    with pytest.raises(CheckpointError, match=r"needs 4\.\d MB and its disk has 1\.0 kB free"):
         quantize(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

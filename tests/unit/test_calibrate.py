@@ -19,7 +19,7 @@ from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAng
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization import calibrate as calibrate_module
-from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, input_scales
+from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, input_scales, zero_inputs
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, load_calibration, token_batches
 from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
 from deepseek_fp4_plugin.quantization.recipe import make_plan
@@ -303,10 +303,17 @@ def test_all_experts_of_a_layer_have_the_layers_scale():
     assert cold_experts(LayerAmax({}, {modules[0]: 1}), modules) == modules[1:9]
 
 
-@pytest.mark.parametrize("amax", [{}, {"model.layers.0.mlp.up_proj": 0.0}], ids=["unseen", "only zeros"])
-def test_a_module_without_a_scale_is_refused(amax):
-    with pytest.raises(ValueError, match=r"no input of model\.layers\.0\.mlp\.up_proj but zeros"):
-        input_scales(LayerAmax(amax, {}), ["model.layers.0.mlp.up_proj"])
+def test_a_module_of_which_nothing_was_seen_is_refused():
+    with pytest.raises(ValueError, match=r"no input of model\.layers\.0\.mlp\.up_proj; calibrate on more text"):
+        input_scales(LayerAmax(), ["model.layers.0.mlp.up_proj"])
+
+
+@pytest.mark.parametrize("amax", [0.0, 1e-45], ids=["zeros", "scale below the smallest FP32"])
+def test_a_module_that_saw_only_zeros_has_the_documented_scale(amax):
+    name, other = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    found = LayerAmax({name: amax, other: 2688.0}, {})
+    assert {n: s.item() for n, s in input_scales(found, [name, other]).items()} == {name: 1.0, other: 1.0}
+    assert zero_inputs(found, [name, other]) == [name]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
