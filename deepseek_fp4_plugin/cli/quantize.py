@@ -107,6 +107,7 @@ def quantize(
     for table in report.tables():
         out(table)
         out("")
-    out(f"{destination}: calibrated on {report.samples} samples ({report.tokens:,} tokens) of {report.calibration}")
+    tokens_text = f"{report.samples} samples ({report.tokens:,} tokens) of {report.calibration}"
+    out(f"{report.destination}: calibrated on {tokens_text}")
     if json_path is not None:
         screen.write_json(json_path, report.to_json())
