@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -334,3 +336,213 @@ def test_a_disk_that_fills_up_is_one_sentence(tiny_fp8, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate_module.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"hidden-0\.bin: No space left on device; free some space"):
         run(tiny_fp8, tmp_path / "work", some_data())
+
+
+# ---------------------------------------------------------------- large and odd inputs
+
+
+class CountingTokenizer:
+    """The tokenizer, and how many characters it was given."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.characters += len(text)
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def large_text(characters: int) -> str:
+    words = ["week", "seven", "days", "earth", "sun", "one", "year", "12+7=19"]
+    generator = torch.Generator().manual_seed(3)
+    picks = torch.randint(0, len(words), (characters // 5,), generator=generator).tolist()
+    return "".join(f"{words[pick]}{chr(10) if pick == 0 else ' '}" for pick in picks)[:characters]
+
+
+def test_of_a_large_text_only_what_is_needed_is_tokenized(tmp_path, tokenizer):
+    text = large_text(3 * 2**20)
+    (tmp_path / "a.txt").write_text(text)
+    counting = CountingTokenizer(tokenizer)
+    data = load(tmp_path / "a.txt", counting, samples=4, tokens=32)
+    assert [len(sample) for sample in data.samples] == [32] * 4 and counting.characters < 30_000
+    for sample in data.samples:
+        assert tokenizer.decode(sample) in text
+    assert load(tmp_path / "a.txt", tokenizer, samples=4, tokens=32) == data
+    other = load(tmp_path / "a.txt", tokenizer, samples=4, tokens=32, seed=1)
+    assert other.samples != data.samples
+    places = [text.index(tokenizer.decode(sample)) for sample in (*data.samples, *other.samples)]
+    assert max(places) > len(text) // 2  # not only its beginning
+
+
+def test_of_a_large_text_all_is_used_when_all_is_asked_for(tmp_path, tokenizer):
+    text = large_text(2**20 + 5000)
+    (tmp_path / "a.txt").write_text(text)
+    data = load(tmp_path / "a.txt", tokenizer, samples=10**6, tokens=2048)
+    whole = len(tokenizer.encode(text))
+    assert whole - 2048 < data.num_tokens <= whole + 300  # cut between words, not quite as in one piece
+    assert len({tuple(sample) for sample in data.samples}) == len(data.samples)
+
+
+def test_a_text_up_to_a_million_characters_is_cut_as_ever(tmp_path, tokenizer):
+    """The same batches as the first version's, by its own few lines."""
+    text = large_text(200_000)
+    (tmp_path / "a.txt").write_text(text)
+    ids = tokenizer.encode(text)
+    cut = [ids[start : start + 32] for start in range(0, max(len(ids) - 32, 0) + 1, 32)]
+    expected = [cut[index] for index in random.Random(7).sample(range(len(cut)), 50)]
+    assert load(tmp_path / "a.txt", tokenizer, samples=50, tokens=32, seed=7).samples == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * (2 * 2**20), " " * (2 * 2**20), "学" * (2**20 + 7)], ids=["one", "blank", "cjk"]
+)
+def test_large_texts_without_words(tmp_path, tokenizer, caplog, text):
+    (tmp_path / "a.txt").write_text(text)
+    data = load(tmp_path / "a.txt", tokenizer, samples=4, tokens=32)
+    assert [len(sample) for sample in data.samples] == [32] * 4
+    assert "different; is this the right text?" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_of_a_long_record_only_its_beginning_is_tokenized(tmp_path, tokenizer, form):
+    text = large_text(2**20)
+    record = {"text": text} if form == "text" else {"messages": [{"role": "user", "content": text}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    counting = CountingTokenizer(tokenizer)
+    whole = tokenizer.encode(text) if form == "text" else tokenizer.encode_chat(record["messages"])
+    assert load(tmp_path / "a.jsonl", counting, tokens=500).samples == [whole[:500]]
+    assert counting.characters < 100_000
+
+
+def test_records_are_chosen_as_ever_and_not_kept(tmp_path, tokenizer):
+    rows = [f"Record number {i} and its text." for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    expected = [tokenizer.encode(rows[i])[:16] for i in random.Random(5).sample(range(300), 20)]
+    assert load(tmp_path / "a.jsonl", tokenizer, samples=20, seed=5).samples == expected
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, name):
+    content = "Hello" if ".txt" in name else '{"text": "Hello"}\n\ufeff{"text": "Hello"}\n'
+    data = ("\ufeff" + content).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert {tuple(sample) for sample in load(tmp_path / name, tokenizer).samples} == {tuple(tokenizer.encode("Hello"))}
+
+
+BLANKS = [None, "Only text.", "", "  \n", "Other text."]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_records_without_text_are_left_out_and_counted(tmp_path, tokenizer, caplog, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in BLANKS))
+    else:
+        pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": BLANKS}), path)
+    data = load(path, tokenizer, samples=2)
+    assert {tokenizer.decode(sample) for sample in data.samples} == {"Only text.", "Other text."}
+    assert f"3 of the 5 records of {path} have no text and are left out" in caplog.text
+
+
+def test_records_that_are_all_without_text(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "", "messages": null}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl holds no text to calibrate on"):
+        load(tmp_path / "a.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": 5}, "record 1 of .*: text is int, expected a text"),
+        ({"text": ["a"], "id": 1}, "record 1 of .*: text is list, expected a text"),
+        ({"text": "\ud800"}, "record 1 of .*: the text is not valid Unicode at character 0"),
+        ({"id": 1}, "record 1 of .* has none of the fields text, .*; it has id"),
+    ],
+)
+def test_records_of_the_wrong_kind_are_named_with_their_field(tmp_path, tokenizer, record, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("x", 1), ("      ", None)])
+def test_too_little_text_is_said_with_counts(tmp_path, tokenizer, caplog, text, tokens):
+    (tmp_path / "a.txt").write_text(text)
+    data = load(tmp_path / "a.txt", tokenizer, samples=4, tokens=32)
+    assert tokens in (None, data.num_tokens)
+    assert f"a.txt gives {data.num_tokens} tokens in 1 samples, of 128 asked for" in caplog.text
+    assert "different; is this the right text?" in caplog.text
+
+
+def test_enough_text_is_no_reason_for_a_warning(tokenizer, caplog):
+    load("builtin", tokenizer, samples=4, tokens=32)
+    assert not caplog.records
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
+def test_memory_of_a_large_text(tiny_with_tokenizer, tmp_path):
+    """128 tokens of 16 MB: the text itself and what decoding it takes. Tokenizing all of it takes some 3 GB."""
+    (tmp_path / "a.txt").write_text(large_text(16_000_000))
+    code = (
+        "import re, sys\nfrom deepseek_fp4_plugin.quantization.calibration_data import load_calibration\n"
+        "from deepseek_fp4_plugin.tokenizer import Tokenizer\ntokenizer = Tokenizer.from_folder(sys.argv[1])\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024\n"
+        "before = peak()\nassert load_calibration(sys.argv[2], tokenizer, 4, 32, 1024).num_tokens == 128\n"
+        "print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_with_tokenizer), str(tmp_path / "a.txt")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    print(f"peak memory of 128 tokens of a 16 MB text: {int(done.stdout) / 1e6:.0f} MB above the start")
+    assert int(done.stdout) < 100_000_000
+
+
+# ---------------------------------------------------------------- damage between runs
+
+
+def stopped_after(folder: Path, work: Path, data: CalibrationData, layers: int) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == layers:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, work, data, interrupt)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = b"\x01" + data[len(data) // 2 :][1:].swapcase()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_cut, _alter, Path.unlink])
+@pytest.mark.parametrize("name", ["layer-000.json", "layer-001.json", "hidden-0.bin", "hidden-1.bin"])
+def test_damaged_calibration_is_done_again(tiny_fp8, tmp_path, damage, name):
+    """Stopped in the third layer, which reads hidden-0 and writes hidden-1, over the second's input."""
+    data = some_data()
+    expected = run(tiny_fp8, tmp_path / "whole", data)
+    stopped_after(tiny_fp8, tmp_path / "work", data, 2)
+    damage(tmp_path / "work" / name)
+    seen: list[int] = []
+    assert run(tiny_fp8, tmp_path / "work", data, lambda done, total: seen.append(done)) == expected
+    assert min(seen) == (2 if name == "hidden-1.bin" else 0)
+
+
+def test_a_lost_result_among_finished_ones_costs_no_more_than_it_must(tiny_fp8, tmp_path):
+    data = some_data()
+    expected = run(tiny_fp8, tmp_path / "work", data)
+    (tmp_path / "work" / "layer-001.json").unlink()
+    seen: list[int] = []
+    assert run(tiny_fp8, tmp_path / "work", data, lambda done, total: seen.append(done)) == expected
+    assert seen == [0, 1, 3]  # the hidden states are gone, so from the first on; the third layer is still known
