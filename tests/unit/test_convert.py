@@ -1,6 +1,7 @@
 """Conversion: chunks, shared scales, what is kept, what is refused."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -129,6 +130,38 @@ def test_an_interrupted_conversion_continues_with_the_same_bytes_and_report(tiny
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda notes: notes.write_bytes(notes.read_bytes()[:300]),
+        lambda notes: notes.write_bytes(b"\0" * 4096),
+        lambda notes: notes.write_bytes(notes.read_bytes().replace(b"e", b"3").replace(b".", b"1")),
+        lambda notes: notes.write_bytes(b'5\n"x"\n{"content":1}\n' + notes.read_bytes()),
+        lambda notes: notes.unlink(),
+        lambda notes: shutil.rmtree(notes.parent),
+    ],
+    ids=["cut", "zeros", "altered", "beside other lines", "removed", "removed with its folder"],
+)
+def test_lost_notes_are_found_again(tiny_fp8, converted, tmp_path, damage):
+    """As a power loss leaves them. Shards that are closed are not written again."""
+    folder, *_, roundings, _ = converted
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 79:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        convert_to(tiny_fp8, tmp_path / "c", progress=interrupt)
+    closed = {p.name: p.stat().st_ino for p in (tmp_path / "c.incomplete").glob("*.safetensors")}
+    damage(tmp_path / "c.incomplete" / "work" / "modules.jsonl")
+    *_, again, _ = convert_to(tiny_fp8, tmp_path / "c")
+    assert again == roundings and len(closed) > 3
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()
+    }
+    assert {name: (tmp_path / "c" / name).stat().st_ino for name in closed} == closed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
