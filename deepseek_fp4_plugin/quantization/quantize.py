@@ -150,17 +150,17 @@ def _refuse_in_the_way(source: Path, destination: Path) -> None:
 def _note_absent_code(folder: Path) -> None:
     """Say which files `auto_map` names and the source lacks: they decide whether others can open the result."""
     named = read_json(folder / "config.json").get("auto_map")
-    classes = (
-        [str(name) for entry in named.values() for name in (entry if isinstance(entry, list) else [entry])]
-        if (isinstance(named, dict))
-        else []
-    )
-    files = {f"{name.partition('.')[0]}.py" for name in classes if "--" not in name}  # owner/name--file.Class: the hub
+    entries = list(named.values()) if isinstance(named, dict) else []
+    classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    # `owner/name--file.Class` is read from that repository of the hub.
+    files = {f"{name.partition('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name}
     for file in sorted(file for file in files if not (folder / file).is_file()):
         _log.warning(
-            "auto_map in %s names %s, which is not there; trust_remote_code=True will fail on the result until you "
-            "copy that file from the original into it", folder / "config.json", file,
-        )  # fmt: skip
+            "auto_map in %s names %s, which is not there: trust_remote_code=True will fail on the result until that "
+            "file of the original is copied into it",
+            folder / "config.json",
+            file,
+        )
 
 
 def _fingerprint(reader: CheckpointReader) -> str:
