@@ -18,6 +18,7 @@ import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+_OTHER_FORMS = ("tiktoken.model", "tokenizer.model", "spiece.model", "vocab.json")  # none of them is read
 TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 THINK_START, THINK_END = "<think>", "</think>"
 _TURN_STARTS = ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>")  # the assistant's own words follow
@@ -83,7 +84,7 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / TOKENIZER_NAME
         if not path.is_file():
-            raise ValueError(f"{path} is missing, so {folder} has no tokenizer; copy it from the original checkpoint")
+            raise ValueError(_missing(folder))
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
@@ -296,6 +297,18 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
             f"{folder / CONFIG_NAME}: chat_template is a JSON {type(found).__name__}, expected a text, or texts by name"
         )
     return found
+
+
+def _missing(folder: Path) -> str:
+    """What is said of a folder without tokenizer.json."""
+    path = folder / TOKENIZER_NAME
+    other = next((name for name in _OTHER_FORMS if (folder / name).is_file()), None)
+    if other is None:
+        return f"{path} is missing, so {folder} has no tokenizer; copy it from the original checkpoint"
+    return (
+        f"{path} is missing, and {other} is a form of tokenizer that is not read here; "
+        f"convert it to {TOKENIZER_NAME} (transformers has converters) and put that beside it"
+    )
 
 
 def _text(settings: Mapping[str, Any], name: str) -> str | None:

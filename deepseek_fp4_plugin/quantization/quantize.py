@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,13 @@ def quantize_checkpoint(
         "calibration": data.digest,
         "device": target.type,
     }
+    where = str(Path(destination).expanduser())
     tell = progress or (lambda stage, done, total: None)
     writer = CheckpointWriter(destination, plan.tensors, job, max_shard_bytes, hidden_bytes(config, data))
     try:
         if writer.finished is not None:  # an earlier run got as far as tidying up
             writer.finish({})
-            return QuantizationReport.from_state(writer.finished)
+            return replace(QuantizationReport.from_state(writer.finished), destination=where)
         modules = [c.weight.module for unit in plan.units for c in unit.conversions if c.nvfp4]
         found = calibrate(
             reader, config, plan, data, writer.work, target, lambda done, total: tell(CALIBRATE, done, total)
@@ -112,7 +114,7 @@ def quantize_checkpoint(
         sqnr, worst = sqnr_by_class(plan, config, roundings)
         report = QuantizationReport(
             source=str(source),
-            destination=str(Path(destination).expanduser()),
+            destination=where,
             recipe=recipe,
             layout=layout,
             kv_cache=kv_cache,
@@ -128,11 +130,7 @@ def quantize_checkpoint(
             r1=planned_sizes(DEEPSEEK_R1, layout),
         )
         files = _files(folder, plan, report, config)
-        if _fingerprint(reader) != job["source"]:
-            raise CheckpointError(
-                f"{folder} changed while it was being read, so that {writer.folder} holds parts of both; "
-                "remove that and run again"
-            )
+        _refuse_changed(reader, job["source"], writer.folder)
         writer.finish(files, report.to_state())
     finally:
         writer.close()
@@ -170,6 +168,19 @@ def _fingerprint(reader: CheckpointReader) -> str:
         status = os.stat(reader.folder / shard)
         digest.update(f"{shard} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _refuse_changed(reader: CheckpointReader, fingerprint: str, work: Path) -> None:
+    """Refuse to finish when the source is not what it was at the start."""
+    try:
+        changed = _fingerprint(reader) != fingerprint
+    except OSError:  # a shard is gone
+        changed = True
+    if changed:
+        raise CheckpointError(
+            f"{reader.folder} changed while it was being read, so that {work} may hold parts of both; "
+            "remove that and run again"
+        )
 
 
 def _files(folder: Path, plan: Plan, report: QuantizationReport, config: DeepseekV3Config) -> dict[str, str | bytes]:

@@ -237,6 +237,20 @@ def test_a_destination_on_another_disk(small, expected, tmp_path, through):  # n
         shutil.rmtree(disk)
 
 
+@pytest.mark.parametrize("other", ["tiktoken.model", "tokenizer.model", None])
+def test_a_source_whose_tokenizer_has_another_form(small, tmp_path, other):  # noqa: F811
+    """As Kimi-K2 is published: what is said must be possible to do."""
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    (source / "tokenizer.json").unlink()
+    if other:
+        (source / other).write_bytes(b"IQ== 0\n")
+    message = f"{other} is a form of tokenizer that is not read here; convert it" if other else "copy it from the orig"
+    with pytest.raises(ValueError, match=message):
+        quantize(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 # ---------------------------------------------------------------- zeros
 
 
