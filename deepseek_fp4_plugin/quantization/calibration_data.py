@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import random
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -129,11 +130,13 @@ def _from_file(path: Path, tokenizer: Tokenizer, samples: int, tokens: int, seed
         raise ValueError(
             f"calibration {str(path)!r} is neither cnn_dailymail, builtin nor a .txt, .jsonl or .parquet file"
         )
+    if path.exists() and not path.is_file():  # a pipe could be read only once
+        raise ValueError(f"calibration file {path} cannot be read: it is not a regular file")
     try:
         if kind == ".txt":
             return _stretches(_text(path), tokenizer, samples, tokens, seed)
         records = _chosen(_jsonl if kind == ".jsonl" else _parquet, path, samples, seed)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"calibration file {path} cannot be read: {_one_line(error)}") from None
     return (_encode(record, f"record {number} of {path}", tokens, tokenizer) for number, record in records)
 
@@ -151,6 +154,8 @@ def _chosen(
     chosen = [usable[index] for index in random.Random(seed).sample(range(len(usable)), min(samples, len(usable)))]
     wanted = set(chosen)
     kept = {number: record for number, record in enumerate(read(path), 1) if number in wanted}
+    if len(kept) < len(wanted):
+        raise ValueError(f"calibration file {path} changed while it was being read; run again")
     return [(number, kept[number]) for number in chosen]
 
 
@@ -246,8 +251,8 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
+                raise ValueError(f"line {number} of {path} is not JSON: {getattr(error, 'msg', error)}") from None
             if not isinstance(record, dict):
                 raise ValueError(f"line {number} of {path} is a JSON {type(record).__name__}, expected an object")
             yield record
@@ -263,7 +268,7 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
             columns = [name for name in (*_TEXT_FIELDS, "messages") if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns or None):
                 yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except (OSError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(f"{path} is not a readable Parquet file: {_one_line(error)}") from None
 
 

@@ -132,6 +132,9 @@ def quantize_checkpoint(
         files = _files(folder, plan, report, config)
         _refuse_changed(reader, job["source"], writer.folder)
         writer.finish(files, report.to_state())
+    except OSError as error:
+        what = f"{error.filename or folder}: {error.strerror or error}"
+        raise CheckpointError(f"{what}; run again to continue from {writer.folder}") from None
     finally:
         writer.close()
         reader.close()

@@ -153,6 +153,36 @@ def test_a_source_that_changes_under_the_run(small, tmp_path, changed):  # noqa:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("gone", ["source", "work"])
+def test_folders_that_vanish_under_the_run(small, tmp_path, gone):  # noqa: F811
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+
+    def remove(where: str, done: int, total: int) -> None:
+        if where == "convert" and done == 20:
+            shutil.rmtree(source if gone == "source" else tmp_path / "out.incomplete")
+
+    with pytest.raises(CheckpointError) as error:
+        quantize(source, tmp_path / "out", progress=remove)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_three_processes_of_one_command_at_once(small, expected, tmp_path):  # noqa: F811
+    code = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[3]))\n"
+        "from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint\n"
+        f"try: quantize_checkpoint(sys.argv[1], sys.argv[2], **{SETTINGS!r})\n"
+        "except ValueError as error: sys.exit(str(error))\n"
+    )
+    command = [sys.executable, "-c", code, str(small), str(tmp_path / "out"), str(torch.get_num_threads())]
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    told = [text for process, text in zip(processes, said, strict=True) if process.returncode]
+    assert len(told) < 3 and all("being written by another run" in t or "is not empty" in t for t in told), said
+    assert contents(tmp_path / "out") == expected[0] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_leave_what_the_next_run_continues(small, expected, tmp_path, number):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -120,6 +121,9 @@ def test_builtin_text(tokenizer):
         ("roles.jsonl", b'{"messages": "hello"}\n', r"record 1 of .*: messages is not a list"),
         ("empty.jsonl", b"\n", r"empty\.jsonl holds no text"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz cannot be read"),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:12] + b"\xff" * 20, r"b\.jsonl\.gz cannot be read"),
+        ("deep.jsonl", b"[" * 100_000, r"line 1 of .*deep\.jsonl is not JSON"),
+        ("long.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"line 1 of .*long\.jsonl is not JSON"),
         ("data.csv", b"a,b\n", r"neither cnn_dailymail, builtin nor a \.txt"),
         ("wikitext", None, r"neither cnn_dailymail, builtin nor a \.txt"),
     ],
@@ -433,6 +437,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, name):
 
 
 BLANKS = [None, "Only text.", "", "  \n", "Other text."]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_waited_for(tmp_path, tokenizer, make):
+    make(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read: it is not a regular file"):
+        load(tmp_path / "a.jsonl", tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
