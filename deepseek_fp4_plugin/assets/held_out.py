@@ -1,11 +1,12 @@
 """r1_nano's held-out problems, and how an answer to one is graded."""
 
 import json
+import re
 from importlib.resources import files
 from typing import NamedTuple
 
 END_THINK = "</think>"
-_BOX = "\\boxed{"
+_BRACE = re.compile(r"\\boxed\s{0,4}\{|\\\\|\\[{}]|[{}]")
 _SAME = str.maketrans({"，": ",", "：": ":", "。": ".", "、": ",", "−": "-"})
 
 
@@ -31,16 +32,20 @@ def grade(answer: str, text: str) -> bool:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{...}, None without one."""
-    start = text.rfind(_BOX)
-    while start >= 0:
-        depth, begin = 1, start + len(_BOX)
-        for end in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[begin:end]
-        start = text.rfind(_BOX, 0, start)
-    return None
+    r"""The content of the last complete \boxed{...}, None without one. Escaped braces do not count."""
+    open_at: list[int | None] = []  # where each open brace's box begins, None for a brace of another kind
+    last: tuple[int, str] | None = None
+    for match in _BRACE.finditer(text):
+        token = match.group()
+        if token in ("\\{", "\\}", "\\\\"):
+            continue
+        if token == "}":
+            begin = open_at.pop() if open_at else None
+            if begin is not None and (last is None or begin > last[0]):
+                last = begin, text[begin : match.start()]
+        else:
+            open_at.append(None if token == "{" else match.end())
+    return None if last is None else last[1]
 
 
 def normalized(answer: str) -> str:

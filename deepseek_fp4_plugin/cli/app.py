@@ -11,6 +11,7 @@ from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.cli.chat import chat
 from deepseek_fp4_plugin.cli.demo import demo
 from deepseek_fp4_plugin.cli.doctor import doctor
+from deepseek_fp4_plugin.cli.evaluate import evaluate
 from deepseek_fp4_plugin.cli.flags import Group
 from deepseek_fp4_plugin.cli.generate import generate
 from deepseek_fp4_plugin.cli.inspect import inspect
@@ -39,7 +40,7 @@ def app() -> None:
     """
 
 
-for command in (demo, quantize, generate, chat, serve, inspect, doctor):
+for command in (demo, quantize, generate, chat, serve, evaluate, inspect, doctor):
     app.add_command(command)
 
 
