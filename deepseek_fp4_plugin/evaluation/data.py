@@ -1,11 +1,14 @@
 """A task's rows: from the hub under their original name, or from a local file of the same rows."""
 
+import binascii
 import csv
 import gzip
 import hashlib
 import io
 import json
+import pickle
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ def load_examples(task: Task, path: Path | None = None) -> tuple[list[Example], 
         rows, where = list(_from_hub(task.source)), task.source.hub_id
     try:
         examples = task.examples(rows)
-    except (KeyError, TypeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, pickle.UnpicklingError, zlib.error, binascii.Error) as error:
         raise ValueError(f"{where}: its rows are not {task.title}'s: {type(error).__name__} {error}") from None
     if not examples:
         raise ValueError(f"{where} has no row that {task.title} uses")

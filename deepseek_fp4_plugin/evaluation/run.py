@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -129,12 +130,21 @@ class Writer:
 def packed(sample: Sample, private: bool) -> dict[str, Any]:
     line = asdict(sample)
     if private:
-        line["prompts"] = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in sample.prompts]
+        line["prompts"] = [_hashed(prompt) for prompt in sample.prompts]
         content = json.dumps([sample.texts, [asdict(grade) for grade in sample.grades]]).encode()
         line["packed"] = base64.b64encode(zlib.compress(content)).decode()
         line["texts"] = []
         line["grades"] = [{"right": grade.right} for grade in sample.grades]
     return line
+
+
+def _hashed(prompt: str) -> str:
+    """A prompt's hash; of one that was read back from a line, which holds the hash alone, itself."""
+    return (
+        prompt
+        if re.fullmatch(r"sha256:[0-9a-f]{64}", prompt)
+        else f"sha256:{hashlib.sha256(prompt.encode()).hexdigest()}"
+    )
 
 
 def unpacked(line: dict[str, Any]) -> Sample:
