@@ -39,7 +39,7 @@ async def ask_all(
     waiting.reverse()
     total = settings.repeats * len(examples)
     writer = Writer(run.folder, task.name, task.private)
-    failures = 0
+    failures, last = 0, ""
 
     def report() -> None:
         if progress is not None:
@@ -47,11 +47,12 @@ async def ask_all(
             progress(len(held), total, sum(grade.right for grade in grades), len(grades))
 
     async def work() -> None:
-        nonlocal failures
+        nonlocal failures, last
         while waiting:
             example, repeat = waiting.pop()
             sample = await _sample(task, example, repeat, client, tools, settings, seed)
             failures = failures + 1 if sample.error else 0
+            last = sample.error or last
             if failures >= _STOP_AFTER:
                 raise ClientError(f"{failures} questions in a row got no answer, the last one: {sample.error}")
             if not sample.error or not _may_pass(sample.error):
@@ -70,7 +71,7 @@ async def ask_all(
         writer.close()
     missing = total - len(held)
     if missing:
-        raise ClientError(f"{missing} of {total} samples got no answer; run the same command again to ask them anew")
+        raise ClientError(f"{missing} of {total} samples got no answer ({last}); the same command asks them anew")
 
 
 def _may_pass(error: str) -> bool:
