@@ -1,6 +1,7 @@
 """`evaluate`: scores on benchmarks, a report with intervals, and a verdict against another run."""
 
 import asyncio
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def run(
     """
     if (model is None) == (url is None):
         raise click.UsageError("give a MODEL or --url, one of the two")
+    _require()
     from deepseek_fp4_plugin.evaluation.client import Client, HttpClient, LlmClient
     from deepseek_fp4_plugin.llm import LLM
 
@@ -93,6 +95,15 @@ def run(
         with screen.stages() as progress:
             client = LlmClient(LLM(config=config, progress=lambda done, total: progress("loading", done, total)))
     evaluate_tasks(client, plans, out, about, concurrency)
+
+
+def _require() -> None:
+    """ValueError where the packages of the eval extra are not installed."""
+    missing = [name for name in ("scipy", "openai", "math_verify") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"evaluation needs {', '.join(missing)}; install the extra: pip install deepseek_fp4_plugin[eval]"
+        )
 
 
 def _told(examples: Sequence[Any], digest: str, settings: Any, limit: int | None) -> dict[str, Any]:
@@ -199,6 +210,7 @@ def report(folder: Path, against: Path | None, margin: float, card: Path | None)
 
 
 def write_reports(folder: Path, against: Path | None, margin: float, card: Path | None) -> None:
+    _require()
     from deepseek_fp4_plugin.evaluation import report as reports
     from deepseek_fp4_plugin.evaluation.run import load
 
@@ -233,6 +245,7 @@ def regrade(file: Path, name: str, data: Path | None, show: int) -> None:
     Where the transcript has a verdict of its own, rows that we judge otherwise are listed. A run's samples are written
     anew with their grades.
     """
+    _require()
     from deepseek_fp4_plugin.evaluation.data import load_examples
     from deepseek_fp4_plugin.evaluation.judge import Judge
     from deepseek_fp4_plugin.evaluation.runner import regrade_run
@@ -318,6 +331,7 @@ def compare(
 
     QUANTIZED is asked once for each kind of activations. An interrupted run goes on with the same command.
     """
+    _require()
     from deepseek_fp4_plugin.config import EngineConfig
     from deepseek_fp4_plugin.evaluation.client import LlmClient
     from deepseek_fp4_plugin.llm import LLM
