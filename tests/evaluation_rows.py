@@ -53,6 +53,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
              {"step_number": "901.2", "step_description_prompt": "Sum the squares.", "step_background": "",
               "ground_truth_code": "def total(x):\n    return square(x).sum()", "function_header": "def total(x):",
               "test_cases": ["assert total(np.arange(3.0)) == target",
+                             "assert (np.allclose(square(np.ones(2)), target[0]) and\n"
+                             "        np.allclose(total(np.ones(2)), target[1]))",
                              "from scicode.compare.cmp import cmp_tuple_or_list\n"
                              "assert cmp_tuple_or_list((total(np.ones(2)), 1), target)"]},
          ]},

@@ -180,12 +180,14 @@ def _recording(test: str) -> str:
     tree = ast.parse(test)
     for index, statement in enumerate(tree.body):
         if isinstance(statement, ast.Assert) and (value := _beside_target(statement.test)) is not None:
-            tree.body[index] = ast.parse(f"_all.append({ast.unparse(value)})").body[0]
+            tree.body[index] = ast.parse(f"_all.append({value})").body[0]
             return "\n".join(ast.unparse(s) for s in tree.body[: index + 1])
     raise ValueError(f"a SciCode test compares nothing with `target`: {test[:80]!r}")
 
 
-def _beside_target(expression: ast.expr) -> ast.expr | None:
+def _beside_target(expression: ast.expr) -> str | None:
+    """What is compared with `target`, as code; where it is compared entry by entry, a dictionary of the entries."""
+    entries: dict[str, str] = {}
     for node in ast.walk(expression):
         beside = []
         if isinstance(node, ast.Call):
@@ -194,9 +196,17 @@ def _beside_target(expression: ast.expr) -> ast.expr | None:
             beside = [node.left, *node.comparators]
         elif isinstance(node, ast.BinOp):
             beside = [node.left, node.right]
-        if len(beside) >= 2 and any(isinstance(x, ast.Name) and x.id == "target" for x in beside):
-            return next(x for x in beside if not (isinstance(x, ast.Name) and x.id == "target"))
-    return None
+        others = [x for x in beside if not _is_target(x) and not (isinstance(x, ast.Subscript) and _is_target(x.value))]
+        for part in beside:
+            if _is_target(part) and others:
+                return ast.unparse(others[0])
+            if isinstance(part, ast.Subscript) and _is_target(part.value) and others:
+                entries.setdefault(ast.unparse(part.slice), ast.unparse(others[0]))
+    return "{" + ", ".join(f"{key}: {value}" for key, value in entries.items()) + "}" if entries else None
+
+
+def _is_target(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "target"
 
 
 def _examples(rows: Iterable[dict[str, Any]]) -> list[Example]:
