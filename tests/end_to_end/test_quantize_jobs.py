@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
-from deepseek_fp4_plugin.models.loading import load_model
+from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.quantization import quantize as quantize_module
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.quantization.report import QuantizationReport
@@ -336,7 +336,7 @@ def test_projections_that_see_only_zeros(small, tmp_path, parts, layout, zeros):
         if name.endswith("scale"):
             assert torch.isfinite(reader.get(name).float()).all()
     for activations in ("bf16", "fp4"):
-        model = load_model(tmp_path / "out", nvfp4_activations=activations)
+        model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", nvfp4_activations=activations)
         with torch.inference_mode():
             logits = model.compute_logits(model(ForwardBatch.from_sequences([[5, 6, 7]])))
         assert torch.isfinite(logits).all()
