@@ -20,7 +20,7 @@ namespace nb = nanobind;
 namespace {
 
 bool has_avx512() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(WITHOUT_AVX512)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
@@ -39,7 +39,9 @@ bool has_avx2() {
 
 const Kernels* table(const std::string& path) {
 #if defined(__x86_64__)
+#if !defined(WITHOUT_AVX512)
   if (path == "avx512" && has_avx512()) return &avx512_kernels;
+#endif
   if (path == "avx2" && has_avx2()) return &avx2_kernels;
 #endif
   if (path == "portable") return &portable_kernels;

@@ -1,17 +1,48 @@
 """Seeds for every test, and checkpoints made once a session."""
 
+import importlib.util
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from deepseek_fp4_plugin.kernels import cpu
 from tests.tiny import tiny_config, write_checkpoint
 from training.tokenizer import write_tokenizer
 
 # A runner started in a shell's background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--native",
+        choices=("required", "optional"),
+        default="required",
+        help="optional: test the rest where the C++ kernels cannot be built",
+    )
+
+
+def pytest_sessionstart(session):
+    if session.config.getoption("--native") == "required" and not cpu.available():
+        raise pytest.UsageError(
+            "the native kernels are not built, so their tests would be skipped: install with a C++ compiler "
+            "(pip install -v -e . -C wheel.cmake=true says what fails), or choose to do without: --native optional"
+        )
+
+
+@pytest.fixture(scope="session")
+def compiler(pytestconfig) -> str:
+    """Path of g++ on a machine that has what builds the extension."""
+    found = shutil.which("g++")
+    if found and shutil.which("cmake") and importlib.util.find_spec("nanobind"):
+        return found
+    if pytestconfig.getoption("--native") == "optional":
+        pytest.skip("needs g++, cmake and nanobind")
+    pytest.fail("needs g++, cmake and nanobind; --native optional skips this")
 
 
 @pytest.fixture(autouse=True)
