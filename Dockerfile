@@ -1,16 +1,22 @@
-# Not run: written on a machine without Docker.
+# Not run with Docker: written on a machine without it. tests/proof/test_dockerfile.py runs its steps.
 #   docker build -t deepseek-fp4 .                                                                        CPU
 #   docker build -t deepseek-fp4 --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 .     CUDA
 #   docker run -p 8000:8000 deepseek-fp4                                            (CUDA: add --gpus all --shm-size 8g)
-FROM python:3.12-slim
 
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH_INDEX_URL"
-
+# The compiler stays here: the image gets the wheel with its native kernels.
+FROM python:3.12-slim AS build
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY native ./native
 COPY deepseek_fp4_plugin ./deepseek_fp4_plugin
-RUN pip install --no-cache-dir . && useradd --create-home server
+RUN pip wheel --no-cache-dir --no-deps -C wheel.cmake=true -w /wheels .
+
+FROM python:3.12-slim
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH_INDEX_URL"
+COPY --from=build /wheels /wheels
+RUN pip install --no-cache-dir /wheels/*.whl && useradd --create-home server
 
 USER server
 WORKDIR /home/server

@@ -27,7 +27,7 @@ def build_extension(compiler: str, folder: Path, options: list[str]) -> Path:
 
 
 def main() -> int:
-    """Runs pytest on the files behind the library's path."""
+    """Runs pytest on the files behind the library's path; uncaptured, or a sanitizer's last words would be lost."""
     name = "deepseek_fp4_plugin.kernels.cpu._native"
     spec = importlib.util.spec_from_file_location(name, sys.argv[1])
     assert spec and spec.loader
@@ -37,7 +37,7 @@ def main() -> int:
     from deepseek_fp4_plugin.kernels.cpu.extension import native
 
     assert native is module
-    return pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]])
+    return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]])
 
 
 if __name__ == "__main__":
