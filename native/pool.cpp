@@ -204,10 +204,10 @@ void run_parallel(int threads, int64_t items, void (*task)(void*, int64_t), void
 
 void* scratch(ScratchSlot slot, size_t bytes) {
   Buffer& buffer = buffers[slot];
-  if (buffer.bytes < bytes) {
+  if (!buffer.data || buffer.bytes < bytes) {  // never null, not even for no bytes
     std::free(buffer.data);
     buffer.bytes = 0;
-    size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    const size_t rounded = (bytes + bytes / 4 + 4096) / 4096 * 4096;
     buffer.data = std::aligned_alloc(4096, rounded);
     if (!buffer.data) throw std::bad_alloc();
     buffer.bytes = rounded;
