@@ -383,7 +383,8 @@ class EngineConfig(Choices):
     by; auto is fp4 where the device has FP4 tensor cores, else bf16.  max_batch_size, max_num_tokens: requests and
     tokens in one step.  max_seq_len: prompt and answer; None is the model's own.  max_new_tokens: of requests that do
     not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.  seed: of the
-    seeds of requests that bring none.
+    seeds of requests that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
+    that has started it).
     """
 
     model: str = "r1_nano"
@@ -396,6 +397,7 @@ class EngineConfig(Choices):
     moe_tensor_parallel_size: Count | None = None
     enable_attention_dp: Bool = False
     attention_dp_config: AttentionDpConfig = AttentionDpConfig()
+    orchestrator_type: Literal["spawn", "ray", "torchrun"] | None = None
     max_batch_size: Count = 2048
     max_num_tokens: Count = 8192
     max_seq_len: Count | None = None

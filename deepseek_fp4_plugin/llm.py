@@ -36,6 +36,7 @@ from deepseek_fp4_plugin.tokenizer import Tokenizer
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "EngineDeadError",
     "EngineStats",
     "GenerationError",
     "Logprob",
@@ -90,7 +91,7 @@ class LLM:
             if loaded is not None:
                 return InProcessExecutor.of(Worker(config, loaded))
             assert folder is not None
-            return start_executor(config, folder, device, progress)
+            return start_executor(config, name, folder, device, progress)
 
         self._new_executor = executor
         self._changing, self._shut = threading.Lock(), False

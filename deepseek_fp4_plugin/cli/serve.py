@@ -16,6 +16,12 @@ def _parallel_flags(command: Any) -> Any:
         click.option("--backend", type=click.Choice(["pytorch"]), help="As trtllm-serve has it; there is one."),
         click.option("--tp-size", "--tensor-parallel-size", "tensor_parallel_size", type=int, metavar="N"),
         click.option("--ep-size", "--moe-expert-parallel-size", "moe_expert_parallel_size", type=int, metavar="N"),
+        click.option("--enable-attention-dp", is_flag=True, default=None, help="Each rank serves requests of its own."),
+        click.option(
+            "--orchestrator-type",
+            type=click.Choice(["spawn", "ray", "torchrun"]),
+            help="Who starts the ranks; left out, the server itself.",
+        ),
         click.option("--pp-size", "--pipeline-parallel-size", "pipeline_parallel_size", type=int, hidden=True),
         click.option("--cp-size", "--context-parallel-size", "context_parallel_size", type=int, hidden=True),
         click.option(
@@ -33,13 +39,14 @@ def _parallel_flags(command: Any) -> Any:
 
 
 _PARALLEL = (
-    "backend", "tensor_parallel_size", "moe_expert_parallel_size", "pipeline_parallel_size", "context_parallel_size",
-    "moe_cluster_parallel_size", "gpus_per_node", "max_beam_width", "num_postprocess_workers",
-    "enable_chunked_prefill", "trust_remote_code",
+    "backend", "tensor_parallel_size", "moe_expert_parallel_size", "enable_attention_dp", "orchestrator_type",
+    "pipeline_parallel_size", "context_parallel_size", "moe_cluster_parallel_size", "gpus_per_node", "max_beam_width",
+    "num_postprocess_workers", "enable_chunked_prefill", "trust_remote_code",
 )  # fmt: skip
 _SERVER = (
     "host", "port", "served_model_name", "reasoning_parser", "tool_parser", "allowed_origins", "sampling_defaults",
-    "max_queue", "max_body_bytes", "body_timeout", "request_timeout", "stall_timeout", "drain_timeout", "log_level",
+    "max_queue", "max_body_bytes", "body_timeout", "request_timeout", "stall_timeout", "drain_timeout",
+    "restart_on_failure", "log_level",
 )  # fmt: skip
 
 
@@ -80,6 +87,7 @@ _SERVER = (
 @click.option("--request-timeout", type=float, metavar="S", help="Seconds for an answer [3600].")
 @click.option("--stall-timeout", type=float, metavar="S", help="Seconds a client may leave its stream unread [60].")
 @click.option("--drain-timeout", type=float, metavar="S", help="Seconds for running answers after SIGTERM [30].")
+@click.option("--restart-on-failure", is_flag=True, default=None, help="Start the engine again when a worker is lost.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
 @engine_flags
 @_parallel_flags

@@ -31,6 +31,7 @@ class Pulse:
     def __init__(self, connection: Connection, patience: float | None):
         self._connection, self._patience = connection, patience
         self._sending = threading.Lock()
+        self._over = False
         connection.send_bytes(_BEAT)
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -43,6 +44,10 @@ class Pulse:
             self._connection.send_bytes(words)
         threading.Event().wait()
 
+    def rest(self) -> None:
+        """The group is closed: the front may go."""
+        self._over = True
+
     def _run(self) -> None:
         try:
             while self._connection.poll(self._patience):
@@ -51,7 +56,8 @@ class Pulse:
                     self._connection.send_bytes(beat)
         except (EOFError, OSError):
             pass
-        os._exit(1)  # whatever the other threads wait for, nobody wants it any more
+        if not self._over:
+            os._exit(1)  # whatever the other threads wait for, nobody wants it any more
 
 
 class Monitor:

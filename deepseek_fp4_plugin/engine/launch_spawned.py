@@ -6,9 +6,13 @@ import subprocess
 import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import cast
 
-from deepseek_fp4_plugin.engine.worker_group import Member
+import torch
+
+from deepseek_fp4_plugin.config import EngineConfig
+from deepseek_fp4_plugin.engine.worker_group import Member, Progress, WorkerGroup
 
 _PROGRAM = "from deepseek_fp4_plugin.engine.worker_process import main; main()"
 _LAST_STEP = 10.0  # seconds that a worker gets to finish the step it is in when its group is closed
@@ -43,7 +47,43 @@ class Child:
             self._process.wait()
 
 
-def spawn(threads: int) -> Member:
+def start_spawned(
+    config: EngineConfig, model: str | Path, device: torch.device, progress: Progress | None
+) -> WorkerGroup:
+    """One child a rank. Raises ValueError when there are fewer GPUs than ranks."""
+    ranks = config.tensor_parallel_size
+    devices = rank_devices(device, ranks)
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    members: list[Member] = []
+    try:
+        for own in devices:
+            members.append(spawn(threads, own, ranks))
+    except OSError:
+        for member in members:
+            member.process.kill()
+        raise
+    return WorkerGroup(members, config, model, "127.0.0.1", progress)
+
+
+def rank_devices(device: torch.device, ranks: int) -> list[str]:
+    """The device of each rank on one machine: the CPU for all, or a GPU each.
+
+    Raises ValueError when there are fewer GPUs than ranks.
+    """
+    if device.type == "cpu":
+        return ["cpu"] * ranks
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise ValueError(
+            f"tensor_parallel_size={ranks} needs a GPU for each rank, and this machine has {gpus}; "
+            "lower it, or add machines with Ray"
+        )
+    if device.index is not None and ranks > 1:
+        raise ValueError(f"device={device} is one GPU and tensor_parallel_size={ranks} ranks need one each; say cuda")
+    return [f"cuda:{index}" for index in range(ranks)]
+
+
+def spawn(threads: int, device: str, ranks_here: int) -> Member:
     """Start a worker that computes with so many threads, and waits for its assignment.
 
     A plain new interpreter, not multiprocessing's: the caller's main module is never imported again, so that a script
@@ -62,4 +102,4 @@ def spawn(threads: int) -> Member:
     )
     its_work.close()
     its_beat.close()
-    return Member(Child(process), cast(Connection, work), cast(Connection, beat))
+    return Member(Child(process), cast(Connection, work), cast(Connection, beat), device, ranks_here)

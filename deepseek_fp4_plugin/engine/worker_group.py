@@ -14,8 +14,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol, cast
 
+from torch.distributed import TCPStore
+
+from deepseek_fp4_plugin.config import EngineConfig
+from deepseek_fp4_plugin.engine.door import Arrival
 from deepseek_fp4_plugin.engine.executor import Alarm, WorkerError
 from deepseek_fp4_plugin.engine.heartbeat import SILENCE, Monitor
 from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
@@ -47,15 +52,26 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One rank, as its front sees it."""
+    """One rank, as its front sees it.
+
+    device: cpu or cuda:N, as its process numbers them.  ranks_here: that share its machine.
+    """
 
     process: Process
     work: Connection
     beat: Connection
+    device: str
+    ranks_here: int
+
+    @classmethod
+    def of(cls, arrival: Arrival, process: Process) -> "Member":
+        """A worker that came through a door."""
+        return cls(process, arrival.work, arrival.beat, arrival.caller.device, arrival.caller.ranks_here)
 
 
 class WorkerGroup:
-    """members: by rank, waiting for their assignments.  release: called once, when all of them have ended.
+    """members: by rank, waiting for their assignments.  model: a folder or name that every rank's machine knows.
+    host: this machine, as the ranks see it.  release: called once, when all of them have ended.
 
     Loads the model on all ranks at once. Raises what a rank raised if that was a ValueError, else WorkerError.
     """
@@ -63,12 +79,14 @@ class WorkerGroup:
     def __init__(
         self,
         members: Sequence[Member],
-        assignments: Sequence[Assignment],
+        config: EngineConfig,
+        model: str | Path,
+        host: str,
         progress: Progress | None = None,
         release: Callable[[], None] | None = None,
     ):
         self._members, self._release = list(members), release
-        self._answering = [m.work for m, a in zip(members, assignments, strict=True) if a.answers]
+        self._answering = [member.work for member in members] if config.enable_attention_dp else [members[0].work]
         self.num_schedulers = len(self._answering)
         self._under_way = 0  # steps submitted whose results have not been received
         self._collected: deque[list[StepResult]] = deque()  # received early
@@ -80,13 +98,19 @@ class WorkerGroup:
         atexit.register(self.close)  # a script that ends leaves no worker behind, not for a moment
         self._monitor = Monitor({rank: member.beat for rank, member in enumerate(members)}, self._lose)
         try:
-            self.facts = self._start(assignments, progress)
+            # Where the ranks find each other; port 0 is a free one.
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self.facts = self._start(config, model, (host, self._store.port), progress)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, assignments: Sequence[Assignment], progress: Progress | None) -> WorkerFacts:
-        for member, assignment in zip(self._members, assignments, strict=True):
+    def _start(
+        self, config: EngineConfig, model: str | Path, store: tuple[str, int], progress: Progress | None
+    ) -> WorkerFacts:
+        for rank, member in enumerate(self._members):
+            answers = member.work in self._answering
+            assignment = Assignment(rank, member.ranks_here, model, config, member.device, store, answers)
             self._send(member.work, pickle.dumps(assignment))
         facts: dict[Connection, WorkerFacts] = {}
         while len(facts) < len(self._members):

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import torch
 
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.config import EngineConfig
+from deepseek_fp4_plugin.engine.door import own_address
 from deepseek_fp4_plugin.engine.heartbeat import Pulse
 from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -36,7 +38,6 @@ class Assignment:
     """
 
     rank: int
-    ranks: int
     ranks_here: int
     model: str | Path
     config: EngineConfig
@@ -66,8 +67,8 @@ def serve_rank(work: Connection, beat: Connection, patience: float | None) -> No
     pulse = Pulse(beat, patience)
     try:
         _serve(work)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the front has closed the group
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the front has closed the group
+        pulse.rest()
     except BaseException as error:
         if not isinstance(error, ValueError):
             logger.exception("this rank has failed")
@@ -82,6 +83,7 @@ def _serve(work: Connection) -> None:
             "install the same on every machine"
         )
     rank = assignment.rank
+    _speak_on(own_address(work))
 
     def progress(done: int, parts: int) -> None:
         if rank == 0:
@@ -89,6 +91,8 @@ def _serve(work: Connection) -> None:
 
     config = assignment.config
     device = torch.device(assignment.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     model = DeepseekV3ForCausalLM.from_pretrained(
         assignment.model,
         dtype=config.dtype,
@@ -119,8 +123,15 @@ def _mesh(assignment: Assignment, device: torch.device) -> Mesh:
         config.moe_expert_parallel_size,
         config.moe_tensor_parallel_size,
         config.enable_attention_dp,
-        connect(assignment.rank, assignment.ranks, store, "gloo" if device.type == "cpu" else "nccl"),
+        connect(assignment.rank, config.tensor_parallel_size, store, "gloo" if device.type == "cpu" else "nccl"),
     )
+
+
+def _speak_on(address: str) -> None:
+    """Let gloo use the network that the front is on; it would take the one that the machine's name stands for."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own.address == address for own in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _explain(worker: Worker, question: Question) -> str | RuntimeError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from deepseek_fp4_plugin.llm import CompletionOutput, GenerationError, RequestHandle, RequestOutput
+from deepseek_fp4_plugin.llm import CompletionOutput, EngineDeadError, GenerationError, RequestHandle, RequestOutput
 from deepseek_fp4_plugin.serving.logprobs import DraftedTokens, TokenTexts
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.middleware import send_error
@@ -349,5 +349,7 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, GenerationError):
         kind = "BadRequestError" if error.own_fault else "InternalServerError"
         return ApiError(400 if error.own_fault else 500, f"the answer could not be finished: {error}", kind)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, f"the answer is lost: {error}", "ServiceUnavailableError")
     logger.error("generation failed: %s: %s", type(error).__name__, error)
     return ApiError(503, "the engine failed; see /health and the server's log", "ServiceUnavailableError")

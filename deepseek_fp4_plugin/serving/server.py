@@ -1,6 +1,7 @@
 """The server process: load, say what was loaded, listen, drain on SIGTERM."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,6 +21,7 @@ from deepseek_fp4_plugin.llm import LLM
 from deepseek_fp4_plugin.serving.app import create_app
 from deepseek_fp4_plugin.serving.connection import limited_connection
 from deepseek_fp4_plugin.serving.options import ServerOptions
+from deepseek_fp4_plugin.serving.restart import Restarter
 from deepseek_fp4_plugin.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,10 @@ def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
         try:
             app = create_app(llm, options, model)
             _report(app.state.service, options, time.perf_counter() - began)
-            return _run(app, listener, options)
+            with contextlib.ExitStack() as stack:
+                if options.restart_on_failure:
+                    stack.callback(Restarter(llm).stop)
+                return _run(app, listener, options)
         finally:
             llm.shutdown()
     finally:

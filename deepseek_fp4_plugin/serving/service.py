@@ -258,7 +258,8 @@ class Service:
         try:
             self.llm.check_health()
         except RuntimeError as error:
-            raise ApiError(503, str(error), "ServiceUnavailableError") from None
+            hope = "; it is being started again" if self.options.restart_on_failure else ""
+            raise ApiError(503, f"{error}{hope}", "ServiceUnavailableError") from None
 
     async def generate_one(self) -> None:
         """One token from the engine, through the queue like any request."""

@@ -143,3 +143,16 @@ def test_no_worker_outlives_its_front(tmp_path, tiny_with_tokenizer, blow):
     process.communicate(timeout=20)
     _, alive = psutil.wait_procs(found, timeout=10)
     assert alive == []
+
+
+@pytest.mark.proof
+def test_torchrun_starts_the_ranks(tmp_path, tiny_with_tokenizer):
+    """Its first process goes on with the program, the other serves it and leaves."""
+    (tmp_path / "plain.py").write_text(SCRIPT.replace("100000", "9"))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "plain.py", str(tiny_with_tokenizer)]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert (done.stdout, done.returncode) == ("4\n", 0), done.stderr
+    command[3] = "3"
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode != 0
+    assert "tensor_parallel_size=2, but torchrun started 3 processes" in done.stderr
