@@ -412,3 +412,18 @@ def test_store_entries(path, dtype):
     cpu.store_entries(caches[0], slots, entries)
     reference.store_entries(caches[1], slots, entries)
     assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_scale_that_is_nan_is_not_read_as_a_number(experts, byte):
+    weight = torch.randint(0, 256, (experts, 32, 32), dtype=torch.uint8)
+    scale = torch.full((experts, 32, 4), 0x38, dtype=torch.uint8)
+    scale[-1, 5, 2] = byte
+    parts = [WeightTensors(WeightFormat.NVFP4, weight, scale.view(torch.float8_e4m3fn), torch.ones(experts))]
+    if experts == 1:
+        parts = [WeightTensors(WeightFormat.NVFP4, weight[0], scale[0].view(torch.float8_e4m3fn), torch.tensor(1.0))]
+    prepared = ops.prepare(parts, torch.device("cpu"), torch.bfloat16)
+    for expert in range(experts):
+        y = prepared.backend.linear(torch.ones(3, 64).bfloat16(), prepared, *([expert] if experts > 1 else []))
+        assert y[:, 5].isnan().all() == (expert == experts - 1)

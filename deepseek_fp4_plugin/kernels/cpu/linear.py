@@ -92,6 +92,9 @@ def _contiguous(part: WeightTensors) -> WeightTensors:
             raise ValueError(f"weight_scale {list(scale.shape)} does not fit packed weights {list(weight.shape)}")
         experts = weight.shape[0] if weight.ndim == 3 else 1
         scale_2 = scale_2.float().expand(experts).contiguous() if scale_2.ndim else scale_2.float().repeat(experts)
+        # The widest unit reads the bits of a NaN scale as 480; as NaN in scale_2 it is not lost.
+        broken = (scale.view(torch.uint8) & 0x7F == 0x7F).reshape(experts, -1).any(-1)
+        scale_2 = scale_2.masked_fill(broken, torch.nan)
     return WeightTensors(
         part.format,
         weight.contiguous(),
