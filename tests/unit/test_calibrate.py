@@ -277,7 +277,7 @@ def test_ranks_merge_by_maximum():
 
 def test_two_expert_parallel_ranks_together_see_what_one_does(tiny_fp8):
     """Each names its own experts with their global numbers; both bring the same tokens."""
-    reader, config, _ = parts(tiny_fp8)
+    _, config, _ = parts(tiny_fp8)
     batch = ForwardBatch.from_sequences(some_data().samples)
     hidden = torch.randn(batch.input_ids.shape[0], config.hidden_size).bfloat16()
     cos, sin = RotaryAngles(config)(batch.positions)
@@ -285,7 +285,7 @@ def test_two_expert_parallel_ranks_together_see_what_one_does(tiny_fp8):
     def seen(mesh: Mesh) -> LayerAmax:
         layer = DeepseekV3DecoderLayer(1, config, mesh)
         with torch.inference_mode():
-            layer.load(WeightSource(reader, mesh=mesh, backend="reference"))
+            layer.load(WeightSource(CheckpointReader(tiny_fp8), mesh=mesh, backend="reference"))
             observer = LayerObserver(layer)
             layer(hidden, cos, sin, replace(batch, dp_tokens=(len(hidden),) * mesh.dp.count), None)
         return observer.result()
