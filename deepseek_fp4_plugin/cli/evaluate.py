@@ -356,17 +356,17 @@ def compare(
 def _divergences(source: str, quantized: str, activations: Sequence[str], path: Path) -> None:
     """KL and top-1 agreement of each side with the source, over blocks of the text."""
     from deepseek_fp4_plugin.evaluation.divergence import divergence
-    from deepseek_fp4_plugin.models.loading import load_model
+    from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
     from deepseek_fp4_plugin.tokenizer import Tokenizer
 
-    reference = load_model(source)
+    reference = DeepseekV3ForCausalLM.from_pretrained(source)
     assert reference.path is not None
     ids = Tokenizer.from_folder(reference.path).encode(path.read_text(encoding="utf-8"))
     texts = [ids[i : i + _BLOCK] for i in range(0, len(ids), _BLOCK)][:_BLOCKS]
     if not ids:
         raise ValueError(f"{path} holds no text")
     for kind in activations:
-        model = load_model(quantized, nvfp4_activations=kind)
+        model = DeepseekV3ForCausalLM.from_pretrained(quantized, nvfp4_activations=kind)
         with screen.progress(f"{path.name}, {kind}") as progress:
             d = divergence(reference, model, texts, progress)
         click.echo(
