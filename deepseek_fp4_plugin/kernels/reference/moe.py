@@ -30,7 +30,6 @@ def experts_mlp(
     Sums in FP32, in order of expert number.  Returns [T, hidden] in x's dtype.
     observe(projection, expert, rows) sees the input rows of "gate_up" and "down" of each expert that got tokens.
     """
-    linear = gate_up.backend.linear
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     flat = expert_ids.flatten()
     order = flat.argsort(stable=True)
@@ -43,11 +42,11 @@ def experts_mlp(
         start += count
         tokens = slots // expert_ids.shape[1]
         rows = x[tokens]
-        gate, up = linear(rows, gate_up, expert).chunk(2, -1)
+        gate, up = gate_up.backend.linear(rows, gate_up, expert).chunk(2, -1)
         hidden = torch.nn.functional.silu(gate) * up
         if observe:
             observe("gate_up", expert, rows)
             observe("down", expert, hidden)
-        output = linear(hidden, down, expert).float() * expert_weights.flatten()[slots].unsqueeze(-1)
+        output = down.backend.linear(hidden, down, expert).float() * expert_weights.flatten()[slots].unsqueeze(-1)
         y.index_add_(0, tokens, output)
     return y.to(x.dtype)
