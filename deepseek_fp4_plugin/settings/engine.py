@@ -1,0 +1,178 @@
+"""An engine and its model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, Strict
+
+from deepseek_fp4_plugin.settings.choices import ANY, Bool, Choices, Count, Int, did_you_mean, differ, refuse
+from deepseek_fp4_plugin.settings.device import CudaGraphConfig, KvCacheConfig, MoeConfig
+from deepseek_fp4_plugin.settings.files import merge, nest, read_settings
+from deepseek_fp4_plugin.settings.parallel import AttentionDpConfig, check_sizes
+from deepseek_fp4_plugin.settings.speculative import SpeculativeConfig
+
+# Flat keys: (the nested object, its field).
+FLAT = {
+    "kv_cache_dtype": ("kv_cache_config", "dtype"),
+    "kv_cache_free_gpu_memory_fraction": ("kv_cache_config", "free_gpu_memory_fraction"),
+    "free_gpu_memory_fraction": ("kv_cache_config", "free_gpu_memory_fraction"),
+    "cuda_graph_padding_enabled": ("cuda_graph_config", "enable_padding"),
+    "cuda_graph_batch_sizes": ("cuda_graph_config", "batch_sizes"),
+    "cuda_graph_max_batch_size": ("cuda_graph_config", "max_batch_size"),
+    "moe_backend": ("moe_config", "backend"),
+}
+
+
+class EngineConfig(Choices):
+    """An engine and its model.
+
+    model: a folder, a Hugging Face id, or `r1_nano`.  tokenizer: another folder's.  dtype: of activations and decoded
+    weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations: what NVFP4 layers multiply
+    by; auto is fp4 where the device has FP4 tensor cores, else bf16.  max_batch_size, max_num_tokens: requests and
+    tokens in one step.  max_seq_len: prompt and answer; None is the model's own.  max_new_tokens: of requests that do
+    not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.  seed: of the
+    seeds of requests that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
+    that has started it).
+    """
+
+    model: str = "r1_nano"
+    tokenizer: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    nvfp4_activations: Literal["auto", "bf16", "fp4"] = "auto"
+    tensor_parallel_size: Count = 1
+    moe_expert_parallel_size: Count | None = None
+    moe_tensor_parallel_size: Count | None = None
+    enable_attention_dp: Bool = False
+    attention_dp_config: AttentionDpConfig = AttentionDpConfig()
+    orchestrator_type: Literal["spawn", "ray", "torchrun"] | None = None
+    max_batch_size: Count = 2048
+    max_num_tokens: Count = 8192
+    max_seq_len: Count | None = None
+    max_new_tokens: Count | None = 32
+    kv_cache_config: KvCacheConfig = KvCacheConfig()
+    cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
+    moe_config: MoeConfig = MoeConfig()
+    speculative_config: SpeculativeConfig | None = None
+    stream_interval: Count = 1
+    seed: Annotated[Int, Field(ge=0)] = 0
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "tp_size": "tensor_parallel_size",
+        "ep_size": "moe_expert_parallel_size",
+    }
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "backend": ("pytorch",),
+        "trust_remote_code": (ANY,),  # no code of a checkpoint is ever run
+        "enable_chunked_prefill": (ANY,),  # prompts are always taken in pieces of max_num_tokens
+        "disable_overlap_scheduler": (ANY,),
+        "enable_overlap_scheduler": (ANY,),
+        "print_iter_log": (ANY,),
+        "num_postprocess_workers": (ANY,),
+        "gpus_per_node": (ANY,),
+        "attn_backend": (ANY,),
+        "sampler_type": (ANY,),
+        "guided_decoding_backend": (ANY,),
+        "tokenizer_mode": ("auto", "fast"),
+        "skip_tokenizer_init": (False,),
+        "load_format": ("auto",),
+        "max_beam_width": (1,),
+        "pipeline_parallel_size": (1,),
+        "pp_size": (1,),
+        "context_parallel_size": (1,),
+        "cp_size": (1,),
+        "moe_cluster_parallel_size": (1,),
+        "cluster_size": (1,),
+        "enable_lm_head_tp_in_adp": (False,),
+        "force_dynamic_quantization": (False,),
+    }
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        check_sizes(self.tensor_parallel_size, self.moe_expert_parallel_size, self.moe_tensor_parallel_size)
+
+    @classmethod
+    def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        values = dict(values)
+        old = values.pop("pytorch_backend_config", None)
+        if old is not None:
+            if not isinstance(old, Mapping):
+                refuse("EngineConfig: pytorch_backend_config must be a mapping of settings")
+            for name, value in old.items():
+                if differ(values.setdefault(name, value), value):
+                    refuse(f"EngineConfig: {name} is given twice, once inside pytorch_backend_config; give one")
+        if "use_cuda_graph" in values:
+            use = values.pop("use_cuda_graph")
+            if not isinstance(use, bool):
+                refuse(f"EngineConfig: use_cuda_graph={use!r} must be true or false")
+            if not use and values.get("cuda_graph_config") is not None:
+                refuse("EngineConfig: use_cuda_graph is false, but cuda_graph_config is given; give one")
+            if not use:
+                values = {k: v for k, v in values.items() if FLAT.get(k, ("",))[0] != "cuda_graph_config"}
+                values["cuda_graph_config"] = None
+            elif values.setdefault("cuda_graph_config", {}) is None:
+                refuse("EngineConfig: use_cuda_graph is true, but cuda_graph_config is null; give one")
+        for name in [name for name in values if name in FLAT]:
+            nest(values, name, *FLAT[name])
+        known = {name: None for name in FLAT} | {"use_cuda_graph": None, "pytorch_backend_config": None}
+        for name in values:
+            if name not in cls.model_fields and name not in cls.aliases and name not in cls.neutral:
+                every = [*cls.model_fields, *cls.aliases, *cls.neutral, *known]
+                refuse(f"EngineConfig has no setting {name!r}{did_you_mean(name, every)}")
+        return super().canonical(values)
+
+    @classmethod
+    def from_kwargs(cls, model: str = "r1_nano", **values: Any) -> "EngineConfig":
+        """The configuration of LLM's keyword arguments, flat or nested. Raises ValueError for a wrong one."""
+        return cls(model=model, **values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "EngineConfig":
+        """The configuration of a YAML file. `overrides` (the command line) win over the file, setting by setting.
+
+        Raises ValueError naming the file when it cannot be read or holds a wrong setting.
+        """
+        path = Path(path)
+        values = read_settings(path)
+        try:
+            merged = merge(cls.canonical(values), cls.canonical(overrides))
+            return cls(**merged)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def resolved_device(self) -> str:
+        """`device`, with auto replaced by cuda where there is one, else cpu."""
+        if self.device != "auto":
+            return self.device
+        import torch  # here, so that choosing needs no torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def ignored_settings(self, device: str) -> list[str]:
+        """One line for each setting given that means nothing on `device` ("cpu" or "cuda")."""
+        lines = []
+        if self.enable_attention_dp and self.tensor_parallel_size == 1:
+            lines.append("enable_attention_dp=True ignored: there is one rank; tensor_parallel_size says how many")
+        if "attention_dp_config" in self.model_fields_set and not self.enable_attention_dp:
+            lines.append("attention_dp_config ignored: enable_attention_dp is not set")
+        if "moe_config" in self.model_fields_set and self.moe_config.backend != "AUTO":
+            why = "it names GPU kernels, and this is a CPU" if device == "cpu" else "there is one kernel family here"
+            lines.append(f"moe_backend={self.moe_config.backend} ignored: {why}")
+        graphs = self.cuda_graph_config
+        if device != "cpu":
+            if "cuda_graph_config" in self.model_fields_set and graphs is None:
+                lines.append("use_cuda_graph=False ignored: short decode steps are always captured on a GPU")
+            named = ", ".join(sorted(graphs.model_fields_set)) if graphs is not None else ""
+            if named:
+                lines.append(f"cuda_graph_config: {named} ignored: steps are captured in the sizes that come")
+            return lines
+        if "cuda_graph_config" in self.model_fields_set and self.cuda_graph_config is not None:
+            lines.append("use_cuda_graph (cuda_graph_config) ignored: CUDA graphs need a GPU")
+        if "free_gpu_memory_fraction" in self.kv_cache_config.model_fields_set:
+            fraction = self.kv_cache_config.free_gpu_memory_fraction
+            lines.append(
+                f"free_gpu_memory_fraction={fraction} ignored: there is no GPU memory; "
+                "kv_cache_config.max_tokens limits a CPU's cache"
+            )
+        return lines
