@@ -16,17 +16,14 @@ import random
 import statistics
 import tempfile
 import time
-from array import array
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.checkpoint.hub import resolve
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter, TensorSpec
-from deepseek_fp4_plugin.engine.input_batch import build_steps
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.numerics import fp8_block
 
@@ -54,25 +51,23 @@ def run_engine(llm: LLM, requests: list[tuple[list[int], int]]) -> float:
 def run_loop(llm: LLM, batch: int, steps: int, context: int) -> float:
     """Tokens a second of the model alone: `batch` requests, one token each a step, argmax and nothing else."""
     runner = llm._executor.runner
-    blocks_each = -(-(context + steps + 1) // runner.block_size)
-    blocks = [array("q", range(i * blocks_each, (i + 1) * blocks_each)) for i in range(batch)]
+    size, each = runner.block_size, -(-(context + steps + 1) // runner.block_size)
+    tables, starts = torch.arange(batch * each).view(batch, each), torch.arange(batch + 1)
     ids = torch.full((batch,), 5)
     began = time.perf_counter()
     for step in range(steps):
-        (positions, slots, contexts, starts), tables = build_steps(
-            np.full(batch, context + step), 1, blocks, runner.block_size, ids.device
-        )
+        position = context + step
         forward = ForwardBatch(
             ids,
-            positions[0],
-            slots[0],
+            torch.full((batch,), position),
+            tables[:, position // size] * size + position % size,
             tables,
-            contexts[0],
+            torch.full((batch,), position + 1),
             starts,
             batch,
             batch,
             max_query=1,
-            max_context=context + step + 1,
+            max_context=position + 1,
         )
         ids = runner.model.compute_logits(runner.model(forward, runner.cache)).argmax(-1)
     return batch * steps / (time.perf_counter() - began)

@@ -279,7 +279,7 @@ def _engine(config: EngineConfig, executor: Executor, tokenizer: Tokenizer | Non
     schedulers = [scheduler() for _ in range(executor.num_schedulers)]
     waits = config.attention_dp_config
     balance = Balance(waits.timeout_iters, waits.batching_wait_iters) if waits.enable_balance else None
-    return LLMEngine(schedulers, executor, facts.model_config.vocab_size, balance)
+    return LLMEngine(schedulers, executor, facts.model_config.vocab_size, balance, facts.asynchronous)
 
 
 def _tokenizer(given: str | Path | Tokenizer | None, path: Path | None) -> Tokenizer | None:

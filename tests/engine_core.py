@@ -1,6 +1,7 @@
 """The bare engine, token ids in and out, for tests: no tokenizer, no thread."""
 
 import random
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.executor import InProcessExecutor
 from deepseek_fp4_plugin.engine.kv_cache import allocate
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
+from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.request import Request, Stopping
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Sampling, StepPlan, StepResult
@@ -30,10 +32,13 @@ def make_engine(
     cache_dtype: torch.dtype = torch.float32,
     think_ids: tuple[int, int] | None = None,
     oracle: dict[int, Sequence[int]] | None = None,
+    overlap: bool = False,
+    sizes: Sizes | None = None,
+    reads: bool | None = None,
 ) -> LLMEngine:
     """oracle: request id -> its whole token ids; half of all drafts are then replaced by the truth."""
     layers = model.config.num_hidden_layers + (1 if drafts else 0)
-    cache = allocate(model.config, layers, blocks, block_size, cache_dtype, torch.device("cpu"))
+    cache = allocate(model.config, layers, blocks + 1, block_size, cache_dtype, torch.device("cpu"))
     cache.fill_(float("nan"))  # a read of a slot nobody wrote shows
     scheduler = Scheduler(
         BlockManager(blocks, block_size, reuse, lookahead=1 if drafts else 0),
@@ -43,12 +48,12 @@ def make_engine(
         drafts,
         think_ids,
     )
-    runner = ModelRunner(model, cache, drafts)
-    facts = WorkerFacts(model.config, None, drafts, max_seq_len, blocks, block_size, 0, cache.nbytes)
+    runner = ModelRunner(model, cache, drafts, batch, sizes=sizes, reads=reads)
+    facts = WorkerFacts(model.config, None, drafts, max_seq_len, blocks, block_size, overlap, 0, cache.nbytes)
     executor = InProcessExecutor(runner, facts)
     if oracle is not None:
         executor.runner = OracleRunner(runner, scheduler, oracle)
-    return LLMEngine([scheduler], executor, model.config.vocab_size)
+    return LLMEngine([scheduler], executor, model.config.vocab_size, overlap)
 
 
 class OracleRunner:
@@ -57,18 +62,24 @@ class OracleRunner:
 
     def __init__(self, inner: ModelRunner, scheduler: Scheduler, truth: dict[int, Sequence[int]]):
         self.inner, self.scheduler, self.truth, self.random = inner, scheduler, truth, random.Random(0)
+        self._results: deque[StepResult] = deque()
 
-    def run(self, plan: StepPlan) -> StepResult:
-        result = self.inner.run(plan)
-        for index, (request, _) in enumerate(self.scheduler._planned):
-            emitted, whole = result.tokens[index], self.truth.get(request.request_id)
-            if emitted and whole is not None and self.random.random() < 0.8:
-                end = len(request.token_ids) + len(emitted)
+    def submit(self, plan: StepPlan) -> None:
+        self.inner.submit(plan)
+        result, slots = self.inner.collect(), self.inner.slots
+        for index, share in enumerate(self.scheduler._under_way[-1]):
+            whole = self.truth.get(share.request.request_id)
+            if result.tokens[index] and whole is not None and self.random.random() < 0.8:
+                end = int(slots.starts[share.request.slot]) + 1
                 drafts = list(whole[end : end + len(result.drafts[index])])
                 if drafts and self.random.random() < 0.5:
                     drafts[self.random.randrange(len(drafts))] = 7
                 result.drafts[index][: len(drafts)] = drafts
-        return result
+                slots.tokens[share.request.slot, 1 : len(drafts) + 1] = torch.tensor(drafts)
+        self._results.append(result)
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
 
 
 def make_request(

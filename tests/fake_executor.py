@@ -1,14 +1,15 @@
-"""An executor without a model: it keeps token ids in the cache's slots and answers from what it reads back through the
+"""An executor without a model: it keeps token ids in the cache and answers from what it reads back through the
 block table. So a wrong block, a lost or unwritten slot or a stale prefix shows in the output."""
 
 import zlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
 from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
-from deepseek_fp4_plugin.engine.step_plan import PlanRow, StepPlan, StepResult
+from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
 
 VOCAB = 1000
 
@@ -25,20 +26,31 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@dataclass
+class Slot:
+    """What a rank keeps of a request: its blocks, the next position to compute, its newest token and drafts."""
+
+    blocks: list[int] = field(default_factory=list)
+    start: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+
 class FakeExecutor:
     """`plans` keeps every step's plan. num_drafts: proposed after each step; the last of a third of them is wrong."""
 
+    num_schedulers = 1
+
     def __init__(self, blocks: BlockManager, num_drafts: int = 0):
         self.block_size, self.num_drafts = blocks.block_size, num_drafts
-        self.slots: list[int | None] = [None] * (blocks.num_blocks * blocks.block_size)
+        self.cache: list[int | None] = [None] * (blocks.num_blocks * blocks.block_size)
         self.plans: list[StepPlan] = []
         self.rows: list[tuple[int, int, int]] = []  # a request's first token, start, tokens: of every row of every plan
-
-        self.num_schedulers = 1
+        self._slots: dict[int, Slot] = {}
         self._results: list[StepResult] = []
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
         (plan,) = plans
+        assert len({row.slot for row in plan.rows}) == len(plan.rows)
         self.plans.append(plan)
         self._results.append(self._run(plan))
 
@@ -48,30 +60,42 @@ class FakeExecutor:
     def _run(self, plan: StepPlan) -> StepResult:
         tokens, drafts = [], []
         for row in plan.rows:
-            for position, token in enumerate(row.tokens, row.start):
-                self.slots[self._slot(row, position)] = token
+            if row.setup is not None:
+                self._slots[row.slot] = Slot(start=row.setup.start)
+            slot = self._slots[row.slot]
+            slot.blocks += row.new_blocks
+            known = list(row.tokens) or slot.tokens[: 1 + row.num_drafts]
+            assert len(known) == row.num_tokens
+            assert slot.start == row.start if row.tokens else slot.start <= row.start
+            for position, token in enumerate(known, slot.start):
+                self.cache[self._place(slot, position)] = token
+            end = slot.start + len(known)
             if row.sample:
                 for ahead in range(self.num_drafts - 1):  # the drafts' own latents are written behind the row
-                    self.slots[self._slot(row, row.start + len(row.tokens) + ahead)] = None
-            self.rows.append((self._context(row, 1)[0], row.start, len(row.tokens)))
-            emitted = self._verify(row) if row.sample else []
+                    self.cache[self._place(slot, end + ahead)] = None
+            self.rows.append((self._context(slot, 1)[0], slot.start, len(known)))
+            slot.start = end
+            emitted: list[int] = []
+            if row.sample:
+                context = self._context(slot, end)
+                emitted = self._verify(context, row.num_drafts)
+                slot.start = end - row.num_drafts + len(emitted) - 1
+                slot.tokens = [emitted[-1], *self._draft(context[: slot.start - len(emitted) + 1] + emitted)]
             tokens.append(emitted)
-            drafts.append(self._draft(row, emitted) if emitted else [])
+            drafts.append(slot.tokens[1:] if emitted else [])
         return StepResult(tokens, drafts)
 
-    def _slot(self, row: PlanRow, position: int) -> int:
-        return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
+    def _place(self, slot: Slot, position: int) -> int:
+        return slot.blocks[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _context(self, row: PlanRow, end: int) -> list[int]:
-        context = [self.slots[self._slot(row, position)] for position in range(end)]
-        assert None not in context, "a slot is read that nobody wrote"
-        return context
+    def _context(self, slot: Slot, end: int) -> list[int]:
+        context = [self.cache[self._place(slot, position)] for position in range(end)]
+        assert None not in context, "a cache slot is read that nobody wrote"
+        return context  # type: ignore[return-value]
 
-    def _verify(self, row: PlanRow) -> list[int]:
+    def _verify(self, context: list[int], num_drafts: int) -> list[int]:
         """Accepted drafts and the token behind them."""
-        context = self._context(row, row.start + len(row.tokens))
-        drafts = context[len(context) - row.num_drafts :] if row.num_drafts else []
-        known = context[: len(context) - row.num_drafts]
+        known, drafts = context[: len(context) - num_drafts], context[len(context) - num_drafts :]
         emitted = [next_token(known)]
         for draft in drafts:
             if draft != emitted[-1]:
@@ -79,10 +103,9 @@ class FakeExecutor:
             emitted.append(next_token(known + emitted))
         return emitted
 
-    def _draft(self, row: PlanRow, emitted: list[int]) -> list[int]:
-        known = self._context(row, row.start + len(row.tokens) - row.num_drafts) + emitted
+    def _draft(self, known: list[int]) -> list[int]:
         drafts = continuation(known, self.num_drafts)
-        if drafts and emitted[-1] % 3 == 0:
+        if drafts and known[-1] % 3 == 0:
             drafts[-1] = (drafts[-1] + 1) % VOCAB
         return drafts
 
@@ -96,7 +119,8 @@ def fake_engine(
     max_seq_len: int = 200,
     drafts: int = 0,
     reuse: bool = True,
+    overlap: bool = False,
 ) -> LLMEngine:
     manager = BlockManager(blocks, block_size, reuse, lookahead=1 if drafts else 0)
     scheduler = Scheduler(manager, batch, tokens, max_seq_len, drafts)
-    return LLMEngine([scheduler], FakeExecutor(manager, drafts), VOCAB)
+    return LLMEngine([scheduler], FakeExecutor(manager, drafts), VOCAB, overlap=overlap)

@@ -31,6 +31,7 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # by reason
+    waits: dict[str, int] = field(default_factory=dict)  # steps awaited before the next was planned, by reason
     schedule_seconds: float = 0.0
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
@@ -50,13 +51,23 @@ class LLMEngine:
     """Owns the schedulers and calls the executor. Not thread-safe: AsyncEngine gives it a thread.
 
     schedulers: one for each attention-data-parallel rank; all alike.  balance: of their prompts, if any.
+    overlap: plan a step while the one before it is computed; requests that look back at their last tokens
+    (Request.looks_back) make the steps they run in wait.
     """
 
     def __init__(
-        self, schedulers: Sequence[Scheduler], executor: Executor, vocab_size: int, balance: Balance | None = None
+        self,
+        schedulers: Sequence[Scheduler],
+        executor: Executor,
+        vocab_size: int,
+        balance: Balance | None = None,
+        overlap: bool = False,
     ):
         assert len(schedulers) == executor.num_schedulers
         self.schedulers, self.executor, self.vocab_size = list(schedulers), executor, vocab_size
+        self.overlap = overlap
+        self._under_way: deque[tuple[float, list[StepPlan]]] = deque()  # when planned; a plan a scheduler
+        self._ended = 0.0  # when the last step was collected
         self._distributor = Distributor(self.schedulers, balance)
         self._home: dict[Request, Scheduler | Distributor] = {}
         self._stats = EngineStats()
@@ -65,7 +76,8 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        return any(scheduler.has_work for scheduler in self.schedulers) or self._distributor.num_waiting > 0
+        waiting = self._distributor.num_waiting > 0
+        return waiting or bool(self._under_way) or any(scheduler.has_work for scheduler in self.schedulers)
 
     @property
     def max_request_tokens(self) -> int:
@@ -112,20 +124,44 @@ class LLMEngine:
         return Emission(request, finish_reason=reason)
 
     def step(self) -> list[Emission]:
-        """Run one step. Does nothing when there is no work."""
+        """Run one step. With overlap the next one is planned and started before the results of this one are awaited,
+        so the first call after an idle time gives nothing. Does nothing when there is no work."""
         late = self._distributor.expired() + [request for s in self.schedulers for request in s.expired()]
         emissions = [e for e in (self.abort(request, "timeout") for request in late) if e]
         if not self.has_work:
             return emissions
+        if self._under_way and (waits := self._must_wait()):
+            self._stats.waits[waits] = self._stats.waits.get(waits, 0) + 1
+            emissions += self._collect()
+        submitted = self._submit()
+        if self._under_way and not (self.overlap and submitted and len(self._under_way) == 1):
+            emissions += self._collect()
+        return emissions
+
+    def _must_wait(self) -> str | None:
+        return next((why for scheduler in self.schedulers if (why := scheduler.must_wait)), None)
+
+    def _submit(self) -> bool:
+        """Plan a step and start it; False where there is nothing to compute now."""
         began = time.perf_counter()
         for request, scheduler in self._distributor.assign():
             self._home[request] = scheduler
             scheduler.add(request)
-        plans = _together([scheduler.schedule() for scheduler in self.schedulers])
-        planned = time.perf_counter()
+        plans = [scheduler.schedule() for scheduler in self.schedulers]
+        if not any(plan.rows for plan in plans):
+            for scheduler in self.schedulers:
+                scheduler.withdraw()
+            return False
+        plans = _together(plans)
+        self._stats.schedule_seconds += time.perf_counter() - began
         self.executor.submit(plans)
-        results = self.executor.collect()
-        ran = time.perf_counter()
+        self._under_way.append((began, plans))
+        return True
+
+    def _collect(self) -> list[Emission]:
+        """The oldest step's results, waiting for them."""
+        results, (began, plans) = self.executor.collect(), self._under_way.popleft()
+        came = time.perf_counter()
         emitted = [e for s, result in zip(self.schedulers, results, strict=True) for e in s.update(result)]
         stats = self._stats
         generated = 0
@@ -139,16 +175,15 @@ class LLMEngine:
         stats.generated_tokens += generated
         stats.steps += 1
         stats.computed_tokens += computed
-        stats.schedule_seconds += planned - began
         stats.forward_seconds += max(result.forward_seconds for result in results)
         stats.sample_seconds += max(result.sample_seconds for result in results)
         stats.draft_seconds += max(result.draft_seconds for result in results)
         ended = time.perf_counter()
-        stats.update_seconds += ended - ran
+        stats.update_seconds += ended - came
         self._iterations.append(
             {
                 "iteration": stats.steps,
-                "seconds": ended - began,
+                "seconds": ended - max(began, self._ended),
                 "requests": sum(len(plan.rows) for plan in plans),
                 "running": self._total("running"),
                 "waiting": self._total("waiting") + self._distributor.num_waiting,
@@ -157,7 +192,8 @@ class LLMEngine:
                 "cache_blocks_used": self._total("cache_blocks_used"),
             }
         )
-        return emissions + emitted if emissions else emitted
+        self._ended = ended
+        return emitted
 
     def _explained(self, emission: Emission) -> GenerationError:
         """The failure with its cause. A fault of the explanation must not end the others' requests."""
@@ -198,7 +234,8 @@ def _together(plans: list[StepPlan]) -> list[StepPlan]:
         return plans
     tokens = tuple(plan.num_tokens for plan in plans)
     sampled = tuple(sum(row.sample for row in plan.rows) for plan in plans)
-    return [replace(plan, dp_tokens=tokens, dp_sampled=sampled) for plan in plans]
+    uniform = all(plan.uniform for plan in plans)
+    return [replace(plan, dp_tokens=tokens, dp_sampled=sampled, dp_uniform=uniform) for plan in plans]
 
 
 _TOTALS: dict[str, Callable[[Scheduler], int]] = {

@@ -1,6 +1,5 @@
 """Executor: owns the workers. Plans go in, results come out in the same order; who computes them is its affair."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -51,7 +50,13 @@ class Executor(Protocol):
 class Runner(Protocol):
     """What computes one rank's steps."""
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step behind those submitted before."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was submitted and not collected."""
+        ...
 
     def explain(self, token_ids: Sequence[int]) -> str:
         """Why the logits of a request with these tokens are not finite."""
@@ -59,13 +64,12 @@ class Runner(Protocol):
 
 
 class InProcessExecutor:
-    """One rank, in this process and thread: `submit` computes."""
+    """One rank, in this process and thread: on a CPU `submit` computes, on a GPU it starts the step."""
 
     num_schedulers = 1
 
     def __init__(self, runner: Runner, facts: WorkerFacts):
         self.runner, self.facts = runner, facts
-        self._results: deque[StepResult] = deque()
 
     @classmethod
     def of(cls, worker: Worker) -> "InProcessExecutor":
@@ -74,10 +78,10 @@ class InProcessExecutor:
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
         (plan,) = plans
-        self._results.append(self.runner.run(plan))
+        self.runner.submit(plan)
 
     def collect(self) -> list[StepResult]:
-        return [self._results.popleft()]
+        return [self.runner.collect()]
 
     def explain(self, token_ids: Sequence[int]) -> str:
         return self.runner.explain(token_ids)

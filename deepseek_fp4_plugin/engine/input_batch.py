@@ -1,12 +1,18 @@
-"""From a StepPlan to the tensors of a forward."""
+"""A step as tensors: what the host says of it, and from that and the slots the forward's inputs.
+
+R requests in the batch's order, short queries first; T tokens; S requests that sample, in the plan's order; N rows of
+the batch whose logits are wanted: of each sampled request the last known token's and its drafts'.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.engine.slots import Slots, to_device
 from deepseek_fp4_plugin.engine.step_plan import PlanRow
 from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
 
@@ -15,94 +21,193 @@ MAX_ABSORBED_QUERY = 8
 
 
 @dataclass(frozen=True, slots=True)
-class InputBatch:
-    """A step's forward, and where each plan row's tokens lie in it.
+class Step:
+    """Tensors are int64 on the device.
 
-    order: plan row of each request of the batch (short queries first).  starts: first token of each plan row.
+    slots, counts: [R], each request's slot and tokens.  request_of, offsets: [T], a token's request and place in it.
+    known: [T], token ids, -1 where the slot has it.  query_start: see ForwardBatch.
+    sampled_slots, first, drafts: [S], slot, row of the last known token, number of drafts.
+    where: [S, drafts + 1], which of the N rows holds each; past a request's drafts, its last.
+    wanted: [N], rows of the batch; None for all.  sample_of: [N], of the S.
+    following: [N], places in a flat [S, drafts + 1].
+    random: [.], of the N rows those whose token may be drawn; None where none is.
+    ends, behind: [.], last rows of chunks that are not sampled, and the known token behind each.
+    relaxed_topk: the largest of the requests', 1 where all verification is strict.
     """
 
-    forward: ForwardBatch
-    order: list[int]
-    starts: list[int]
+    slots: Tensor
+    counts: Tensor
+    request_of: Tensor
+    offsets: Tensor
+    known: Tensor
+    query_start: Tensor
+    sampled_slots: Tensor
+    first: Tensor
+    drafts: Tensor
+    where: Tensor
+    wanted: Tensor | None
+    sample_of: Tensor
+    following: Tensor
+    ends: Tensor
+    behind: Tensor
+    num_short: int
+    num_short_tokens: int
+    max_query: int
+    num_blocks: int
+    relaxed_topk: int
+    random: Tensor | None = None
+    chunks: tuple[Chunk, ...] = ()
+    dp_tokens: tuple[int, ...] = ()
+    dp_sampled: tuple[int, ...] = ()
+
+    @property
+    def uniform(self) -> bool:
+        return self.wanted is None
+
+    def inputs(self, slots: Slots, block_size: int) -> tuple[Tensor, ...]:
+        """Token ids, positions, cache slots [T], block tables [R, blocks], context lengths [R]."""
+        starts = slots.starts[self.slots]
+        tables = slots.tables[:, : self.num_blocks][self.slots]
+        positions = starts[self.request_of] + self.offsets
+        mapping = tables[self.request_of, positions // block_size] * block_size + positions % block_size
+        held = slots.tokens[self.slots[self.request_of], self.offsets.clamp(max=slots.tokens.shape[1] - 1)]
+        return torch.where(self.known >= 0, self.known, held), positions, mapping, tables, starts + self.counts
+
+    def forward(self, inputs: Sequence[Tensor], block_size: int) -> ForwardBatch:
+        ids, positions, mapping, tables, contexts = inputs
+        return ForwardBatch(
+            input_ids=ids,
+            positions=positions,
+            slot_mapping=mapping,
+            block_tables=tables,
+            context_lens=contexts,
+            query_start=self.query_start,
+            num_decode_requests=self.num_short,
+            num_decode_tokens=self.num_short_tokens,
+            max_query=self.max_query,
+            max_context=self.num_blocks * block_size,
+            chunks=self.chunks,
+            dp_tokens=self.dp_tokens or None,
+        )
+
+
+def in_batch_order(rows: Sequence[PlanRow]) -> list[int]:
+    """Plan rows as the batch has them: short queries first."""
+    return sorted(range(len(rows)), key=lambda i: rows[i].num_tokens > MAX_ABSORBED_QUERY)
 
 
 def build(
-    rows: Sequence[PlanRow], block_size: int, device: torch.device, dp_tokens: tuple[int, ...] | None = None
-) -> InputBatch:
-    """One forward over all rows' tokens; of none, too, where other ranks have some (dp_tokens: see ForwardBatch)."""
-    short = [i for i, row in enumerate(rows) if len(row.tokens) <= MAX_ABSORBED_QUERY]
-    long = [i for i, row in enumerate(rows) if len(row.tokens) > MAX_ABSORBED_QUERY]
-    order = short + long
-    tokens: list[int] = []
-    starts = [0] * len(rows)
-    query_start, lengths, firsts = [0], [], []
-    max_query = max_context = 0
-    chunks: list[Chunk] = []
+    rows: Sequence[PlanRow],
+    slots: Slots,
+    block_size: int,
+    dp_tokens: tuple[int, ...] = (),
+    dp_sampled: tuple[int, ...] = (),
+) -> Step:
+    """The step of any plan."""
+    width = slots.tokens.shape[1]
+    order = in_batch_order(rows)
+    num_short = sum(row.num_tokens <= MAX_ABSORBED_QUERY for row in rows)
+    counts = np.array([rows[i].num_tokens for i in order], dtype=np.int64)
+    begins = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts)))
+    known = np.full(begins[-1], -1, dtype=np.int64)
+    begin_of = [0] * len(rows)
+    chunks = []
     for request, index in enumerate(order):
-        row = rows[index]
-        count, begin = len(row.tokens), len(tokens)
-        starts[index] = begin
-        tokens += row.tokens
-        lengths.append(count)
-        firsts.append(row.start)
-        context = row.start + count
-        if request < len(short):
-            query_start.append(begin + count)
-            max_query = max(max_query, count)
-            max_context = max(max_context, context)
-        else:
-            chunks.append(Chunk(request, begin, begin + count, context))
-    positions, table = _positions(firsts, lengths), _block_table([rows[i].blocks for i in order])
-    request_of = np.repeat(np.arange(len(order)), np.asarray(lengths, dtype=np.int64))
-    slots = table[request_of, positions // block_size] * block_size + positions % block_size
-    contexts = np.asarray(firsts, dtype=np.int64) + np.asarray(lengths, dtype=np.int64)
-    forward = ForwardBatch(
-        input_ids=_tensor(np.asarray(tokens, dtype=np.int64), device),
-        positions=_tensor(positions, device),
-        slot_mapping=_tensor(slots, device),
-        block_tables=_tensor(table, device),
-        context_lens=_tensor(contexts, device),
-        query_start=_tensor(np.asarray(query_start, dtype=np.int64), device),
-        num_decode_requests=len(short),
-        num_decode_tokens=query_start[-1],
-        max_query=max_query,
-        max_context=max_context,
+        row, begin = rows[index], int(begins[request])
+        begin_of[index] = begin
+        if row.tokens:
+            known[begin : begin + len(row.tokens)] = row.tokens
+        if request >= num_short:
+            stop = begin + row.num_tokens
+            chunks.append(Chunk(request, begin, stop, row.start + row.num_tokens))
+    sampled = [i for i, row in enumerate(rows) if row.sample]
+    drafts = np.array([rows[i].num_drafts for i in sampled], dtype=np.int64)
+    first = [begin_of[i] + rows[i].num_tokens - 1 - rows[i].num_drafts for i in sampled]
+    bases = np.cumsum(drafts + 1) - (drafts + 1)
+    request_of = np.repeat(np.arange(len(order)), counts)
+    sample_of = np.repeat(np.arange(len(sampled)), drafts + 1)
+    place = np.arange(len(sample_of)) - bases[sample_of]
+    setups = [slots.setups[rows[i].slot] for i in sampled]
+    greedy = np.array([setup.sampling.greedy for setup in setups], dtype=bool)
+    random = np.flatnonzero(~greedy[sample_of]) if len(sampled) else np.zeros(0, dtype=np.int64)
+    behind = [i for i, row in enumerate(rows) if not row.sample]
+    firsts = np.array(first, dtype=np.int64)
+    tensors = _packed(
+        slots.device,
+        slots=np.array([rows[i].slot for i in order], dtype=np.int64),
+        counts=counts,
+        request_of=request_of,
+        offsets=np.arange(len(known)) - begins[request_of],
+        known=known,
+        query_start=begins[: num_short + 1],
+        sampled_slots=np.array([rows[i].slot for i in sampled], dtype=np.int64),
+        first=firsts,
+        drafts=drafts,
+        where=bases[:, None] + np.minimum(np.arange(width), drafts[:, None]),
+        wanted=firsts[sample_of] + place,
+        sample_of=sample_of,
+        following=sample_of * width + place,
+        random=random,
+        ends=np.array([begin_of[i] + rows[i].num_tokens - 1 for i in behind], dtype=np.int64),
+        behind=np.array([rows[i].next_token for i in behind], dtype=np.int64),
+    )
+    if not len(random):
+        del tensors["random"]
+    ends = [row.start + row.num_tokens for row in rows]
+    return Step(
+        **tensors,
+        num_short=num_short,
+        num_short_tokens=int(begins[num_short]),
+        max_query=int(max(counts[:num_short], default=0)),
+        num_blocks=min(-(-(max(ends, default=0) + width) // block_size), slots.max_blocks),
+        relaxed_topk=max((setup.relaxed_topk for setup in setups if setup.relaxed), default=1),
         chunks=tuple(chunks),
         dp_tokens=dp_tokens,
+        dp_sampled=dp_sampled,
     )
-    return InputBatch(forward, order, starts)
 
 
-def build_steps(
-    firsts: np.ndarray, count: int, blocks: Sequence, block_size: int, device: torch.device
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`count` steps of one token a request, the recurrent ones of the MTP module; request r's begin at firsts[r].
+def build_uniform(
+    places: Tensor,
+    slots: Slots,
+    drawn: bool,
+    relaxed_topk: int,
+    dp_tokens: tuple[int, ...] = (),
+    dp_sampled: tuple[int, ...] = (),
+) -> Step:
+    """The step in which the requests of these slots, int64 [R], all decode with all their drafts."""
+    width, device, count = slots.tokens.shape[1], places.device, places.shape[0]
+    rows = torch.arange(count * width, device=device)
+    none = rows[:0]
+    return Step(
+        slots=places,
+        counts=torch.full_like(places, width),
+        request_of=rows // width,
+        offsets=rows % width,
+        known=torch.full_like(rows, -1),
+        query_start=torch.arange(count + 1, device=device) * width,
+        sampled_slots=places,
+        first=rows[::width],
+        drafts=torch.full_like(places, width - 1),
+        where=rows.view(count, width),
+        wanted=None,
+        sample_of=rows // width,
+        following=rows,
+        random=rows if drawn else None,
+        ends=none,
+        behind=none,
+        num_short=count,
+        num_short_tokens=count * width,
+        max_query=width,
+        num_blocks=slots.max_blocks,
+        relaxed_topk=relaxed_topk,
+        dp_tokens=dp_tokens,
+        dp_sampled=dp_sampled,
+    )
 
-    Returns positions, slots and context lengths, int64 [count, R], query starts int64 [R + 1]; and the block tables.
-    """
-    positions = firsts + np.arange(count, dtype=np.int64)[:, None]
-    table = _block_table(blocks)
-    slots = table[np.arange(len(blocks)), positions // block_size] * block_size + positions % block_size
-    starts = torch.arange(len(blocks) + 1, device=device)
-    steps = _tensor(positions, device), _tensor(slots, device), _tensor(positions + 1, device), starts
-    return steps, _tensor(table, device)
 
-
-def _positions(firsts: list[int], lengths: list[int]) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, ... for lengths[0] tokens, then the next request's."""
-    count = np.asarray(lengths, dtype=np.int64)
-    offsets = np.asarray(firsts, dtype=np.int64) - (np.cumsum(count) - count)
-    return np.arange(count.sum(), dtype=np.int64) + np.repeat(offsets, count)
-
-
-def _block_table(blocks: Sequence) -> np.ndarray:
-    """Requests' blocks as one int64 [R, B], padded with block 0 (never read beyond a request's context)."""
-    table = np.zeros((len(blocks), max(map(len, blocks), default=0)), dtype=np.int64)
-    for row, held in zip(table, blocks, strict=True):
-        row[: len(held)] = held
-    return table
-
-
-def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def _packed(device: torch.device, **arrays: np.ndarray) -> dict[str, Any]:
+    """int64 arrays on the device, in one transfer."""
+    whole = to_device(np.concatenate([array.reshape(-1) for array in arrays.values()]), device)
+    parts = whole.split([array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}

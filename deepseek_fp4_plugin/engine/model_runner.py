@@ -1,16 +1,25 @@
-"""One rank's share of a step: model, cache, drafts. It sees plans and token ids, never a request."""
+"""One rank's share of a step: model, cache, slots, drafts. It sees plans and token ids, never a request.
+
+A step is one flow: the plan's deltas reach the slots; inputs are made from them; the model computes; tokens are chosen
+and drafts verified; new drafts are proposed; the slots are moved on. All of it is the device's work, in the order of
+the plans, and the next step needs nothing that the host has seen; results follow when they are there.
+"""
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.engine import diagnosis, sampler
-from deepseek_fp4_plugin.engine.input_batch import InputBatch, build
-from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
-from deepseek_fp4_plugin.engine.speculative import MtpDrafter, passes_relaxed, verify
+from deepseek_fp4_plugin.engine.input_batch import Step, build, build_uniform, in_batch_order
+from deepseek_fp4_plugin.engine.recorded_steps import Kind, RecordedSteps, Sizes
+from deepseek_fp4_plugin.engine.slots import Slots
+from deepseek_fp4_plugin.engine.speculative import MtpDrafter, Verified, passes_relaxed, thinking_after, verify
 from deepseek_fp4_plugin.engine.step_plan import (
     NOT_FINITE,
     NOTHING_ALLOWED,
@@ -19,149 +28,259 @@ from deepseek_fp4_plugin.engine.step_plan import (
     StepResult,
     TokenLogprobs,
 )
+from deepseek_fp4_plugin.kernels.recording import Results, cut
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 
 class ModelRunner:
-    """run(plan) -> result. Keeps nothing of a step but the cache's content, and recordings of step shapes."""
+    """`submit` starts a step, `collect` gives the oldest one's result; `run` is both.
 
-    def __init__(self, model: DeepseekV3ForCausalLM, cache: Tensor, num_drafts: int = 0):
+    cache: its last block is the dummy's, which no plan names.  max_batch_size: requests at once.
+    max_blocks: of one request; None: all.  sizes: steps to record; None: what the device does without being told.
+    reads: whether the host may look at what the device has computed while a step is made. On a CPU that costs nothing;
+    on a GPU it would wait for everything submitted before, and cannot be captured.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV3ForCausalLM,
+        cache: Tensor,
+        num_drafts: int = 0,
+        max_batch_size: int = 64,
+        max_blocks: int | None = None,
+        sizes: Sizes | None = None,
+        reads: bool | None = None,
+    ):
         self.model, self.cache = model, cache
-        self.block_size = cache.shape[2]
-        self.device = cache.device
+        self.num_drafts, self.block_size, self.device = num_drafts, cache.shape[2], cache.device
+        self.reads = self.device.type == "cpu" if reads is None else reads
+        blocks = cache.shape[1] - 1
+        self.slots = Slots(max_batch_size, min(max_blocks or blocks, blocks), num_drafts, blocks, self.device)
         self.drafter = MtpDrafter(model, cache, num_drafts) if num_drafts else None
-        self.recorded = RecordedSteps(self._hidden_and_logits, self.device, *cache.shape[1:3])
+        if sizes is None:
+            sizes = Sizes.of(None, self.device, num_drafts, max_batch_size)
+        self.recorded = RecordedSteps(self._uniform, sizes, self.slots.dummy, self.device)
+        self._results: deque[PendingResult] = deque()
+        self._times: list[float] = []
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.submit(plan)
+        return self.collect()
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was submitted and not collected."""
+        return self._results.popleft().result()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step; it is computed behind those submitted before."""
         rows = plan.rows
-        began = time.perf_counter()
-        batch = build(rows, self.block_size, self.device, plan.dp_tokens or None)
-        replayed = self.recorded(batch=batch.forward)
-        hidden, logits = replayed or (self.model(batch.forward, self.cache), None)
-        computed = time.perf_counter()
-        result = StepResult([[] for _ in rows], [[] for _ in rows])
-        sampled = [i for i, row in enumerate(rows) if row.sample]
-        emitted = accepted = positions = None
-        if sampled:
-            positions = self._sampled_positions(rows, batch, sampled)
-            if logits is None:
-                logits = self.model.compute_logits(hidden[positions])
-            else:
-                logits = logits[positions].float()
-            emitted, accepted = self._sample(rows, sampled, logits, result)
-        self._prompt_logprobs(rows, batch, hidden, result)
-        chosen = time.perf_counter()
-        if self.drafter is not None:
-            none = torch.empty(0, dtype=torch.int64, device=self.device)
-            drafts = self.drafter.propose(
-                batch,
-                rows,
-                hidden,
-                sampled,
-                none if positions is None else positions,
-                none if emitted is None else emitted,
-                accepted or [],
-                plan.dp_sampled,
-            )
-            for index, draft in zip(sampled, drafts, strict=True):
-                result.drafts[index] = draft
-        result.forward_seconds = computed - began
-        result.sample_seconds = chosen - computed
-        result.draft_seconds = time.perf_counter() - chosen
-        return result
+        self._times = [time.perf_counter()]
+        self.slots.apply(rows)
+        outputs = self.recorded(plan, self._kind(rows))
+        if outputs is None:
+            step = build(rows, self.slots, self.block_size, plan.dp_tokens, plan.dp_sampled)
+            outputs = self._compute(step, rows)
+        packed, greatest, hidden, logits = outputs
+        sampled = [(i, row) for i, row in enumerate(rows) if row.sample]
+        result = PendingResult(rows, [i for i, _ in sampled], self.num_drafts)
+        base = 0
+        for place, (index, row) in enumerate(sampled):
+            count = self.slots.setups[row.slot].sampling.logprobs
+            stop = base + row.num_drafts + 1
+            if count is not None:
+                own = packed[place, : stop - base]
+                result.logprobs[index] = sampler.token_logprobs(logits[base:stop].float(), own, count)
+            base = stop
+        self._prompt_logprobs(rows, hidden, result)
+        result.packed, result.greatest = _to_host(packed[: len(sampled)]), _to_host(greatest[: len(sampled)])
+        if self.device.type == "cuda":
+            result.done = torch.cuda.Event()
+            result.done.record()
+        result.times = [*self._times, time.perf_counter()]
+        self._results.append(result)
 
     def explain(self, token_ids: Sequence[int]) -> str:
         """Why the logits of a request with these tokens are not finite: the first module and weight, one sentence."""
         return diagnosis.explain(self.model, token_ids, self.device)
 
-    def _hidden_and_logits(self, *, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        hidden = self.model(batch, self.cache)
-        return hidden, self.model.lm_head(hidden)
+    def _kind(self, rows: Sequence[PlanRow]) -> Kind:
+        setups = [self.slots.setups[row.slot] for row in rows]
+        relaxed = max((setup.relaxed_topk for setup in setups if setup.relaxed), default=1)
+        return Kind(not all(setup.sampling.greedy for setup in setups), relaxed)
 
-    def _sampled_positions(self, rows: Sequence[PlanRow], batch: InputBatch, sampled: list[int]) -> Tensor:
-        """Where the last known token and the drafts of each sampled row lie in the batch: int64 [N]."""
-        positions: list[int] = []
-        for i in sampled:
-            end = batch.starts[i] + len(rows[i].tokens)
-            positions += range(end - 1 - rows[i].num_drafts, end)
-        return torch.tensor(positions, device=self.device)
+    def _uniform(self, places: Tensor, kind: Kind, ranks: int) -> Callable[[], Results]:
+        """What RecordedSteps records."""
+        tokens, sampled = (len(places) * (1 + self.num_drafts),) * ranks, (len(places),) * ranks
+        step = build_uniform(places, self.slots, kind.drawn, kind.relaxed_topk, tokens, sampled)
+        return lambda: self._compute(step, ())
 
-    def _sample(
-        self, rows: Sequence[PlanRow], sampled: list[int], logits: Tensor, result: StepResult
-    ) -> tuple[Tensor, list[int]]:
-        """Fill result.tokens and .logprobs; the token behind each of the N positions, and drafts accepted by row.
+    def _compute(self, step: Step, rows: Sequence[PlanRow]) -> Results:
+        """The whole step: S rows of emitted tokens, accepted drafts and new drafts, int64 [S, 2 (K + 1)]; the greatest
+        logits [S, K + 1]; hidden states [T, hidden]; logits [N, vocab].
 
-        logits: FP32 [N, vocab], changed by what the requests ask for.
+        rows: of the plan, whose sampling may ask for what slots do not hold.
         """
-        chosen = [rows[i] for i in sampled]
-        bases, total = [], 0
-        for row in chosen:
-            bases.append(total)
-            total += row.num_drafts + 1
-        raw = {
-            k: logits[base : base + row.num_drafts + 1].clone()
-            for k, (row, base) in enumerate(zip(chosen, bases, strict=True))
-            if row.sampling.logprobs is not None
-        }
-        for row, base in zip(chosen, bases, strict=True):
-            if not sampler.is_plain(row):
-                sampler.process(logits[base : base + row.num_drafts + 1], row)
-        targets = sampler.sample(logits, chosen, bases)
-        if total == len(chosen):  # no drafts anywhere
-            emitted, accepted = targets, [0] * len(chosen)
-            tokens = [[token] for token in targets.tolist()]
-        else:
-            emitted, accepted, tokens = self._verify(chosen, bases, logits, targets)
-        for index, ids in zip(sampled, tokens, strict=True):
-            result.tokens[index] = ids
-        greatest = sampler.greatest(logits, targets, chosen).tolist()
-        if not all(map(math.isfinite, greatest)):
-            for index, base, count in zip(sampled, bases, accepted, strict=True):
-                used = [value for value in greatest[base : base + count + 1] if not math.isfinite(value)]
-                if used:
-                    result.failures[index] = NOTHING_ALLOWED if used[0] == -math.inf else NOT_FINITE
-        for k, own in raw.items():
-            ids = tokens[k]
-            count = chosen[k].sampling.logprobs or 0
-            result.logprobs[sampled[k]] = sampler.token_logprobs(own[: len(ids)], ids, count)
-        return emitted, accepted
+        batch = step.forward(cut(partial(step.inputs, self.slots, self.block_size)), self.block_size)
+        hidden = self.model(batch, self.cache)
+        logits = self.model.lm_head(hidden if step.wanted is None else hidden[step.wanted])
+        verified = Verified(*cut(partial(self._choose, step, rows, batch), logits))
+        drafts: list[Tensor] = []
+        if self.drafter is not None:
+            starts = self.slots.numbers[: len(step.sampled_slots) + 1]
+            drafts = self.drafter.propose(batch, hidden, verified, starts, step.dp_sampled)
+        return *cut(partial(self._advance, step, batch, verified), *drafts), hidden, logits
 
-    def _verify(
-        self, rows: list[PlanRow], bases: list[int], logits: Tensor, targets: Tensor
-    ) -> tuple[Tensor, list[int], list[list[int]]]:
-        width = max(row.num_drafts for row in rows)
-        padded = [[*row.tokens[len(row.tokens) - row.num_drafts :], *[-1] * (width - row.num_drafts)] for row in rows]
-        drafts = torch.tensor(padded, device=self.device)
-        counts = torch.tensor([row.num_drafts for row in rows], device=self.device).unsqueeze(1)
-        steps = torch.arange(width + 1, device=self.device)
-        where = torch.tensor(bases, device=self.device).unsqueeze(1) + steps.minimum(counts)  # [S, width + 1]
-        relaxed = None
-        loose = [k for k, row in enumerate(rows) if row.relaxed_delta > 0 and row.relaxed_topk > 1 and row.num_drafts]
-        if loose:
-            relaxed = torch.zeros_like(drafts, dtype=torch.bool)
-            relaxed[loose] = passes_relaxed(
-                logits[where[loose, :width]],
-                drafts[loose],
-                torch.tensor([rows[k].relaxed_topk for k in loose], device=self.device),
-                torch.tensor([rows[k].relaxed_delta for k in loose], device=self.device),
-            )
-        emitted, accepted_tensor = verify(targets[where], drafts, relaxed)
-        accepted = accepted_tensor.tolist()
-        tokens = [ids[: n + 1] for ids, n in zip(emitted.tolist(), accepted, strict=True)]
-        return emitted[steps <= counts], accepted, tokens
+    def _choose(self, step: Step, rows: Sequence[PlanRow], batch: ForwardBatch, raw: Tensor) -> Verified:
+        """Target tokens, verified drafts, and from where drafting goes on."""
+        self._times.append(time.perf_counter())
+        slots, own = self.slots, step.sampled_slots
+        logits = self._processed(raw, rows)
+        positions = batch.positions if step.wanted is None else batch.positions[step.wanted]
+        targets = sampler.sample(logits, slots, own[step.sample_of], positions + 1, step.random, self.reads)
+        greatest = sampler.greatest(logits, targets, step.random)[step.where]
+        emitted, accepted = targets[step.where], torch.zeros_like(own)
+        if self.drafter is not None:
+            drafts = slots.tokens[own, 1:].masked_fill(slots.numbers[: self.num_drafts] >= step.drafts.unsqueeze(1), -1)
+            relaxed = None
+            if step.relaxed_topk > 1:
+                relaxed = self._passes_relaxed(step, logits, drafts)
+            emitted, accepted = verify(emitted, drafts, relaxed)
+            if step.relaxed_topk > 1:
+                slots.thinking[own] = thinking_after(slots.thinking[own], emitted, accepted, slots.think_ids[own])
+        last = step.first + accepted
+        newest = batch.positions[last] + 1
+        self._times.append(time.perf_counter())
+        return Verified(emitted, accepted, greatest, *self._draft_inputs(step, batch, emitted, last, newest))
 
-    def _prompt_logprobs(self, rows: Sequence[PlanRow], batch: InputBatch, hidden: Tensor, result: StepResult) -> None:
+    def _processed(self, raw: Tensor, rows: Sequence[PlanRow]) -> Tensor:
+        """FP32 logits with what requests ask for; `raw` stays as it is."""
+        logits, base = raw.float(), 0
+        for row in rows:
+            if not row.sample:
+                continue
+            sampling, stop = self.slots.setups[row.slot].sampling, base + row.num_drafts + 1
+            if not sampler.is_plain(row, sampling):
+                logits = logits.clone() if logits is raw else logits
+                sampler.process(logits[base:stop], row, sampling)
+            base = stop
+        return logits
+
+    def _passes_relaxed(self, step: Step, logits: Tensor, drafts: Tensor) -> Tensor:
+        """Which drafts the relaxed rule accepts, where the request's thinking lets it: bool [S, K]."""
+        slots, own = self.slots, step.sampled_slots
+        topk, delta = slots.relaxed_topk[own], slots.relaxed_delta[own]
+        passed = passes_relaxed(logits[step.where[:, :-1]], drafts, topk, delta, step.relaxed_topk)
+        return passed & (slots.thinking[own] & (topk > 1) & (delta > 0)).unsqueeze(1)
+
+    def _draft_inputs(
+        self, step: Step, batch: ForwardBatch, emitted: Tensor, last: Tensor, newest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Verified's next_ids and all behind it."""
+        if self.drafter is None:
+            return (last[:0], last, newest, *[last[:0]] * 4)
+        ids = emitted.flatten()
+        tables = batch.block_tables
+        if step.wanted is not None:
+            ids = torch.empty_like(batch.input_ids)
+            ids[:-1] = batch.input_ids[1:]
+            ids[step.wanted] = emitted.flatten()[step.following]
+            ids[step.ends] = step.behind
+            tables = self.slots.tables[:, : step.num_blocks][step.sampled_slots]
+        assert tables is not None
+        positions = newest + self.slots.numbers[: self.num_drafts - 1].unsqueeze(1)
+        block = tables[self.slots.numbers[: len(newest)], positions // self.block_size]
+        places = block * self.block_size + positions % self.block_size
+        return ids, last, newest, positions, places, positions + 1, tables
+
+    def _advance(self, step: Step, batch: ForwardBatch, verified: Verified, *drafts: Tensor) -> Results:
+        """Slots as the next step finds them; what the host will want to know."""
+        slots, own = self.slots, step.sampled_slots
+        assert batch.context_lens is not None
+        slots.starts[step.slots] = batch.context_lens
+        slots.starts[own] = verified.newest
+        newest = verified.emitted.gather(1, verified.accepted.unsqueeze(1))
+        tokens = torch.cat([newest, *[draft.unsqueeze(1) for draft in drafts]], 1)
+        slots.tokens[own] = tokens
+        slots.starts[slots.dummy] = 0
+        return torch.cat((verified.emitted, verified.accepted.unsqueeze(1), tokens[:, 1:]), 1), verified.greatest
+
+    def _prompt_logprobs(self, rows: Sequence[PlanRow], hidden: Tensor, result: "PendingResult") -> None:
+        """Of known tokens behind those computed."""
+        wanted = [row for row in rows if row.prompt_targets]
+        if not wanted:
+            return
+        begins, begin = {}, 0
+        for index in in_batch_order(rows):
+            begins[index], begin = begin, begin + rows[index].num_tokens
         for index, row in enumerate(rows):
-            if row.prompt_targets:
-                begin = batch.starts[index] + row.prompt_skip
-                targets = list(row.prompt_targets)
-                entries: list[TokenLogprobs] = []
-                for part in range(0, len(targets), 256):  # a long prompt's logits would not fit at once
-                    ids = targets[part : part + 256]
-                    logits = self.model.compute_logits(hidden[begin + part : begin + part + len(ids)])
-                    entries += sampler.token_logprobs(logits, ids, row.sampling.prompt_logprobs or 0)
-                if not all(math.isfinite(entry[token].logprob) for entry, token in zip(entries, targets, strict=True)):
-                    result.failures[index] = NOT_FINITE
-                result.prompt_logprobs[index] = entries
+            targets, begin = list(row.prompt_targets), begins[index] + row.prompt_skip
+            count = self.slots.setups[row.slot].sampling.prompt_logprobs or 0
+            parts = []
+            for part in range(0, len(targets), 256):  # a long prompt's logits would not fit at once
+                ids = torch.tensor(targets[part : part + 256], device=self.device)
+                logits = self.model.lm_head(hidden[begin + part : begin + part + len(ids)]).float()
+                parts.append(sampler.token_logprobs(logits, ids, count))
+            if parts:
+                result.prompt_logprobs[index] = parts
+
+
+@dataclass
+class PendingResult:
+    """A step's result on its way from the device. packed, greatest: see ModelRunner._compute."""
+
+    rows: Sequence[PlanRow]
+    sampled: list[int]
+    num_drafts: int
+    packed: Tensor = field(init=False)
+    greatest: Tensor = field(init=False)
+    done: torch.cuda.Event | None = None
+    logprobs: dict[int, sampler.LogprobTensors] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[sampler.LogprobTensors]] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+        result = StepResult([[] for _ in self.rows], [[] for _ in self.rows])
+        width = self.num_drafts + 1
+        finite = bool(self.greatest.isfinite().all())
+        for place, (index, values) in enumerate(zip(self.sampled, self.packed.tolist(), strict=True)):
+            emitted = result.tokens[index] = values[: values[width] + 1]
+            result.drafts[index] = values[width + 1 :]
+            if not finite:
+                self._fail(result, index, self.greatest[place, : len(emitted)].tolist())
+            if index in self.logprobs:
+                result.logprobs[index] = self.logprobs[index].entries(emitted)
+        for index, parts in self.prompt_logprobs.items():
+            self._add_prompt_logprobs(result, index, parts)
+        began, forward, chosen, ended = self.times if len(self.times) == 4 else [*self.times[:1], *self.times[-1:] * 3]
+        result.forward_seconds, result.sample_seconds, result.draft_seconds = (
+            forward - began,
+            chosen - forward,
+            ended - chosen,
+        )
+        return result
+
+    def _fail(self, result: StepResult, index: int, greatest: Sequence[float]) -> None:
+        wrong = [value for value in greatest if not math.isfinite(value)]
+        if wrong:
+            result.failures[index] = NOTHING_ALLOWED if wrong[0] == -math.inf else NOT_FINITE
+
+    def _add_prompt_logprobs(self, result: StepResult, index: int, parts: Sequence[sampler.LogprobTensors]) -> None:
+        targets = list(self.rows[index].prompt_targets)
+        entries: list[TokenLogprobs] = []
+        for part in parts:
+            entries += part.entries(targets[len(entries) : len(entries) + len(part.ranks)])
+        if not all(math.isfinite(entry[token].logprob) for entry, token in zip(entries, targets, strict=True)):
+            result.failures[index] = NOT_FINITE
+        result.prompt_logprobs[index] = entries
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is complete once the device has done what was submitted so far."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,93 +1,103 @@
-"""Decode steps of a few tokens, recorded once for each shape and then replayed: the host's share of a step goes away.
+"""Uniform steps recorded once for each size and then replayed: the host's share of a step goes away.
 
-A replay reads its inputs where the recording read them, so they are copied there first; it computes exactly what the
-function would have, kernel by kernel.
+A recording is a whole step of `size` requests: forward, sampling, verification, drafts, and what slots hold afterwards.
+It is made on the dummy's slot alone, and a replay with fewer requests fills the rest up with the dummy. Which size a
+step takes follows from its plan: all ranks, told of the same plans, record and replay the same sizes in the same steps.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.config import CudaGraphConfig
+from deepseek_fp4_plugin.engine.slots import to_device
+from deepseek_fp4_plugin.engine.step_plan import StepPlan
 from deepseek_fp4_plugin.kernels import select
-from deepseek_fp4_plugin.kernels.recording import Unrecordable
-from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.kernels.recording import Recorder, Results, Unrecordable
 
-MAX_TOKENS = 16  # beyond, computing takes so long that the host does not matter
+# On a CPU every row costs its time, and beyond so many tokens computing takes so long that the host does not matter.
+_CPU_TOKENS = 16
 MAX_RECORDINGS = 64
 
+StepFunction = Callable[[Tensor, "Kind", int], Callable[[], Results]]
 
-# function(*tensors, batch=...): what a decode step computes of a batch, and of tensors beside it.
-StepFunction = Callable[..., tuple[Tensor, ...]]
+
+@dataclass(frozen=True)
+class Kind:
+    """Uniform steps of one size that differ in what they compute: whether tokens are drawn, whether some verification
+    is relaxed and how many tokens it looks at (1: none)."""
+
+    drawn: bool = False
+    relaxed_topk: int = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of requests that steps are recorded for, ascending; `padded`: a step may take the next larger one."""
+
+    sizes: tuple[int, ...]
+    padded: bool = False
+
+    @classmethod
+    def of(cls, config: CudaGraphConfig | None, device: torch.device, num_drafts: int, max_batch_size: int) -> "Sizes":
+        """What a device records: on a GPU what `config` says, on a CPU every size of few tokens."""
+        if device.type == "cpu":
+            return cls(tuple(range(1, min(max_batch_size, _CPU_TOKENS // (1 + num_drafts)) + 1)))
+        if config is None:
+            return cls(())
+        largest = config.max_batch_size or 128
+        wanted = config.batch_sizes or (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048)
+        sizes = {size for size in wanted if config.batch_sizes or size <= largest}
+        return cls(tuple(sorted(size for size in sizes if size <= max_batch_size)), config.enable_padding)
+
+    def choose(self, plan: StepPlan) -> int | None:
+        """The size that this step is replayed with; None for one that is not. Every rank comes to the same."""
+        if not (plan.dp_uniform if plan.dp_sampled else plan.uniform):
+            return None
+        counts = set(plan.dp_sampled or (len(plan.rows),))  # all rows of a uniform plan are sampled
+        size = next((size for size in self.sizes if size >= max(counts)), None)
+        return size if max(counts) and (self.padded or counts == {size}) else None
 
 
 class RecordedSteps:
-    """Replays `function` where the step is short, all decode, and made of kernels that can be recorded.
+    """function: computes a uniform step of the requests in these slots, int64 [size], for so many ranks that step
+    together.  dummy: the slot that fills up.  recorder: None where nothing can be recorded."""
 
-    cache_blocks: of the whole cache; a request's block table has at most as many.
-    """
+    def __init__(self, function: StepFunction, sizes: Sizes, dummy: int, device: torch.device):
+        self.function, self.sizes, self.dummy, self.device = function, sizes, dummy, device
+        self.recorder: Recorder | None = select.recorder(device)
+        self.recordings: dict[tuple, tuple[Tensor, Callable[[], Results]]] = {}
+        self.num_replays = 0
 
-    def __init__(self, function: StepFunction, device: torch.device, cache_blocks: int, block_size: int):
-        self.function = function
-        self.recorder = select.recorder(device)
-        self.device, self.cache_blocks, self.max_context = device, cache_blocks, cache_blocks * block_size
-        self._inputs: list[Tensor] = []
-        self._recordings: dict[tuple, tuple[list[Tensor], Callable[[], tuple[Tensor, ...]]]] = {}
-
-    def __call__(self, *tensors: Tensor, batch: ForwardBatch) -> tuple[Tensor, ...] | None:
-        """The function's results, which the next call overwrites; None for a step that is not replayed."""
-        tokens, requests = batch.num_decode_tokens, batch.num_decode_requests
-        if self.recorder is None or batch.chunks or not 0 < tokens <= MAX_TOKENS:
+    def __call__(self, plan: StepPlan, kind: Kind) -> Results | None:
+        """The step's results, row by row of the plan and then the dummy's, which the next call overwrites; None for a
+        step that is not replayed."""
+        size = self.sizes.choose(plan) if self.recorder is not None else None
+        if size is None:
             return None
-        if not self._inputs:
-            self._allocate()
-        key = tokens, requests, torch.get_num_threads(), *(tensor.shape for tensor in tensors)
-        static = self._fill(batch)
-        if key in self._recordings:
-            places, replay = self._recordings[key] = self._recordings.pop(key)  # now the youngest
-            for place, tensor in zip(places, tensors, strict=True):
-                place.copy_(tensor)
-            return replay()
-        if len(self._recordings) == MAX_RECORDINGS:
-            self._recordings.pop(next(iter(self._recordings)))  # the least recently used
-        places = [tensor.clone() for tensor in tensors]
+        ranks = len(plan.dp_sampled)
+        key = size, kind, ranks, torch.get_num_threads()
+        if key not in self.recordings and not self._record(key, size, kind, ranks):
+            return None
+        places, replay = self.recordings[key] = self.recordings.pop(key)  # now the youngest
+        slots = [row.slot for row in plan.rows]
+        places.copy_(to_device(np.array(slots + [self.dummy] * (size - len(slots)), dtype=np.int64), self.device))
+        self.num_replays += 1
+        return replay()
+
+    def _record(self, key: tuple, size: int, kind: Kind, ranks: int) -> bool:
+        assert self.recorder is not None
+        if len(self.recordings) == MAX_RECORDINGS:
+            self.recordings.pop(next(iter(self.recordings)))  # the least recently used
+        places = torch.full((size,), self.dummy, dtype=torch.int64, device=self.device)
         try:
-            replay, results = self.recorder.record(lambda: self.function(*places, batch=static))
+            replay, _ = self.recorder.record(self.function(places, kind, ranks))
         except Unrecordable:
             self.recorder = None
-            self._recordings.clear()
-            return None
-        self._recordings[key] = places, replay
-        return results
-
-    def _allocate(self) -> None:
-        def whole(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=self.device)
-
-        self._inputs = [whole(MAX_TOKENS) for _ in range(3)]  # ids, positions, slots
-        self._inputs += [whole(MAX_TOKENS + 1), whole(MAX_TOKENS)]  # query starts, context lengths
-        self._tables = whole(MAX_TOKENS, self.cache_blocks)
-
-    def _fill(self, batch: ForwardBatch) -> ForwardBatch:
-        """Copies the batch to where recordings read it."""
-        assert batch.block_tables is not None
-        given = batch.input_ids, batch.positions, batch.slot_mapping, batch.query_start, batch.context_lens
-        places = []
-        for place, tensor in zip(self._inputs, given, strict=True):
-            assert tensor is not None
-            places.append(place[: tensor.shape[0]].copy_(tensor))
-        ids, positions, slots, starts, contexts = places
-        tables = self._tables[: batch.num_decode_requests]
-        tables[:, : batch.block_tables.shape[1]] = batch.block_tables
-        return replace(
-            batch,
-            input_ids=ids,
-            positions=positions,
-            slot_mapping=slots,
-            block_tables=tables,
-            query_start=starts,
-            context_lens=contexts,
-            max_query=batch.num_decode_tokens,
-            max_context=self.max_context,
-        )
+            self.recordings.clear()
+            return False
+        self.recordings[key] = places, replay
+        return True

@@ -134,6 +134,10 @@ class Request:
     blocks: "array[int]" = field(default_factory=lambda: array("q"))
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks registered so far
     drafts: list[int] = field(default_factory=list)
+    slot: int = -1  # where the ranks keep it while it runs
+    num_sent_blocks: int = 0  # of `blocks`, those that the ranks have been told of
+    decoding: bool = False  # a step has sampled since it entered its slot: the ranks have its newest token and drafts
+    share: "Share | None" = None  # of a step under way
     thinking: bool = False  # the prompt, or what was emitted, is inside <think>
     num_preemptions: int = 0
     num_prompt_logprobs: int = 0  # delivered
@@ -150,18 +154,24 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def simple(self) -> bool:
-        """Nothing about this request's sampling must be worked out anew at each step."""
-        return not (self.grammar or self.bad_words or self.stopping.min_tokens or self.sampling.penalized)
+    def looks_back(self) -> str | None:
+        """Why the tokens of a step cannot be chosen before those of the last step are known here, or None."""
+        if self.grammar is not None:
+            return "grammar"
+        if self.sampling.penalized:
+            return "penalties"
+        if self.bad_words:
+            return "bad_words"
+        return "min_tokens" if self.num_output_tokens < self.stopping.min_tokens else None
 
-    def banned(self) -> tuple[tuple[int, ...], ...]:
+    def banned(self, drafts: list[int]) -> tuple[tuple[int, ...], ...]:
         """Token ids that may not come, after the known tokens and after each draft: len(drafts) + 1 tuples."""
         first, minimum = self.num_output_tokens, self.stopping.min_tokens
         if first >= minimum and not self.bad_words:
             return ()
-        text = self.token_ids + self.drafts if self.bad_words else self.token_ids
+        text = self.token_ids + drafts if self.bad_words else self.token_ids
         rows = []
-        for i in range(len(self.drafts) + 1):
+        for i in range(len(drafts) + 1):
             row = list(self.stopping.stop_ids) if first + i < minimum else []
             end = len(self.token_ids) + i
             for word in self.bad_words:
@@ -170,6 +180,16 @@ class Request:
                     row.append(word[-1])
             rows.append(tuple(row))
         return tuple(rows)
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """A request's share of a step under way: tokens computed, of these drafts, and whether it samples."""
+
+    request: Request
+    count: int
+    num_drafts: int
+    sample: bool
 
 
 @dataclass(slots=True)

@@ -4,14 +4,20 @@ One rule, vLLM's: a request's computed tokens catch up with its tokens (prompt, 
 budget and the cache go. Prompt chunks, prefix hits, decode, drafts and preempted requests are all that rule.
 Running requests come first, by priority and age; when the cache is full the last of them gives its blocks back and
 starts over later, so the oldest always advances and nobody starves.
+
+A step may be planned while the one before it is under way: each request then goes on from where it will be, drafts that
+are not verified yet count as accepted where blocks are reserved, and a request that turns out to have ended has wasted
+one share of one step. Ranks compute steps in the order of their plans, so a block may change hands while a step that
+writes it is under way: whoever gets it writes later.
 """
 
 import heapq
 import time
+from collections import deque
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
-from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request
-from deepseek_fp4_plugin.engine.step_plan import NOT_FINITE, PlanRow, StepPlan, StepResult
+from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request, Share
+from deepseek_fp4_plugin.engine.step_plan import NOT_FINITE, PlanRow, Setup, StepPlan, StepResult
 
 
 class Scheduler:
@@ -37,7 +43,9 @@ class Scheduler:
         self.running: list[Request] = []  # in the order they are served
         self._waiting: list[tuple[int, int, Request]] = []  # heap of (-priority, arrival, request)
         self._deadlines: list[tuple[float, int, Request]] = []
-        self._planned: list[tuple[Request, int]] = []  # what the step in flight computes, and how many tokens of it
+        self._under_way: deque[list[Share]] = deque()  # steps planned and not updated, with their rows' shares
+        self._slots = list(range(max_batch_size))  # free ones, a heap
+        self._short_of_blocks = False  # a request with a share under way could not be planned on
         self._arrivals = 0
         self.num_waiting = 0
         self.num_preemptions = 0
@@ -61,11 +69,8 @@ class Scheduler:
         if request.finish_reason is not None:
             return
         request.finish_reason = reason
-        if request.blocks:
-            self.blocks.free(request.blocks)
-            del request.blocks[:]
         if request in self.running:
-            self.running.remove(request)
+            self._leave_running(request)
         else:
             self.num_waiting -= 1  # its heap entry is dropped when it comes up
 
@@ -86,38 +91,61 @@ class Scheduler:
 
     # ------------------------------------------------------------------ one step
 
+    @property
+    def must_wait(self) -> str | None:
+        """Why the step under way must be updated before the next is planned; None where nothing forbids it."""
+        if not self._under_way:
+            return None
+        if self._short_of_blocks:
+            return "cache"
+        return next((why for share in self._under_way[-1] if (why := share.request.looks_back)), None)
+
     def schedule(self) -> StepPlan:
-        """Plan a step; `update` must be called with its result before the next."""
+        """Plan a step. `update` must be called with its result, in the order of the plans, or else `withdraw`."""
         budget = self.max_num_tokens
         rows: list[PlanRow] = []
-        planned = self._planned = []
+        shares: list[Share] = []
         preemptions, index = self.num_preemptions, 0
+        self._short_of_blocks = False
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            count = min(len(request.token_ids) + len(request.drafts) - request.num_computed, budget)
-            if not self._reserve(request, count):
-                break  # the request itself was the last, and gave way
-            rows.append(row := self._row(request, count))
-            planned.append((request, len(row.tokens)))
-            budget -= count
+            start, count = self._next_tokens(request, budget)
+            if count > 0 and not self._reserve(request, start + count):
+                if not any(self._under_way):
+                    break  # the request itself was the last, and gave way
+                self._short_of_blocks = True  # see what that step brings before anybody gives way
+                count = 0
+            if count > 0:
+                rows.append(self._row(request, start, count))
+                shares.append(self._share(request, rows[-1]))
+                budget -= count
             index += 1
         admitting = self.num_preemptions == preemptions  # else the victim would take its blocks straight back
+        admitting = admitting and not self._short_of_blocks
         while admitting and budget > 0 and self.num_waiting and len(self.running) < self.max_batch_size:
             request = self._next_waiting()
             count = self._admit(request, budget)
             if count == 0:
                 break
-            rows.append(self._row(request, count))
-            planned.append((request, count))
+            rows.append(self._row(request, request.num_computed, count))
+            shares.append(self._share(request, rows[-1]))
             budget -= count
-        return StepPlan(rows, self.max_num_tokens - budget)
+        self._under_way.append(shares)
+        return StepPlan(rows, self.max_num_tokens - budget, uniform=all(map(self._is_uniform, shares, rows)))
+
+    def withdraw(self) -> None:
+        """Forget the newest plan: it has no rows, and nobody computes it."""
+        assert not self._under_way.pop()
 
     def update(self, result: StepResult) -> list[Emission]:
-        """Take a step's result: append tokens, end requests, name full blocks. What each request got."""
+        """Take the oldest step's result: append tokens, end requests, name full blocks. What each request got."""
         emissions = []
-        for index, (request, count) in enumerate(self._planned):
+        for index, share in enumerate(self._under_way.popleft()):
+            request = share.request
+            if request.share is share:
+                request.share = None
             if request.finish_reason is not None:
-                continue  # aborted while the step ran
+                continue  # it ended while the step ran
             if index in result.failures:
                 emissions.append(self._fail(request, result.failures[index]))
                 continue
@@ -126,17 +154,18 @@ class Scheduler:
             if prompt_logprobs:
                 request.num_prompt_logprobs += len(prompt_logprobs)
             if not emitted:
-                request.num_computed += count
+                request.num_computed += share.count
                 self._name_blocks(request)
                 if prompt_logprobs:
                     emissions.append(Emission(request, prompt_logprobs=prompt_logprobs))
                 continue
-            num_accepted = len(emitted) - 1
+            room = self._limit(request) - len(request.token_ids)
+            num_accepted = min(len(emitted), room) - 1
             outcomes = (request.thinking_counts if request.thinking else request.answer_counts).outcomes
-            outcome = (len(request.drafts), num_accepted)
+            outcome = (min(share.num_drafts, room - 1), num_accepted)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             request.num_computed = len(request.token_ids) + num_accepted
-            tokens, reason = self._append(request, emitted)
+            tokens, reason = self._append(request, emitted[: num_accepted + 1])
             emission = Emission(request, tokens, [True] * num_accepted + [False], prompt_logprobs=prompt_logprobs)
             del emission.accepted[len(tokens) :]
             if result.logprobs and index in result.logprobs:
@@ -155,12 +184,7 @@ class Scheduler:
             if request.grammar is not None:
                 request.grammar.advance(tokens)
             self._name_blocks(request)
-            room = min(
-                request.stopping.max_tokens - request.num_output_tokens, self.max_seq_len - len(request.token_ids)
-            )
-            drafts = result.drafts[index]
-            request.drafts = drafts if room > len(drafts) else drafts[: room - 1]
-        self._planned = []
+            request.drafts = result.drafts[index]
         return emissions
 
     # ------------------------------------------------------------------ parts
@@ -211,6 +235,7 @@ class Scheduler:
         request.blocks.extend(fresh)
         request.hashes = hashes
         request.num_computed = computed
+        request.slot = heapq.heappop(self._slots)
         if not request.num_preemptions:
             request.num_cached = computed
             self.prompt_tokens += len(request.token_ids)
@@ -225,13 +250,42 @@ class Scheduler:
             index -= 1
         self.running.insert(index, request)
 
-    def _reserve(self, request: Request, count: int) -> bool:
-        """Blocks for `count` more tokens, preempting from the end of `running`; False when `request` itself went."""
+    def _leave_running(self, request: Request) -> None:
+        """Blocks and slot return; a share under way is computed for nobody."""
+        self.running.remove(request)
+        self.blocks.free(request.blocks)
+        del request.blocks[:]
+        heapq.heappush(self._slots, request.slot)
+        request.slot, request.num_sent_blocks, request.decoding, request.share = -1, 0, False, None
+
+    def _limit(self, request: Request) -> int:
+        """Tokens with which the request ends."""
+        return min(request.num_prompt_tokens + request.stopping.max_tokens, self.max_seq_len)
+
+    def _next_tokens(self, request: Request, budget: int) -> tuple[int, int]:
+        """The last position at which the request's next share may begin, and its tokens; 0 where it has none now."""
+        share, known = request.share, len(request.token_ids)
+        if not request.decoding:
+            start = request.num_computed + (share.count if share else 0)
+            return start, min(known - start, budget)
+        start, drafts = known - 1, len(request.drafts)
+        if share is not None:  # every draft under verification may be accepted, and as many will be proposed
+            start, drafts = known + share.num_drafts, self.num_drafts
+            if known + 1 >= self._limit(request):
+                return start, 0  # it ends with that share
+        capacity = self.blocks.num_blocks * self.blocks.block_size - self.num_lookahead
+        return start, min(1 + drafts, budget, capacity - start)
+
+    def _reserve(self, request: Request, end: int) -> bool:
+        """Blocks for tokens up to position `end`, preempting from the end of `running` unless a step is under way;
+        False when there are none or `request` itself went."""
         blocks = self.blocks
-        needed = blocks.blocks_for(request.num_computed + count + self.num_lookahead) - len(request.blocks)
+        needed = blocks.blocks_for(end + self.num_lookahead) - len(request.blocks)
         if needed <= 0:
             return True
         while (fresh := blocks.allocate(needed)) is None:
+            if any(self._under_way):
+                return False
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
@@ -240,9 +294,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self.blocks.free(request.blocks)
-        del request.blocks[:]
+        self._leave_running(request)
         request.hashes = []
         request.num_computed = 0
         request.drafts = []
@@ -250,46 +302,51 @@ class Scheduler:
         self.num_preemptions += 1
         self._wait(request)
 
-    def _row(self, request: Request, count: int) -> PlanRow:
-        start, known = request.num_computed, len(request.token_ids)
-        end = start + count
-        if start == known - 1:  # decoding: the newest token, then drafts
-            tokens = [request.token_ids[-1], *request.drafts]
-            if count < len(tokens):
-                request.drafts = request.drafts[: count - 1]
-                tokens = tokens[:count]
-        else:
-            tokens = request.token_ids[start:end]
-            request.drafts = []
-        sample = end >= known
-        row = PlanRow(
-            tokens,
-            start,
-            request.blocks,
-            len(request.drafts),
-            sample,
-            -1 if sample else request.token_ids[end],
-            request.sampling,
-            request.relaxed_topk,
-            request.relaxed_delta if request.thinking else 0.0,
-        )
-        if not request.simple and sample:
+    def _share(self, request: Request, row: PlanRow) -> Share:
+        """The request goes on from behind this row."""
+        request.share = Share(request, row.num_tokens, row.num_drafts, row.sample)
+        request.decoding = row.sample
+        return request.share
+
+    def _is_uniform(self, share: Share, row: PlanRow) -> bool:
+        """Any step of such rows is the same but for what slots hold."""
+        whole = not row.tokens and row.num_drafts == self.num_drafts
+        return whole and share.request.looks_back is None and not share.request.sampling.logit_bias
+
+    def _row(self, request: Request, start: int, count: int) -> PlanRow:
+        known, end, sent = len(request.token_ids), start + count, request.num_sent_blocks
+        tokens: list[int] = []
+        num_drafts, sample, next_token = count - 1, True, -1
+        if not request.decoding:
+            tokens, num_drafts, sample = request.token_ids[start:end], 0, end >= known
+            next_token = -1 if sample else request.token_ids[end]
+        new_blocks = tuple(request.blocks[sent:]) if sent < len(request.blocks) else ()
+        setup = None if sent else self._setup(request, start)
+        request.num_sent_blocks = len(request.blocks)
+        row = PlanRow(request.slot, tokens, start, num_drafts, sample, next_token, new_blocks, setup)
+        if sample and request.looks_back:
+            drafts = request.drafts[:num_drafts]
             row = row._replace(
-                history=request.token_ids if request.sampling.penalized else (),
+                history=request.token_ids + drafts if request.sampling.penalized else (),
                 num_prompt_tokens=request.num_prompt_tokens,
-                banned=request.banned(),
-                masks=request.grammar.masks(request.drafts) if request.grammar else None,
+                banned=request.banned(drafts),
+                masks=request.grammar.masks(drafts) if request.grammar else None,
             )
-        if request.sampling.prompt_logprobs is not None:
+        if request.sampling.prompt_logprobs is not None and tokens:
             skip = max(0, request.num_prompt_logprobs - start)  # delivered before a preemption
             targets = request.token_ids[start + skip + 1 : min(end + 1, request.num_prompt_tokens)]
             row = row._replace(prompt_skip=skip, prompt_targets=targets)
         return row
 
+    def _setup(self, request: Request, start: int) -> Setup:
+        if self.think_ids is None:
+            return Setup(start, request.sampling)
+        relaxed = request.relaxed_topk, request.relaxed_delta
+        return Setup(start, request.sampling, *relaxed, request.thinking, self.think_ids)
+
     def _append(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None]:
         """Append emitted tokens up to a stop; those appended, and why the request ends, if it does."""
-        stopping, ids = request.stopping, request.token_ids
-        limit = min(request.num_prompt_tokens + stopping.max_tokens, self.max_seq_len)
+        stopping, ids, limit = request.stopping, request.token_ids, self._limit(request)
         if len(ids) + len(tokens) < limit and request.watched.isdisjoint(tokens):
             ids += tokens
             return tokens, None

@@ -16,14 +16,11 @@ previous draft back, one position on. Latents written beyond the accepted tokens
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.engine.input_batch import InputBatch, build_steps
-from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
-from deepseek_fp4_plugin.engine.step_plan import PlanRow
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -47,18 +44,51 @@ def verify(targets: Tensor, drafts: Tensor, relaxed: Tensor | None = None) -> tu
     return emitted, accepted
 
 
-def passes_relaxed(logits: Tensor, drafts: Tensor, topk: Tensor, delta: Tensor) -> Tensor:
+def passes_relaxed(logits: Tensor, drafts: Tensor, topk: Tensor, delta: Tensor, most: int) -> Tensor:
     """Which drafts the relaxed rule accepts: bool [S, K]. Never one that a grammar or a ban has put at -inf: with few
     tokens left it could be among the topk, and its probability of 0 within delta of a best one below delta.
 
-    logits: FP32 [S, K, vocab].  drafts: int64 [S, K].  topk: int64 [S], at least 1.  delta: FP32 [S].
+    logits: FP32 [S, K, vocab].  drafts: int64 [S, K].  topk: int64 [S], from 1 to `most`.  delta: FP32 [S].
     """
     p = logits.softmax(-1)
-    best, tokens = p.topk(min(int(topk.max()), p.shape[-1]))
+    best, tokens = p.topk(min(most, p.shape[-1]))
     in_topk = torch.arange(best.shape[-1], device=p.device) < topk.view(-1, 1, 1)
     near = best >= best[..., :1] - delta.view(-1, 1, 1)
     possible = logits.gather(-1, drafts.clamp(min=0).unsqueeze(-1)).squeeze(-1) > -torch.inf
     return ((tokens == drafts.unsqueeze(-1)) & in_topk & near).any(-1) & possible
+
+
+def thinking_after(thinking: Tensor, emitted: Tensor, accepted: Tensor, think_ids: Tensor) -> Tensor:
+    """Whether each request is inside its thinking phase behind what it emitted: bool [S].
+
+    thinking: bool [S], before.  emitted, accepted: what `verify` gave.  think_ids: int64 [S, 2], start and end.
+    """
+    place = torch.arange(emitted.shape[1], device=emitted.device)
+    counts = place <= accepted.unsqueeze(1)
+    found = (emitted.unsqueeze(-1) == think_ids.unsqueeze(1)) & counts.unsqueeze(-1)  # [S, K + 1, 2]
+    last = torch.where(found, place.view(1, -1, 1), -1).amax(1)
+    return torch.where(last[:, 0] == last[:, 1], thinking, last[:, 0] > last[:, 1])
+
+
+class Verified(NamedTuple):
+    """What a step chose, and where drafting goes on from it. S requests that sampled, T tokens of the batch.
+
+    emitted: int64 [S, K + 1].  accepted: int64 [S].  greatest: FP32 [S, K + 1], see sampler.greatest.
+    next_ids: int64 [T], the token behind each of the batch's.  last: int64 [S], row of the last accepted token.
+    newest: int64 [S], position of the token behind it.  positions, places, contexts: int64 [K - 1, S], of the steps by
+    which the MTP module recurs, with their cache slots.  tables: int64 [S, blocks].
+    """
+
+    emitted: Tensor
+    accepted: Tensor
+    greatest: Tensor
+    next_ids: Tensor
+    last: Tensor
+    newest: Tensor
+    positions: Tensor
+    places: Tensor
+    contexts: Tensor
+    tables: Tensor
 
 
 class MtpDrafter:
@@ -68,91 +98,38 @@ class MtpDrafter:
         assert model.mtp is not None
         self.model, self.mtp, self.num_drafts = model, model.mtp, num_drafts
         self.cache = cache[model.mtp.index]
-        self.recorded = RecordedSteps(self._drafts, cache.device, *cache.shape[1:3])
 
     def propose(
-        self,
-        batch: InputBatch,
-        rows: list[PlanRow],
-        hidden: Tensor,
-        sampled: list[int],
-        sampled_tokens: Tensor,
-        emitted: Tensor,
-        accepted: list[int],
-        dp_sampled: tuple[int, ...] = (),
-    ) -> list[list[int]]:
-        """Drafts of each sampled row.
+        self, batch: ForwardBatch, hidden: Tensor, verified: Verified, starts: Tensor, dp_sampled: tuple[int, ...]
+    ) -> list[Tensor]:
+        """num_drafts tensors, int64 [S].
 
-        hidden: [T, hidden] of the target.  sampled: plan rows with an emission.
-        sampled_tokens, emitted: int64 [N], each sampled position in the batch and the token that follows it.
-        dp_sampled: under attention data parallelism how many rows each rank samples; one without any steps along.
+        hidden: [T, hidden] of the target.  starts: 0, 1, ... S.  dp_sampled: see StepPlan.
         """
-        ids = torch.empty_like(batch.forward.input_ids)
-        ids[:-1] = batch.forward.input_ids[1:]
-        ids[sampled_tokens] = emitted
-        behind = [i for i, row in enumerate(rows) if not row.sample]
-        if behind:
-            ends = [batch.starts[i] + len(rows[i].tokens) - 1 for i in behind]
-            ids[torch.tensor(ends, device=ids.device)] = torch.tensor(
-                [rows[i].next_token for i in behind], device=ids.device
-            )
-        forward = replace(batch.forward, input_ids=ids)
-        if not sampled and not any(dp_sampled):
-            self._hidden(hidden, forward)
-            return []
-        # Each sampled request's last accepted token: where it lies in the batch, and its position.
-        offsets = [len(rows[i].tokens) - 1 - rows[i].num_drafts + n for i, n in zip(sampled, accepted, strict=True)]
-        last = [batch.starts[i] + offset for i, offset in zip(sampled, offsets, strict=True)]
-        firsts = np.array(
-            [rows[i].start + offset + 1 for i, offset in zip(sampled, offsets, strict=True)], dtype=np.int64
-        )
-        steps, tables = build_steps(
-            firsts, self.num_drafts - 1, [rows[i].blocks for i in sampled], self.cache.shape[1], ids.device
-        )
-        tensors = hidden, torch.tensor(last, dtype=torch.int64, device=ids.device), *steps
-        drafts = None
-        # If all rows are sampled, in the batch's order, the batch's block tables are the steps' too.
-        if len(sampled) == len(rows) and batch.order == sampled and not dp_sampled:
-            drafts = self.recorded(*tensors, batch=forward)
-        if drafts is None:
-            drafts = self._drafts(*tensors, batch=forward, tables=tables, dp_sampled=dp_sampled)
-        return torch.stack(drafts, 1).tolist()
-
-    def _drafts(
-        self,
-        hidden: Tensor,
-        last: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        contexts: Tensor,
-        starts: Tensor,
-        *,
-        batch: ForwardBatch,
-        tables: Tensor | None = None,
-        dp_sampled: tuple[int, ...] = (),
-    ) -> tuple[Tensor, ...]:
-        """num_drafts tensors int64 [S].  last: int64 [S], rows of the batch.  Others: see input_batch.build_steps."""
-        state = ops.embedding(last, self._hidden(hidden, batch))
+        state = self._hidden(hidden, replace(batch, input_ids=verified.next_ids))
+        count = len(verified.last)
+        if not count and not any(dp_sampled):
+            return [verified.last] * self.num_drafts
+        state = ops.embedding(verified.last, state)
         drafts = [self.model.lm_head.argmax(state)]
-        tables = batch.block_tables if tables is None else tables
-        assert tables is not None
-        for position, slot, context in zip(positions, slots, contexts, strict=True):
+        steps = zip(verified.positions, verified.places, verified.contexts, strict=True)
+        for position, place, context in steps:
             step = ForwardBatch(
                 input_ids=drafts[-1],
                 positions=position,
-                slot_mapping=slot,
-                block_tables=tables,
+                slot_mapping=place,
+                block_tables=verified.tables,
                 context_lens=context,
                 query_start=starts,
-                num_decode_requests=len(last),
-                num_decode_tokens=len(last),
+                num_decode_requests=count,
+                num_decode_tokens=count,
                 max_query=1,
-                max_context=tables.shape[1] * self.cache.shape[1],
+                max_context=verified.tables.shape[1] * self.cache.shape[1],
                 dp_tokens=dp_sampled or None,
             )
             state = self._hidden(state, step)
             drafts.append(self.model.lm_head.argmax(state))
-        return tuple(drafts)
+        return drafts
 
     def _hidden(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         embedded = self.model.model.embed_tokens(batch.input_ids)

@@ -10,6 +10,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
+from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -25,6 +26,7 @@ class WorkerFacts:
     max_seq_len: int
     cache_blocks: int
     block_size: int
+    asynchronous: bool  # steps are computed beside the host
     weight_bytes: int
     cache_bytes: int
 
@@ -56,7 +58,7 @@ class Worker:
             cache_config.max_tokens,
             ranks_here,
         )
-        self.model = model
+        self.model, self._config = model, config
         self._shape = shape, layers, block_size, dtype, device
         self.facts = WorkerFacts(
             shape,
@@ -65,6 +67,7 @@ class Worker:
             max_seq_len,
             blocks,
             block_size,
+            device.type != "cpu",
             sum(_storages(model).values()),
             blocks * block_size * kv_cache.bytes_per_token(shape, layers, dtype),
         )
@@ -72,8 +75,16 @@ class Worker:
     def allocate(self, blocks: int) -> None:
         """Make the cache, and the runner that computes in it."""
         shape, layers, block_size, dtype, device = self._shape
-        self.cache = kv_cache.allocate(shape, layers, blocks, block_size, dtype, device)
-        self.runner = ModelRunner(self.model, self.cache, self.facts.num_drafts)
+        drafts, batch = self.facts.num_drafts, self._config.max_batch_size
+        self.cache = kv_cache.allocate(shape, layers, blocks + 1, block_size, dtype, device)  # one for the dummy
+        self.runner = ModelRunner(
+            self.model,
+            self.cache,
+            drafts,
+            batch,
+            -(-(self.facts.max_seq_len + 3 * drafts) // block_size),  # drafts of two steps, and the recurrence
+            Sizes.of(self._config.cuda_graph_config, device, drafts, batch),
+        )
 
 
 def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:

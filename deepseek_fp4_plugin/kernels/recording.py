@@ -29,18 +29,15 @@ class Recorder(Protocol):
 class Cutting(Protocol):
     """A recording under way that other work may interrupt."""
 
-    def cut(self, work: Callable[[], None]) -> None: ...
+    def cut(self, work: Callable[..., Results], *tensors: Tensor) -> Results: ...
 
 
-def cut(work: Callable[[], None]) -> None:
-    """Do `work`, which the recorder of a CPU cannot hold: torch's own arithmetic, a collective over processes.
+def cut(work: Callable[..., Results], *tensors: Tensor) -> Results:
+    """The results of `work(*tensors)`, which the recorder of a CPU cannot hold: torch's own arithmetic, a collective.
 
-    Where a recording is under way it ends in front of the work and another begins behind it; the replay does the work
-    again in between. So `work` must read and write tensors that stay where they are, and return nothing. A GPU's graph
-    holds such work like any other.
+    Where such a recording is under way it ends in front of the work and another begins behind it; the replay does the
+    work again in between, and puts its results where the recorded ones are. So what else `work` reads must
+    stay where it is. A GPU's graph holds such work like any other.
     """
     recording = _get_current_dispatch_mode()
-    if isinstance(recording, Cutting):
-        recording.cut(work)
-    else:
-        work()
+    return recording.cut(work, *tensors) if isinstance(recording, Cutting) else work(*tensors)

@@ -88,6 +88,10 @@ def test_alone_equals_the_model_without_a_cache(model, crowd, expected):
         {"drafts": 3, "tokens": 17},
         {"drafts": 3, "tokens": 17, "blocks": 26, "batch": 16},
         {"drafts": 5, "blocks": 20, "reuse": False},
+        {"overlap": True},
+        {"overlap": True, "tokens": 13, "blocks": 24, "batch": 16},
+        {"overlap": True, "drafts": 3, "tokens": 17, "blocks": 26, "batch": 16},
+        {"overlap": True, "drafts": 2, "reads": False},
     ],
     ids=str,
 )
@@ -115,14 +119,14 @@ def test_drafts_are_the_same_with_and_without_reuse(model, crowd):
     for reuse in (False, True):
         engine = make_engine(model, drafts=3, reuse=reuse, batch=4)
         seen = []
-        inner = engine.executor.runner.run
+        inner = engine.executor.runner.collect
 
-        def run(plan, inner=inner, seen=seen):
-            result = inner(plan)
-            seen.extend(draft for row, draft in zip(plan.rows, result.drafts, strict=True) if row.sample)
+        def collect(inner=inner, seen=seen):
+            result = inner()
+            seen.extend(draft for tokens, draft in zip(result.tokens, result.drafts, strict=True) if tokens)
             return result
 
-        engine.executor.runner.run = run
+        engine.executor.runner.collect = collect
         shared = [token * 37 % 320 for token in range(100)]
         alone = [run_all(engine, [make_request(i, shared[: 70 + i])]) for i in range(8)]
         counts.append((alone, seen))
@@ -149,6 +153,7 @@ def test_random_schedules(model, crowd, expected, data):
         batch=data.draw(st.integers(1, 24)),
         tokens=data.draw(st.integers(6, 200)),
         reuse=data.draw(st.booleans()),
+        overlap=data.draw(st.booleans()),
         max_seq_len=120,
         oracle={i: crowd[i] + expected[i] for i in chosen} if drafts else None,
     )

@@ -237,7 +237,7 @@ def test_a_dead_engine_says_so(tiny_with_tokenizer):
     def fail(plan):
         raise RuntimeError("device lost")
 
-    llm._executor.runner.run = fail
+    llm._executor.runner.submit = fail
     with pytest.raises(EngineDeadError, match="device lost"):
         llm.generate("abc")
     with pytest.raises(EngineDeadError, match="device lost"):

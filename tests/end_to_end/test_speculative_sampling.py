@@ -44,18 +44,16 @@ def sampled(model, temperature, top_p, monkeypatch) -> tuple[np.ndarray, int]:
     """First three tokens of DRAWS requests whose drafts are the favourites; and how many drafts were accepted."""
     engine = make_engine(model, drafts=3, batch=2048, tokens=1 << 15, blocks=8192)
     likely = favourites(model, temperature)
-    inner = engine.executor.runner.run
+    runner = engine.executor.runner
+    submit, slots = runner.submit, runner.slots
 
-    def run(plan):
-        result = inner(plan)
-        for row, tokens, drafts in zip(plan.rows, result.tokens, result.drafts, strict=True):
-            if tokens:
-                at = row.start + len(row.tokens) - row.num_drafts + len(tokens) - len(PROMPT)
-                guess = [*likely[at:], 0, 0, 0][:3]
-                drafts[:] = guess
-        return result
+    def with_favourites(plan):
+        submit(plan)
+        for row in plan.rows:
+            at = int(slots.starts[row.slot]) + 1 - len(PROMPT)
+            slots.tokens[row.slot, 1:] = torch.tensor([*likely[at:], 0, 0, 0][:3])
 
-    monkeypatch.setattr(engine.executor.runner, "run", run)
+    monkeypatch.setattr(runner, "submit", with_favourites)
     out = {i: [] for i in range(DRAWS)}
     for i in out:
         engine.add(make_request(i, PROMPT, 3, Sampling(greedy=False, temperature=temperature, top_p=top_p, seed=i)))

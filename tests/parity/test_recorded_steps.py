@@ -1,19 +1,35 @@
-"""Recorded decode steps against the same steps run by Python, bit for bit."""
+"""Recorded steps against the same steps run by Python, bit for bit."""
 
 import random
 
 import pytest
 import torch
 
-from deepseek_fp4_plugin.engine.recorded_steps import RecordedSteps
+from deepseek_fp4_plugin.engine.recorded_steps import Sizes
+from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.kernels import cpu, ops
-from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.kernels.recording import Unrecordable, cut
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.engine_core import make_engine, make_request, run_all
 from tests.tiny import write_checkpoint
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
-BF16, CPU = torch.bfloat16, torch.device("cpu")
+BF16 = torch.bfloat16
+NEVER, EXACT, PADDED = Sizes(()), Sizes((1, 2, 3, 4, 5)), Sizes((2, 5), padded=True)
+
+
+def outputs_of(model, sizes: Sizes, **setup) -> dict[int, list[int]]:
+    """Of twelve requests, some of them drawn, with proof that steps were replayed or were not."""
+    rng = random.Random(0)
+    engine = make_engine(model, batch=5, sizes=sizes, **setup)
+    requests = []
+    for i in range(12):
+        sampling = Sampling(greedy=False, seed=i, top_p=0.9) if i >= 8 else Sampling()
+        requests.append(make_request(i, [rng.randrange(5, 300) for _ in range(rng.randint(1, 40))], 24, sampling))
+    outputs = run_all(engine, requests)
+    recorded = engine.executor.runner.recorded
+    assert bool(recorded.recordings) == bool(sizes.sizes) and (recorded.num_replays > 10) == bool(sizes.sizes)
+    return outputs
 
 
 @pytest.mark.parametrize("source", ["fp8", "bf16", "r1_nano"])
@@ -22,54 +38,61 @@ BF16, CPU = torch.bfloat16, torch.device("cpu")
 def test_engine_computes_the_same(tmp_path, source, drafts, cache_dtype):
     folder = source if source == "r1_nano" else write_checkpoint(tmp_path / source, fp8=source == "fp8")
     model = DeepseekV3ForCausalLM.from_pretrained(folder)
-    rng = random.Random(0)
-    prompts = [[rng.randrange(5, 300) for _ in range(rng.randint(1, 40))] for _ in range(12)]
-    outputs = []
-    for recorded in (True, False):
-        engine = make_engine(model, drafts=drafts, batch=8, cache_dtype=cache_dtype)
-        steps = [engine.executor.runner.recorded] + ([engine.executor.runner.drafter.recorded] if drafts else [])
-        for step in steps:
-            step.recorder = step.recorder if recorded else None
-        requests = [make_request(i, prompt, 24) for i, prompt in enumerate(prompts)]
-        outputs.append(run_all(engine, requests))
-        assert all(bool(step._recordings) == recorded for step in steps)
-    assert outputs[0] == outputs[1]
+    setup = {"drafts": drafts, "cache_dtype": cache_dtype}
+    expected = outputs_of(model, NEVER, **setup)
+    assert outputs_of(model, EXACT, **setup) == expected
+    assert outputs_of(model, PADDED, **setup) == expected
+    assert outputs_of(model, PADDED, overlap=True, **setup) == expected
+    whole = outputs_of(model, NEVER, reads=False, **setup)  # draws may differ where logits are equal
+    assert outputs_of(model, PADDED, overlap=True, reads=False, **setup) == whole
 
 
-def batch_of(tokens: int, requests: int) -> ForwardBatch:
-    ids = torch.zeros(tokens, dtype=torch.int64)
-    return ForwardBatch(
-        input_ids=ids,
-        positions=ids,
-        slot_mapping=ids,
-        block_tables=torch.zeros(requests, 1, dtype=torch.int64),
-        context_lens=torch.ones(requests, dtype=torch.int64),
-        query_start=torch.arange(requests + 1),
-        num_decode_requests=requests,
-        num_decode_tokens=tokens,
-        max_query=1,
-        max_context=1,
-    )
+def record(function):
+    return cpu.Recorder().record(function)
 
 
 def test_replay_reads_new_inputs():
-    weight = torch.ones(64, dtype=BF16)
-    calls = []
+    weight, x = torch.ones(64, dtype=BF16), torch.randn(3, 64).to(BF16)
 
-    def function(x, *, batch):
-        calls.append(x.shape[0])
+    def function():
+        y = x
         for _ in range(50):
-            x = ops.add(x, ops.rms_norm(x, weight, 1e-6))
-        return (x,)
+            y = ops.add(y, ops.rms_norm(y, weight, 1e-6))
+        return (y,)
 
-    steps = RecordedSteps(function, CPU, cache_blocks=4, block_size=8)
-    inputs = [torch.randn(rows, 64).to(BF16) for rows in (2, 3, 2, 3, 2)]
-    results = [steps(x, batch=batch_of(x.shape[0], x.shape[0]))[0].clone() for x in inputs]
-    assert calls == [2, 3]
-    for x, result in zip(inputs, results, strict=True):
-        assert torch.equal(result, function(x, batch=None)[0])
-    blocks = steps.recorder._memory._blocks
-    assert len(blocks) <= 8, "layers must take turns at the same memory"
+    recorder = cpu.Recorder()
+    replay, _ = recorder.record(function)
+    for _ in range(3):
+        x.copy_(torch.randn(3, 64))
+        assert torch.equal(replay()[0], function()[0])
+    assert len(recorder._memory._blocks) <= 8, "layers must take turns at the same memory"
+
+
+def test_a_recording_is_cut_where_other_work_must_be_done():
+    weight, x, scale = torch.randn(64).to(BF16), torch.randn(3, 64).to(BF16), torch.ones(1)
+    worked = []
+
+    def work(y):
+        worked.append(y.shape)
+        return (y * scale.to(BF16), y.sum(1))  # torch's own arithmetic; the second result is not used again
+
+    def function():
+        y = ops.rms_norm(x, weight, 1e-6)
+        y, total = cut(work, y)
+        z = ops.add(y, x)
+        (z,) = cut(lambda z: (z.flip(0),), z)
+        return ops.add(z, x), total
+
+    replay, first = record(function)
+    for factor in (2.0, -3.0):
+        scale.fill_(factor)
+        x.copy_(torch.randn(3, 64))
+        before = len(worked)
+        results = replay()
+        assert len(worked) == before + 1
+        assert [r.data_ptr() for r in results] == [r.data_ptr() for r in first]
+        for result, expected in zip(results, function(), strict=True):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -87,29 +110,31 @@ def test_replay_reads_new_inputs():
 )
 @torch.inference_mode()
 def test_what_torch_computes_is_not_recorded(step):
-    def function(x, *, batch):
-        return (step([x, x]) if step is torch.cat else step(ops.add(x, x)),)
+    x = torch.randn(2, 64).to(BF16)
+    with pytest.raises(Unrecordable):
+        record(lambda: (step([x, x]) if step is torch.cat else step(ops.add(x, x)),))
 
-    steps = RecordedSteps(function, CPU, cache_blocks=4, block_size=8)
-    assert steps(torch.randn(2, 64).to(BF16), batch=batch_of(2, 2)) is None
-    assert steps.recorder is None
+
+def test_a_model_without_native_kernels_goes_on_unrecorded(tiny_fp8):
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
+    engine = make_engine(model)
+    assert len(run_all(engine, [make_request(0, [5, 6, 7])])[0]) == 16
+    assert engine.executor.runner.recorded.recorder is None
 
 
 def test_an_error_while_recording_or_replaying_is_raised():
-    def failing(x, *, batch):
+    def failing():
         raise KeyError("from the step")
 
-    steps = RecordedSteps(failing, CPU, cache_blocks=4, block_size=8)
     for _ in range(2):
         with pytest.raises(KeyError, match="from the step"):
-            steps(torch.ones(1, 64, dtype=BF16), batch=batch_of(1, 1))
+            record(failing)
 
-    weight = torch.randn(7, 64).to(BF16)
-    steps = RecordedSteps(lambda *, batch: (ops.embedding(batch.input_ids, weight),), CPU, cache_blocks=4, block_size=8)
-    good, bad = batch_of(1, 1), batch_of(1, 1)
-    bad.input_ids.fill_(7)
-    for _ in range(2):
-        assert torch.equal(steps(batch=good)[0], weight[:1])
+    weight, ids = torch.randn(7, 64).to(BF16), torch.zeros(1, dtype=torch.int64)
+    replay, _ = record(lambda: (ops.embedding(ids, weight),))
+    assert torch.equal(replay()[0], weight[:1])
+    ids.fill_(7)
     with pytest.raises(IndexError, match="token id 7 is outside the vocabulary of 7"):
-        steps(batch=bad)
-    assert torch.equal(steps(batch=good)[0], weight[:1])
+        replay()
+    ids.fill_(0)
+    assert torch.equal(replay()[0], weight[:1])

@@ -137,7 +137,7 @@ def test_relaxed_acceptance_never_takes_what_the_grammar_forbids():
     logits = torch.zeros(1, 1, 8)
     logits[..., 3:] = -torch.inf  # three tokens are left, a third each: below delta
     passed = [
-        passes_relaxed(logits, torch.tensor([[d]]), torch.tensor([8]), torch.tensor([0.6])).item() for d in range(8)
+        passes_relaxed(logits, torch.tensor([[d]]), torch.tensor([8]), torch.tensor([0.6]), 8).item() for d in range(8)
     ]
     assert passed == [True] * 3 + [False] * 5
 

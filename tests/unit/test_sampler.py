@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_fp4_plugin.engine import sampler
-from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling
+from deepseek_fp4_plugin.engine.slots import Slots
+from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -78,7 +79,7 @@ def test_draws_follow_the_distribution(top_p):
     torch.manual_seed(1)
     logits = torch.randn(1, 64)
     n = 40_000
-    u = torch.from_numpy(sampler.uniform(np.arange(n, dtype=np.uint64), np.full(n, 7, dtype=np.uint64)))
+    u = sampler.uniform(torch.arange(n), torch.full((n,), 7))
     tokens = draw(logits, u, top_p=top_p)
     support = reference_support(logits[0], 1.0, 0, top_p, 0.0)
     p = np.array([x if i in support else 0.0 for i, x in enumerate(logits[0].double().softmax(-1).tolist())])
@@ -89,34 +90,60 @@ def test_draws_follow_the_distribution(top_p):
 
 def test_uniform_numbers_are_uniform_over_seeds_and_over_positions():
     n = 100_000
-    many = np.arange(n, dtype=np.uint64)
-    for seeds, positions in ((many, np.full(n, 3, np.uint64)), (np.full(n, 3, np.uint64), many)):
-        u = sampler.uniform(seeds, positions)
+    many, same = torch.arange(n), torch.full((n,), 3)
+    for seeds, positions in ((many, same), (same, many)):
+        u = sampler.uniform(seeds, positions).numpy()
         counts = np.histogram(u, bins=100, range=(0, 1))[0]
         assert abs(chi_square(counts, np.full(100, n / 100))) < 4
         assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.02
 
 
-def row(**sampling) -> PlanRow:
-    return PlanRow([1], 10, [], 0, True, -1, Sampling(**sampling))
+def sample(logits, *samplings: Sampling, reads: bool = True) -> list[int]:
+    """One token each, all at position 11."""
+    slots = Slots(len(samplings), 1, 0, 1, torch.device("cpu"))
+    slots.enter(range(len(samplings)), [Setup(10, s) for s in samplings])
+    rows = torch.arange(len(samplings))
+    random = torch.tensor([i for i, s in enumerate(samplings) if not s.greedy])
+    return sampler.sample(logits, slots, rows, torch.full_like(rows, 11), random, reads).tolist()
 
 
 def test_a_seeded_row_does_not_depend_on_its_company():
     torch.manual_seed(0)
     logits = torch.randn(3, 500)
-    seeded = row(greedy=False, seed=5, top_p=0.9)
-    others = [row(), row(greedy=False, seed=6, top_k=3)]
-    alone = sampler.sample(logits[:1].clone(), [seeded], [0])
-    crowd = sampler.sample(logits[[1, 0, 2]].clone(), [others[0], seeded, others[1]], [0, 1, 2])
+    seeded = Sampling(greedy=False, seed=5, top_p=0.9)
+    alone = sample(logits[:1], seeded)
+    crowd = sample(logits[[1, 0, 2]], Sampling(), seeded, Sampling(greedy=False, seed=6, top_k=3))
     assert alone[0] == crowd[1]
     assert crowd[0] == logits[1].argmax()
 
 
+def test_a_draw_without_a_word_from_the_device_is_the_same():
+    logits = torch.randn(40, 1000) * 2
+    samplings = [
+        Sampling(greedy=i % 8 == 0, temperature=0.3 + i / 20, top_k=(0, 5, 400)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=i)
+        for i in range(40)
+    ]
+    assert sample(logits, *samplings, reads=False) == sample(logits, *samplings)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
+def test_uniform_numbers_are_those_of_unsigned_arithmetic(seed, position):
+    def splitmix(z):
+        z = (z + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    expected = (splitmix(splitmix(seed) ^ position * 0x9E3779B97F4A7C15 % 2**64) >> 11) * 2.0**-53
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    assert sampler.uniform(torch.tensor([signed]), torch.tensor([position])).item() == expected
+
+
 def test_penalties_count_the_drafts_before_a_row():
     s = Sampling(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=2.0)
-    plan = PlanRow([3, 4], 10, [], 1, True, -1, s, history=[2, 3], num_prompt_tokens=1)
+    plan = PlanRow(0, [], 10, 1, True, history=[2, 3, 4], num_prompt_tokens=1)
     logits = torch.ones(2, 6)
-    sampler.process(logits, plan)
+    sampler.process(logits, plan, s)
     assert logits[0].tolist() == [1, 1, 0.5, 0.5 - 1.5, 1, 1]
     assert logits[1].tolist() == [1, 1, 0.5, 0.5 - 1.5, 0.5 - 1.5, 1]
 
@@ -124,9 +151,9 @@ def test_penalties_count_the_drafts_before_a_row():
 def test_bias_bans_and_masks():
     mask = np.zeros((1, 2), dtype=np.int32)
     mask[0, 0], mask[0, 1] = 0b1110, 0b1
-    plan = row(logit_bias=((1, 2.0),))._replace(banned=((2,),), masks=mask)
+    plan = PlanRow(0, [], 10, 0, True, banned=((2,),), masks=mask)
     logits = torch.zeros(1, 40)
-    sampler.process(logits, plan)
+    sampler.process(logits, plan, Sampling(logit_bias=((1, 2.0),)))
     allowed = (logits[0] > -torch.inf).nonzero().flatten().tolist()
     assert allowed == [1, 3, 32]
     assert logits[0, 1] == 2.0
@@ -134,7 +161,7 @@ def test_bias_bans_and_masks():
 
 def test_logprobs_have_the_chosen_token_first():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    (entry,) = sampler.token_logprobs(logits, [1], 2)
+    (entry,) = sampler.token_logprobs(logits, torch.tensor([1]), 2).entries([1])
     assert list(entry) == [1, 3, 2]
     assert entry[1].rank == 3
     assert entry[3].logprob == pytest.approx(logits.log_softmax(-1)[0, 3].item())

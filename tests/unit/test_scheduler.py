@@ -44,7 +44,7 @@ def serve(engine: LLMEngine, requests: list[Request], max_steps: int = 2000) -> 
     assert not engine.has_work, "the engine did not finish"
     engine.schedulers[0].blocks.check([])
     for plan in engine.executor.plans:
-        assert plan.num_tokens == sum(len(row.tokens) for row in plan.rows) <= engine.schedulers[0].max_num_tokens
+        assert plan.num_tokens == sum(row.num_tokens for row in plan.rows) <= engine.schedulers[0].max_num_tokens
         assert len(plan.rows) <= engine.schedulers[0].max_batch_size
     return ended
 
@@ -324,6 +324,7 @@ def test_random_schedules(data):
         tokens=data.draw(st.integers(1 + drafts, 40)),
         drafts=drafts,
         reuse=data.draw(st.booleans()),
+        overlap=data.draw(st.booleans()),
     )
     shared = list(range(20))
     prompts, requests = {}, []
@@ -334,6 +335,105 @@ def test_random_schedules(data):
     outputs = serve(engine, requests)
     for r in requests:
         assert outputs[r.request_id] == continuation(prompts[r.request_id], r.stopping.max_tokens)
+
+
+# ------------------------------------------------------------------ a step planned while another is under way
+
+
+def watched(engine: LLMEngine) -> list[str]:
+    """What the engine asks of its executor, in order."""
+    log: list[str] = []
+    submit, collect = engine.executor.submit, engine.executor.collect
+    engine.executor.submit = lambda plans: (log.append("submit"), submit(plans))[1]
+    engine.executor.collect = lambda: (log.append("collect"), collect())[1]
+    return log
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_next_step_is_started_before_the_last_one_is_awaited(drafts):
+    engine = fake_engine(overlap=True, drafts=drafts)
+    log = watched(engine)
+    prompts = {i: prompt(i, 5 + i) for i in range(3)}
+    outputs = serve(engine, [request(i, p, max_tokens=40) for i, p in prompts.items()])
+    assert outputs == {i: continuation(p, 40) for i, p in prompts.items()}
+    assert log[:2] == ["submit", "submit"] and log.count("submit") == log.count("collect")
+    under_way = [log[:n].count("submit") - log[:n].count("collect") for n in range(len(log) + 1)]
+    assert max(under_way) == 2 and min(under_way[2:-1]) >= 1  # the executor always has a step until the last
+    assert engine.stats().waits == {}
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_request_that_has_ended_wastes_at_most_one_share(drafts):
+    """Its end by length is foreseen without drafts; a stop token is not."""
+    engine = fake_engine(overlap=True, drafts=drafts)
+    tokens = prompt(1, 6)
+    stop = continuation(tokens, 9)[8]
+    r = Request(1, list(tokens), Sampling(), Stopping(100, frozenset({stop})))
+    other = request(2, prompt(2, 6), max_tokens=60)
+    serve(engine, [r, other])
+    assert r.finish_reason == "stop" and r.token_ids[6:] == continuation(tokens, 9)
+    serial = fake_engine(drafts=drafts)
+    serve(serial, [Request(1, list(tokens), Sampling(), Stopping(100, frozenset({stop})))])
+    assert len(rows_of(engine, 1)) - len(rows_of(serial, 1)) <= 1
+    assert other.token_ids[6:] == continuation(prompt(2, 6), 60)
+
+
+def test_an_end_by_length_is_foreseen():
+    plain, ahead = fake_engine(), fake_engine(overlap=True)
+    for engine in (plain, ahead):
+        serve(engine, [request(1, prompt(1, 6), max_tokens=10)])
+    assert len(ahead.executor.plans) == len(plain.executor.plans)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_an_abort_under_way_gives_slot_and_blocks_to_the_next(drafts):
+    engine = fake_engine(overlap=True, batch=1, blocks=12, drafts=drafts)
+    first, second = request(1, prompt(1, 9), max_tokens=30), request(2, prompt(2, 9), max_tokens=12)
+    engine.add(first)
+    engine.add(second)
+    for _ in range(4):
+        engine.step()
+    assert engine.executor._results  # a step of the first is under way
+    engine.abort(first)
+    engine.schedulers[0].blocks.check([])
+    while engine.has_work:
+        assert all(e.request is second for e in engine.step())
+    assert second.token_ids[9:] == continuation(prompt(2, 9), 12)
+    engine.schedulers[0].blocks.check([])
+
+
+def test_nobody_gives_way_for_tokens_that_may_never_come():
+    """A step under way is seen before anybody is preempted; then it is as without overlap."""
+    engine = fake_engine(overlap=True, blocks=10, reuse=False)
+    old, young = request(1, prompt(1, 8), max_tokens=20), request(2, prompt(2, 6), max_tokens=20)
+    outputs = serve(engine, [old, young])
+    assert outputs == {1: continuation(prompt(1, 8), 20), 2: continuation(prompt(2, 6), 20)}
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert engine.stats().waits["cache"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sampling": Sampling(frequency_penalty=0.5)}, "penalties"),
+        ({"bad_words": ((999, 998),)}, "bad_words"),
+    ],
+    ids=["penalties", "bad_words"],
+)
+def test_requests_that_look_back_make_their_steps_wait_and_are_counted(fields, reason):
+    engine = fake_engine(overlap=True)
+    log = watched(engine)
+    r = request(1, prompt(1, 6), max_tokens=10, **fields)
+    assert serve(engine, [r])[1] == continuation(prompt(1, 6), 10)
+    assert log == ["submit", "collect"] * 10
+    assert engine.stats().waits == {reason: 10}
+
+
+def test_min_tokens_wait_until_they_are_there():
+    engine = fake_engine(overlap=True)
+    r = Request(1, prompt(1, 6), Sampling(), Stopping(20, frozenset({1001}), min_tokens=5))
+    serve(engine, [r])
+    assert engine.stats().waits == {"min_tokens": 5} and r.token_ids[6:] == continuation(prompt(1, 6), 20)
 
 
 def test_the_fake_model_depends_on_every_token():

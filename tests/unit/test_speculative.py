@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
+from deepseek_fp4_plugin.engine.input_batch import build_uniform
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.request import Request, Stopping
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
-from deepseek_fp4_plugin.engine.speculative import passes_relaxed, verify
-from deepseek_fp4_plugin.engine.step_plan import Sampling, StepResult
+from deepseek_fp4_plugin.engine.slots import Slots
+from deepseek_fp4_plugin.engine.speculative import passes_relaxed, thinking_after, verify
+from deepseek_fp4_plugin.engine.step_plan import Sampling, Setup, StepResult
 
 LN = torch.log
 
@@ -36,7 +38,7 @@ def logits_of(*probabilities: list[float]) -> torch.Tensor:
 def relaxed(rows, draft, topk, delta):
     logits = logits_of(*rows).unsqueeze(0)
     return passes_relaxed(
-        logits, torch.tensor([draft]), torch.tensor([topk]), torch.tensor([delta], dtype=torch.float32)
+        logits, torch.tensor([draft]), torch.tensor([topk]), torch.tensor([delta], dtype=torch.float32), topk
     )[0].tolist()
 
 
@@ -87,14 +89,21 @@ def one_request(prompt: list[int], **fields) -> tuple[Scheduler, Request]:
 
 
 def test_phase_follows_what_was_emitted_from_the_next_step_on():
+    """The scheduler counts by it, the rank judges by it: both come to the same."""
     scheduler, request = one_request([5, 6, 7])
-    deltas, emissions = [], [[100], [8, 9], [8, 101, 9, 9], [8], [100, 101], [8]]
+    phases, device = [], torch.tensor([False])
+    emissions = [[100], [8, 9], [8, 101, 9, 9], [8], [100, 101], [8]]
     for tokens in emissions:
-        (row,) = scheduler.schedule().rows
-        deltas.append(row.relaxed_delta)
+        assert len(scheduler.schedule().rows) == 1
+        phases.append(request.thinking)
+        assert device.tolist() == [request.thinking]
         # `</think>` in the middle of a step: the drafts behind it were still judged relaxed in that step
         scheduler.update(StepResult([tokens], [[8, 8, 8]]))
-    assert deltas == [0.0, 0.6, 0.6, 0.0, 0.0, 0.0]
+        padded = torch.tensor(
+            [tokens + [100] * (4 - len(tokens))]
+        )  # filler behind the accepted ones counts for nothing
+        device = thinking_after(device, padded, torch.tensor([len(tokens) - 1]), torch.tensor([[100, 101]]))
+    assert phases == [False, True, True, False, False, False]
     assert request.thinking is False
     thinking = request.thinking_counts
     assert (thinking.steps, thinking.emitted) == (2, 6)
@@ -102,22 +111,28 @@ def test_phase_follows_what_was_emitted_from_the_next_step_on():
 
 def test_a_prompt_inside_a_think_block_is_relaxed_at_once():
     scheduler, _ = one_request([5, 100, 7, 101, 8])  # the end token in a prompt is not looked at
-    assert scheduler.schedule().rows[0].relaxed_delta == 0.6
+    setup = scheduler.schedule().rows[0].setup
+    assert setup.relaxed and setup.thinking and setup.think_ids == (100, 101)
 
 
-def test_relaxed_rule_in_the_runner(monkeypatch):
-    """ModelRunner judges a row by its own top-k and delta, and leaves strict rows strict."""
+def test_relaxed_rule_in_the_runner():
+    """ModelRunner judges a row by its own top-k, delta and phase, and leaves strict rows strict."""
     runner = object.__new__(ModelRunner)
-    runner.device = torch.device("cpu")
-    from deepseek_fp4_plugin.engine.step_plan import PlanRow
+    runner.slots = Slots(4, 4, 2, 4, torch.device("cpu"))
 
-    def row(topk, delta):
-        return PlanRow([9, 1, 2], 10, [], 2, True, -1, Sampling(), topk, delta)
+    def setup(topk, delta, thinking=True):
+        return Setup(10, Sampling(), topk, delta, thinking, (100, 101))
 
-    logits = logits_of(*[ROW] * 9)
-    rows = [row(10, 0.6), row(1, 0.0), row(2, 0.25)]
-    targets = logits.argmax(-1)
-    emitted, accepted, tokens = runner._verify(rows, [0, 3, 6], logits, targets)
-    assert accepted == [2, 0, 1]
-    assert tokens == [[1, 2, 0], [0], [1, 0]]
-    assert emitted.tolist() == [1, 2, 0, 0, 0, 0, 1, 0, 0]
+    runner.slots.enter([0, 1, 2, 3], [setup(10, 0.6), setup(1, 0.0), setup(2, 0.25), setup(10, 0.6, False)])
+    step = build_uniform(torch.arange(4), runner.slots, False, 10)
+    logits = logits_of(*[ROW] * 12)
+    drafts = torch.tensor([[1, 2]] * 4)
+    passed = runner._passes_relaxed(step, logits, drafts)
+    emitted, accepted = verify(logits.argmax(-1)[step.where], drafts, passed)
+    assert accepted.tolist() == [2, 0, 1, 0]
+    assert [ids[: n + 1] for ids, n in zip(emitted.tolist(), accepted.tolist(), strict=True)] == [
+        [1, 2, 0],
+        [0],
+        [1, 0],
+        [0],
+    ]

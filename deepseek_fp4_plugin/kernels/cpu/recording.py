@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from deepseek_fp4_plugin.kernels.cpu.extension import native
@@ -26,28 +26,24 @@ class Recorder:
         self._memory = _Memory()
 
     def record(self, function: Callable[[], Results]) -> tuple[Callable[[], Results], Results]:
-        """Calls `function`; returns what replays it on what its tensors then hold, and its results.
-
-        A replay returns the same tensors, filled anew; another recording's replay may overwrite them.
-
-        The tensors that `function` reads must stay where they are. Raises Unrecordable.
-        """
-        recording = native.Recording()
-        with _Refusing(self._memory):
-            recording.start()
+        """See kernels.recording.Recorder; the function is called once."""
+        with _Refusing(self._memory) as recording:
             try:
                 results = function()
             finally:
                 native.Recording.stop()
 
         def replay() -> Results:
-            recording.replay()
+            for part in recording.parts:
+                part()
             return results
 
         return replay, results
 
 
 class _Refusing(TorchDispatchMode):
+    """parts: what a replay calls, recorded kernels and the work between them in turn."""
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch imports its compiler, 1.5 s, to keep it away from a function it never sees
@@ -55,6 +51,32 @@ class _Refusing(TorchDispatchMode):
     def __init__(self, memory: "_Memory"):
         super().__init__()
         self.memory = memory
+        self.parts: list[Callable[[], object]] = []
+
+    def __enter__(self) -> "_Refusing":
+        super().__enter__()
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        recording = native.Recording()
+        self.parts.append(recording.replay)
+        recording.start()
+
+    def cut(self, work: Callable[..., Results], *tensors: Tensor) -> Results:
+        """See kernels.recording.cut."""
+        native.Recording.stop()
+        with _disable_current_modes():
+            results = work(*tensors)
+
+        def again() -> None:
+            for place, value in zip(results, work(*tensors), strict=True):
+                if place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+        self.parts.append(again)
+        self._start()
+        return results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
