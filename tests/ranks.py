@@ -1,12 +1,18 @@
 """Ranks for tests: threads of this process, or processes that stay and run one function after the other."""
 
+import os
 import threading
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
-from deepseek_fp4_plugin.parallel.collectives import ALONE, Group, ProcessGroup
+from deepseek_fp4_plugin.parallel.collectives import ALONE, Group, ProcessGroup, connect
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 MAPPINGS: dict[str, dict[str, Any]] = {
@@ -74,3 +80,57 @@ def on_mesh(mapping: str, function: Callable[[Mesh], Any]) -> list[Any]:
     """function(mesh) on every rank of MAPPINGS[mapping], in threads."""
     sizes = MAPPINGS[mapping]
     return in_threads(sizes["tensor_parallel_size"], lambda group: function(Mesh(group.rank, **sizes, group=group)))
+
+
+class Processes:
+    """Ranks in processes of their own, joined by gloo, one thread each: they stay, and run one function after the
+    other. Pieces of the first so many of them are groups as well."""
+
+    def __init__(self, size: int, folder: Path):
+        spawn = torch.multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(rank, size, f"file://{folder}/meeting", theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, mapping: str, function: Callable[..., Any], *given: Any) -> list[Any]:
+        """function(mesh, *given) on every rank of MAPPINGS[mapping]; the results, or the first rank's error."""
+        for pipe in self.pipes:
+            pipe.send((MAPPINGS[mapping], function, given))
+        answers = [pipe.recv() for pipe in self.pipes]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers[: MAPPINGS[mapping]["tensor_parallel_size"]]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    world = connect(rank, size, meeting)
+    groups = {size: world}
+    for part in range(2, size):
+        members = dist.new_group(list(range(part)))
+        if rank < part:
+            groups[part] = ProcessGroup(members)
+    while True:
+        try:
+            sizes, function, given = pipe.recv()
+        except EOFError:
+            os._exit(0)  # the test has ended; the other ranks may be gone already
+        try:
+            ranks = sizes["tensor_parallel_size"]
+            answer = function(Mesh(rank, **sizes, group=groups[ranks]), *given) if rank < ranks else None
+        except Exception as error:
+            answer = RuntimeError(f"rank {rank}: {''.join(traceback.format_exception(error))}")
+        pipe.send(answer)
