@@ -4,7 +4,8 @@ A layer names its tensors (Hugging Face names) and says along which axis it is c
 slices and devices is here.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class WeightSource:
             parts = self._fp8_parts(name.removesuffix(".weight"), tuple(shape), cut)
             decoded = fp8_block.dequantize(parts.weight, parts.scale, torch.float32, parts.fp8_block)
             return decoded.to(self.device, dtype or self.dtype)
-        return self._read(name, tuple(shape), cut).to(self.device, dtype or self.dtype, copy=True)
+        return self._read(name, tuple(shape), cut).to(self.device, dtype or self.dtype)
 
     def linear(
         self,
@@ -90,10 +91,11 @@ class WeightSource:
         stacks = []
         for projection in projections:
             modules = [f"{prefix}.{expert}.{projection}" for expert in range(total)]
-            slots = [self._parts(modules[expert], *sizes, cut, input_scale=False) for expert in experts]
-            if len({slot.format for slot in slots}) > 1:
+            weight_format = detect_format(self.reader, modules[experts[0]])
+            if any(detect_format(self.reader, modules[expert]) is not weight_format for expert in experts):
                 raise CheckpointError(f"{prefix}.*.{projection}: experts of one layer differ in weight format")
-            stacks.append(_stack(slots, self._largest_input_scale(modules, slots[0].format)))
+            slots = (self._parts(modules[expert], *sizes, cut, input_scale=False) for expert in experts)
+            stacks.append(_stack(slots, len(experts), self._largest_input_scale(modules, weight_format)))
         return self._prepare(stacks)
 
     def _prepare(self, parts: Sequence[WeightTensors], activations: Activations | None = None) -> PreparedWeight:
@@ -174,17 +176,16 @@ class WeightSource:
         return self.reader.get_slice(name, cut.axis, start, stop)
 
 
-def _stack(slots: Sequence[WeightTensors], input_scale: Tensor | None) -> WeightTensors:
-    """Put expert e's tensors into slot e of stacked ones."""
+def _stack(slots: Iterator[WeightTensors], count: int, input_scale: Tensor | None) -> WeightTensors:
+    """Put expert e's tensors into slot e of stacked ones, one expert at a time: two copies of a stack would not fit."""
+    first = next(slots)
 
-    def stacked(tensors: list[OptionalTensor]) -> OptionalTensor:
-        return None if tensors[0] is None else torch.stack(tensors)
+    def room(tensor: OptionalTensor) -> OptionalTensor:
+        return None if tensor is None else tensor.new_empty(count, *tensor.shape)
 
-    return WeightTensors(
-        slots[0].format,
-        torch.stack([slot.weight for slot in slots]),
-        stacked([slot.scale for slot in slots]),
-        stacked([slot.scale_2 for slot in slots]),
-        input_scale,
-        slots[0].fp8_block,
-    )
+    stacked = room(first.weight), room(first.scale), room(first.scale_2)
+    for index, slot in enumerate(itertools.chain([first], slots)):
+        for into, tensor in zip(stacked, (slot.weight, slot.scale, slot.scale_2), strict=True):
+            if into is not None:
+                into[index] = tensor
+    return WeightTensors(first.format, *stacked, input_scale, first.fp8_block)
