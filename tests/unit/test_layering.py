@@ -1,6 +1,8 @@
 """The floors of docs/architecture.md: a module imports its own folder and the floors below, nothing else of ours."""
 
 import ast
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 PACKAGE = "deepseek_fp4_plugin"
@@ -30,8 +32,54 @@ def imports(path: Path) -> set[str]:
             names = [node.module] if node.module != PACKAGE else [f"{PACKAGE}.{a.name}" for a in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")}
+        found |= {room(name) for name in names if name.startswith(f"{PACKAGE}.")}
     return found
+
+
+def room(name: str) -> str:
+    """The room of an imported name; a public name of the package (`from ... import LLM`) is its home's."""
+    first = name.split(".")[1]
+    return import_module(PACKAGE)._HOMES[first].split(".")[1] if first in import_module(PACKAGE)._HOMES else first
+
+
+def parts(path: Path, names: dict[str, Path], top_only: bool = True) -> set[Path]:
+    """The files of our package that a file imports: when it is itself imported, or (not top_only) at any time."""
+    found = set()
+    for node in _statements(ast.parse(path.read_text(encoding="utf-8")), top_only):
+        wanted = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # A module of a folder is not the folder's own file; the native extension is a module too.
+            wanted = [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "_native"]
+            wanted = [name if name in names else node.module for name in wanted]
+        elif isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        found |= {names[name] for name in wanted if name in names}
+    return found - {path, names[PACKAGE]}  # the package's own file brings its public names lazily
+
+
+def _statements(tree: ast.AST, top_only: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if not (top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield from _statements(node, top_only)
+
+
+def circle(imported: dict[Path, set[Path]]) -> list[Path]:
+    """Files that import one another in a circle, the first as the last; empty where there is none."""
+    done: set[Path] = set()
+
+    def walk(path: Path, trail: list[Path]) -> list[Path]:
+        if path in trail:
+            return [*trail[trail.index(path) :], path]
+        if path in done:
+            return []
+        for other in sorted(imported[path]):
+            if found := walk(other, [*trail, path]):
+                return found
+        done.add(path)
+        return []
+
+    return next((found for path in sorted(imported) if (found := walk(path, []))), [])
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -47,8 +95,8 @@ def violations(found: list[tuple[str, set[str], str]]) -> list[str]:
     wrong = []
     for own, imported, path in found:
         for name in sorted(imported - {own}):
-            if name.startswith("__") or name[0].isupper():
-                continue  # the package's version or its public names, which __init__ resolves lazily
+            if name.startswith("__"):
+                continue  # the package's version
             below = FLOOR[name] < FLOOR[own] or (own, name) in ALLOWED
             if not below:
                 wrong.append(f"{path}: {own} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[name]})")
@@ -66,6 +114,42 @@ def test_a_floor_only_knows_the_floors_below():
 def test_the_rule_can_be_broken():
     found = [("layers", {"models"}, "x.py"), ("quantization", {"engine"}, "y.py"), ("llm", {"engine"}, "z.py")]
     assert [line[:4] for line in violations(found)] == ["x.py", "y.py"]
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Not even through an import inside a function, which is how a circle is hidden."""
+    paths = {path: path.relative_to(ROOT.parent).with_suffix("").parts for path in ROOT.rglob("*.py")}
+    names = {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in paths.items()}
+    for top_only in (True, False):
+        found = circle({path: parts(path, names, top_only) for path in paths})
+        assert found == [], " imports ".join(str(path.relative_to(ROOT)) for path in found)
+
+
+def test_circles_and_public_names_are_seen(tmp_path):
+    a, b, c = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
+    a.write_text(f"from {PACKAGE} import b\n")
+    b.write_text(f"def f():\n    import {PACKAGE}.c\n")
+    c.write_text(f"from {PACKAGE}.a import x\n")
+    names = {f"{PACKAGE}.{path.stem}": path for path in (a, b, c)} | {PACKAGE: tmp_path / "__init__.py"}
+    assert circle({path: parts(path, names) for path in (a, b, c)}) == []
+    assert circle({path: parts(path, names, top_only=False) for path in (a, b, c)}) == [a, b, c, a]
+    a.write_text(f"from {PACKAGE} import LLM\n")
+    assert imports(a) == {"llm"}
+
+
+def test_workers_are_the_executors_alone():
+    """Ranks, their processes and how they are started are known to the executors; the rest knows plans and results."""
+    inside = {"worker.py", "worker_group.py", "worker_process.py", "executor.py", "launch.py", "launch_spawned.py",
+              "launch_ray.py", "launch_torchrun.py"}  # fmt: skip
+    hidden = {f"{PACKAGE}.engine.{name}" for name in ("worker_process", "model_runner", "launch_spawned", "launch_ray",
+                                                      "launch_torchrun")}  # fmt: skip
+    wrong = []
+    for _, path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        if path.name not in inside and named & hidden:
+            wrong.append(f"{path.relative_to(ROOT)}: {named & hidden}")
+    assert wrong == []
 
 
 def test_torch_is_not_imported_for_help():
