@@ -40,7 +40,7 @@ _EVENT = {
 _STREAM = {"text/event-stream": {"schema": _EVENT}}
 _DESCRIPTION = (
     "OpenAI-compatible. Every field is honoured or refused with 400, none is ignored; unknown fields are refused. "
-    "Where the server has API keys, every path but /health wants `Authorization: Bearer KEY`."
+    "Where the server has API keys, every path but /health and /ping wants `Authorization: Bearer KEY`."
 )
 
 
@@ -62,8 +62,9 @@ def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
     if options.allowed_origins:
         middleware.append(
             Middleware(
-                CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
+                CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],  # clients of OpenAI and Anthropic send a dozen of their own
+                expose_headers=["X-Request-Id", "Retry-After"],
             )
         )  # fmt: skip
     if options.api_keys:
@@ -79,6 +80,7 @@ def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
     _add_information_routes(app, service)
     _add_pages(app)
     _name_models(app, service.names)
+    _answer_head(app)
     return app
 
 
@@ -87,6 +89,14 @@ def _name_models(app: FastAPI, names: tuple[str, ...]) -> None:
     schemas = app.openapi()["components"]["schemas"]
     for body in ("ChatCompletionRequest", "CompletionRequest"):
         schemas[body]["properties"]["model"]["enum"] = list(names)
+
+
+def _answer_head(app: FastAPI) -> None:
+    """HEAD wherever GET reads and changes nothing. After the document is made, which lists GET alone."""
+    for route in app.routes:
+        methods = getattr(route, "methods", None)
+        if methods and "GET" in methods and getattr(route, "path", "") != "/iteration_stats":
+            methods.add("HEAD")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -140,6 +150,11 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 def _add_information_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_class=Response, responses=_some(503), summary="200 while requests can be answered")
     async def health() -> Response:
+        service.check_health()
+        return Response(status_code=200)
+
+    @app.get("/ping", response_class=Response, responses=_some(503), summary="The same as /health")
+    async def ping() -> Response:
         service.check_health()
         return Response(status_code=200)
 

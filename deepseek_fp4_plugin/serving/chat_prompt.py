@@ -16,6 +16,7 @@ from deepseek_fp4_plugin.serving.protocol import (
     ToolMessage,
     bad_request,
 )
+from deepseek_fp4_plugin.serving.reasoning import END_THINK, THINK
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
@@ -43,8 +44,9 @@ class ChatPrompt:
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
         kwargs: dict[str, Any] | None = None,
+        effort: str | None = None,
     ) -> list[int]:
-        """Token ids. Raises ApiError 400 for messages or variables that the template cannot honour."""
+        """Token ids. `effort` none: the thinking is over before it begins. Raises ApiError 400 for messages or variables that the template cannot honour."""
         for name in kwargs or {}:
             if name not in self.variables or name in ("messages", "tools", "add_generation_prompt"):
                 raise bad_request(f"chat_template_kwargs: this model's template has no variable {name!r}",
@@ -58,6 +60,7 @@ class ChatPrompt:
             "add_generation_prompt": add_generation_prompt,
             "tools": described or None,
             "chat_template": self.template,
+            **({"reasoning_effort": effort} if effort and "reasoning_effort" in self.variables else {}),
             **(kwargs or {}),
         }
         try:
@@ -69,6 +72,9 @@ class ChatPrompt:
                 text = self.tokenizer.apply_chat_template(plain, **arguments)
             except ValueError as error:
                 raise bad_request(f"messages: {error}", "messages") from None
+        if effort == "none" and add_generation_prompt and self.tokenizer.think_end_id is not None:
+            text = text.rstrip("\n")
+            text += ("" if text.endswith(THINK) else THINK) + f"\n\n{END_THINK}\n\n"
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
@@ -93,6 +99,8 @@ def _plain(messages: list[Message]) -> list[dict[str, Any]]:
     called: dict[str, str] = {}
     for number, message in enumerate(messages):
         entry: dict[str, Any] = {"role": message.role, "content": _text(message.content)}
+        if message.name is not None and not isinstance(message, ToolMessage):
+            entry["name"] = message.name
         if isinstance(message, SystemMessage):
             entry["role"] = "system"
         elif isinstance(message, AssistantMessage):
@@ -123,7 +131,7 @@ def tools_of(request: ChatCompletionRequest, parser: str | None) -> tuple[list[T
     Raises ApiError for choices that name no tool, and for tools that the server has no parser for.
     """
     choice = request.tool_choice if request.tool_choice is not None else ("auto" if request.tools else "none")
-    if choice == "none":
+    if choice == "none" or (choice == "auto" and not request.tools):
         return [], "none"
     if not request.tools:
         raise bad_request("tool_choice: it needs tools", "tool_choice")

@@ -145,13 +145,14 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": body})
 
     def _body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        choices = []
+        choices, reasoning = [], 0
         for prompt, output in enumerate(outputs):
             for choice in output.outputs:
                 parser = self.parser() if self.parser else None
                 entry: dict[str, Any] = {"index": prompt * self.job.request.n + choice.index}
                 if parser is not None:
                     entry["message"] = parser.message(choice.text)
+                    reasoning += self._reasoning_tokens(choice.token_ids, parser)
                     entry["logprobs"] = self._chat_logprobs(choice.token_ids, choice.logprobs)
                 else:
                     entry |= self._plain_choice(prompt, output, choice)
@@ -171,13 +172,7 @@ class Answer(Response):
                 choices.append(entry)
         usage = self.job.usage()
         if self.think_end_id is not None:
-            usage["completion_tokens_details"] = {
-                "reasoning_tokens": sum(
-                    _reasoning_tokens(choice.token_ids, self.think_end_id)
-                    for output in outputs
-                    for choice in output.outputs
-                )
-            }
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return {**self._frame(chunk=False), "choices": choices, "usage": usage}
 
     def _plain_choice(self, prompt: int, output: RequestOutput, choice: CompletionOutput) -> dict[str, Any]:
@@ -207,6 +202,12 @@ class Answer(Response):
         if not request.logprobs:
             return None
         return {"content": self.texts.chat_logprobs(ids, logprobs or [], request.top_logprobs or 0)}
+
+    def _reasoning_tokens(self, ids: list[int], parser: ChoiceParser) -> int:
+        """Up to the end of the thinking; all of them where that was cut."""
+        if not parser.has_reasoned:
+            return 0
+        return ids.index(self.think_end_id) + 1 if self.think_end_id in ids else len(ids)
 
     def _frame(self, chunk: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
@@ -251,8 +252,7 @@ class Answer(Response):
         if options is not None and options.include_usage:
             usage = job.usage()
             if self.think_end_id is not None:
-                counts = [_reasoning_tokens(c.token_ids, self.think_end_id) for o in job.outputs.values()
-                          for c in o.outputs]  # fmt: skip
+                counts = [streamed.reasoning_tokens for streamed in choices.values()]
                 usage["completion_tokens_details"] = {"reasoning_tokens": sum(counts)}
             yield event({**frame, "choices": [], "usage": usage})
 
@@ -265,6 +265,7 @@ class _StreamedChoice:
         self.parser = answer.parser() if answer.parser else None
         self.started = self.finished = False
         self.offset = len(answer._echoed(prompt))
+        self.token_ids: list[int] = []
         self.drafted = DraftedTokens(answer.texts.tokenizer, answer.job.request.skip_special_tokens)
 
     def entries(self, output: RequestOutput, choice: CompletionOutput) -> list[dict[str, Any]]:
@@ -273,6 +274,7 @@ class _StreamedChoice:
             return []
         request = self.answer.job.request
         ids, first = choice.token_ids_diff, not self.started
+        self.token_ids = choice.token_ids
         self.finished = choice.finish_reason is not None
         if self.parser is not None:
             deltas = self.parser.feed(choice.text_diff, self.finished).split_calls()
@@ -306,6 +308,10 @@ class _StreamedChoice:
             entries.append(entry)
         return entries
 
+    @property
+    def reasoning_tokens(self) -> int:
+        return self.answer._reasoning_tokens(self.token_ids, self.parser) if self.parser is not None else 0
+
     def _plain(self, output: RequestOutput, choice: CompletionOutput, first: bool) -> tuple[str, dict[str, Any] | None]:
         request, texts = self.answer.job.request, self.answer.texts
         assert isinstance(request, CompletionRequest)
@@ -327,10 +333,6 @@ def _finish_reason(choice: CompletionOutput, parser: ChoiceParser | None) -> str
     if parser is not None and parser.has_calls and choice.finish_reason == "stop":
         return "tool_calls"
     return choice.finish_reason
-
-
-def _reasoning_tokens(ids: list[int], think_end_id: int) -> int:
-    return ids.index(think_end_id) + 1 if think_end_id in ids else 0
 
 
 def _check(output: RequestOutput) -> None:

@@ -103,18 +103,19 @@ async def _last_words(send: Any, error: ApiError, started: bool) -> None:
 
 
 class ApiKeys:
-    """401 everywhere but /health unless the request brings one of the keys.
+    """401 everywhere but /health and /ping unless the request brings one of the keys.
 
-    As a bearer token, or as the password of basic authentication, which lets a browser open the playground.
+    As a bearer token; as the password of basic authentication, which lets a browser open the playground; or in the
+    header of Anthropic's clients (x-api-key) or of Azure's (api-key).
     """
 
     def __init__(self, app: Any, keys: tuple[str, ...]) -> None:
         self.app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def _admits(self, authorization: str | None) -> bool:
-        scheme, _, value = (authorization or "").partition(" ")
-        key = ""
+    def _admits(self, scope: Any) -> bool:
+        scheme, _, value = (header(scope, b"authorization") or "").partition(" ")
+        key = header(scope, b"x-api-key") or header(scope, b"api-key") or ""
         if scheme.lower() == "bearer":
             key = value.strip()
         elif scheme.lower() == "basic":
@@ -128,7 +129,7 @@ class ApiKeys:
         return any(matches)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health" or self._admits(header(scope, b"authorization")):
+        if scope["type"] != "http" or scope["path"] in ("/health", "/ping") or self._admits(scope):
             await self.app(scope, receive, send)
             return
         challenge = 'Basic realm="deepseek-fp4"' if scope["path"] in ("/", "/docs") else "Bearer"

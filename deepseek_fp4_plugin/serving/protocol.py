@@ -81,7 +81,17 @@ def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
 
 
 class _Strict(BaseModel):
+    """A known field that is null is a field left out, as OpenAI has it; an unknown one is refused either way."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: part for name, part in value.items() if part is not None or name not in known}
 
 
 def _integer(value: Any) -> Any:
@@ -137,11 +147,13 @@ class SystemMessage(_Strict):
 
     role: Literal["system", "developer"]
     content: Content
+    name: str | None = None
 
 
 class UserMessage(_Strict):
     role: Literal["user"]
     content: Content
+    name: str | None = None
 
 
 class AssistantMessage(_Strict):
@@ -149,7 +161,10 @@ class AssistantMessage(_Strict):
 
     role: Literal["assistant"]
     content: Content | None = None
+    name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="vLLM's name of reasoning_content.")
+    reasoning_details: list[Any] | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: None = None
     function_call: None = None
@@ -193,12 +208,12 @@ class NamedToolChoice(_Strict):
 
 
 class JsonSchema(_Strict):
-    """The schema of `response_format`; it is always enforced, so `strict` changes nothing but may not be false."""
+    """The schema of `response_format`; it is always enforced, so `strict` changes nothing."""
 
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: Literal[True] | None = None
+    strict: bool | None = None
 
 
 class TextFormat(_Strict):
@@ -206,7 +221,10 @@ class TextFormat(_Strict):
 
 
 class JsonObjectFormat(_Strict):
+    """Any object, or, as other servers take it, one of `schema`."""
+
     type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class JsonSchemaFormat(_Strict):
@@ -251,6 +269,7 @@ class StreamOptions(_Strict):
 
     include_usage: bool = True
     continuous_usage_stats: bool = False
+    include_obfuscation: bool = Field(False, description="No padding is ever added.")
 
 
 # ---------------------------------------------------------------------------- requests
@@ -266,7 +285,7 @@ class GenerationRequest(_Body):
 
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy. None: the server's default.")
     top_p: float | None = Field(None, ge=0, le=1, description="None: the server's default.")
-    top_k: Int | None = Field(None, ge=0, le=2**31 - 1, description="0 or None: no limit.")
+    top_k: Int | None = Field(None, ge=-1, le=2**31 - 1, description="0 or -1: no limit. None: the server's default.")
     min_p: float | None = Field(None, ge=0, le=1)
     top_p_min: Annotated[float, Field(ge=0, le=0)] | None = Field(
         None, description="Only 0: a decaying top_p is not offered."
@@ -319,6 +338,14 @@ class GenerationRequest(_Body):
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     early_stopping: Literal[False] | None = None
 
+    # Bookkeeping of OpenAI's platform. Nothing is stored or billed here, so none of it can change an answer.
+    store: bool = False
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    prompt_cache_key: str | None = Field(None, description="Every prompt is cached by what it says.")
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+
 
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
@@ -342,7 +369,19 @@ class ChatCompletionRequest(GenerationRequest):
     )
     chat_template: None = Field(None, description="Templates from clients are not run; see --chat_template.")
     documents: None = None
-    reasoning_effort: None = Field(None, description="This model has no levels of effort.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None,
+        description="none: answer without thinking. The model has no levels: others change nothing, "
+        "unless the chat template reads reasoning_effort.",
+    )
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="The model has no levels of it.")
+    prediction: dict[str, Any] | None = Field(None, description="A hint for speed, not used; the text is the same.")
+    audio: None = None
+    web_search_options: None = None
+    functions: None = Field(None, description="Superseded by tools.")
+    function_call: None = Field(None, description="Superseded by tool_choice.")
+    continue_final_message: Literal[False] = False
     thinking_token_budget: None = None
     echo: Literal[False] = Field(False, description="True is for /v1/completions.")
 

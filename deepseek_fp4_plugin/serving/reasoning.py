@@ -38,6 +38,11 @@ class DeepseekR1Parser:
         self._thinking = True
         self._held = ""
 
+    @property
+    def has_reasoned(self) -> bool:
+        """Whether the text so far began with reasoning."""
+        return True
+
     def feed(self, text: str) -> Split:
         """Take the next piece of generated text."""
         if not self._thinking:
@@ -67,6 +72,8 @@ class DeepseekR1_0528Parser:
     def __init__(self, prompt_opens_think: bool = False) -> None:
         self._state = "after_tag" if prompt_opens_think else "start"  # start, after_tag, thinking, gap, answer
         self._held = ""
+        self.has_reasoned = prompt_opens_think
+        """Whether the text so far began with reasoning."""
 
     def feed(self, text: str) -> Split:
         """Take the next piece of generated text."""
@@ -75,7 +82,7 @@ class DeepseekR1_0528Parser:
         if self._state == "start":
             stripped = text.lstrip()
             if stripped.startswith(THINK):
-                self._state, text = "after_tag", stripped[len(THINK) :]
+                self._state, text, self.has_reasoned = "after_tag", stripped[len(THINK) :], True
             elif THINK.startswith(stripped):
                 self._held = text
                 return Split()

@@ -60,7 +60,7 @@ def sampling_params(
     fields: dict[str, Any] = {
         "temperature": defaults.temperature if request.temperature is None else request.temperature,
         "top_p": defaults.top_p if request.top_p is None else request.top_p,
-        "top_k": defaults.top_k if request.top_k is None else request.top_k,
+        "top_k": defaults.top_k if request.top_k is None else max(0, request.top_k),
         "min_p": request.min_p,
         "seed": None if request.seed is None else request.seed % 2**64,
         "n": request.n,
@@ -128,7 +128,7 @@ def _guided(
     asked: list[tuple[str, dict[str, Any]]] = []
     form = request.response_format
     if isinstance(form, JsonObjectFormat):
-        asked.append(("response_format", {"json_object": True}))
+        asked.append(("response_format", {"json_object": True} if form.schema_ is None else {"json": form.schema_}))
     elif isinstance(form, JsonSchemaFormat):
         asked.append(("response_format", {"json": form.json_schema.schema_}))
     elif isinstance(form, JsonFormat):

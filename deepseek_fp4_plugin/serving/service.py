@@ -92,7 +92,7 @@ class Service:
                         "the user's message for R1 models (noted once)")  # fmt: skip
         long = sum(len(str(message.content)) for message in request.messages) > _SHORT_TEXT
         render = (request.messages, tools, request.add_generation_prompt, request.add_special_tokens,
-                  request.chat_template_kwargs)  # fmt: skip
+                  request.chat_template_kwargs, request.reasoning_effort)  # fmt: skip
         ids = await run_in_threadpool(self.prompts.render, *render) if long else self.prompts.render(*render)
         try:
             job = await self._start(request, [ids], params, log)
@@ -103,7 +103,9 @@ class Service:
         opened = self._opens_think(ids)
 
         def parser() -> ChoiceParser:
-            reasoning, calls = self.options.reasoning_parser, self.options.tool_parser if tools else None
+            # With an empty think block in the prompt all of the text is the answer.
+            reasoning = self.options.reasoning_parser if request.reasoning_effort != "none" else None
+            calls = self.options.tool_parser if tools else None
             return ChoiceParser(
                 REASONING_PARSERS[reasoning](opened) if reasoning else None, TOOL_PARSERS[calls]() if calls else None
             )

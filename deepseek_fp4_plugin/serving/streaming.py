@@ -65,6 +65,11 @@ class ChoiceParser:
         self._reasoning, self._tools = reasoning, tools
         self.has_calls = False
 
+    @property
+    def has_reasoned(self) -> bool:
+        """Whether the text so far began with reasoning."""
+        return self._reasoning is not None and self._reasoning.has_reasoned
+
     def feed(self, text: str, last: bool) -> Delta:
         """The next piece of text, the last one or not."""
         split = self._reasoning.feed(text) if self._reasoning else Split(content=text)

@@ -92,6 +92,12 @@ def test_routes_beside_generation(server):
     with server.client() as client:
         assert client.get("/health").status_code == 200
         assert client.get("/health").content == b""
+        assert client.get("/ping").status_code == 200
+        for path in ("/health", "/ping", "/v1/models", "/v1/models/r1_nano", "/version", "/metrics", "/"):
+            head = client.head(path)
+            assert (head.status_code, head.content) == (200, b""), path
+        assert client.head("/v1/models/other").status_code == 404
+        assert client.head("/iteration_stats").status_code == 405  # reading them takes them away
         assert client.get("/health_generate").status_code == 200
         assert set(client.get("/version").json()) == {"version"}
         (card,) = client.get("/v1/models").json()["data"]
@@ -183,7 +189,8 @@ def test_a_note_about_system_prompts_is_logged_once(server):
 def test_keys_guard_everything_but_health(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first-key\n\nsecond-key\n")
-    with running_server(tmp_path, "--api_key_file", str(keys), "--max_seq_len", "512") as server:
+    options = ("--api_key_file", str(keys), "--max_seq_len", "512", "--allowed_origin", "https://app.example")
+    with running_server(tmp_path, *options) as server:
         with server.client() as client:
             paths = client.get("/openapi.json", headers={"Authorization": "Bearer first-key"}).json()["paths"]
             for path, methods in [*paths.items(), ("/", {"get": {}}), ("/docs", {"get": {}}), ("/nowhere", {"get": {}}),
@@ -192,10 +199,24 @@ def test_keys_guard_everything_but_health(tmp_path):
                     for value in (None, "Bearer wrong", "Bearer first-key2", "Bearer", "Basic !!", "first-key"):
                         headers = {"Authorization": value} if value else {}
                         status = client.request(method, path, headers=headers).status_code
-                        assert status == (200 if path == "/health" else 401), (path, method, value)
+                        assert status == (200 if path in ("/health", "/ping") else 401), (path, method, value)
             for key in ("first-key", "second-key"):
                 assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+                for name in ("x-api-key", "api-key"):  # Anthropic's clients, Azure's
+                    assert client.get("/v1/models", headers={name: key}).status_code == 200
+                    assert client.get("/v1/models", headers={name: key + "2"}).status_code == 401
             assert client.get("/", auth=("anyone", "second-key")).status_code == 200
+            # A browser asks first, without a key, whether it may send what openai's client sends.
+            wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count,openai-organization"
+            asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
+            for origin, status in (("https://app.example", 200), ("https://other.example", 400)):
+                preflight = client.options("/v1/chat/completions", headers={"Origin": origin, **asked})
+                assert preflight.status_code == status
+                assert preflight.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+            assert set(wanted.split(",")) <= set(
+                client.options("/v1/chat/completions", headers={"Origin": "https://app.example", **asked})
+                .headers["access-control-allow-headers"].lower().replace(" ", "").split(",")
+            )  # fmt: skip
             assert client.get("/").headers["www-authenticate"].startswith("Basic")
         assert "first-key" not in server.log
 

@@ -81,6 +81,24 @@ def test_logprobs(client, server):
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in content)
 
 
+@pytest.mark.parametrize("limit", [1, 3, 20, 300])
+def test_reasoning_tokens_count_thinking_that_was_cut(client, server, limit):
+    fields = {"model": server.name, "messages": [{"role": "user", "content": "What is 17 * 23?"}], "temperature": 0,
+              "max_tokens": limit, "extra_body": {"return_token_ids": True}}  # fmt: skip
+    whole = client.chat.completions.create(**fields)
+    choice, usage = whole.choices[0], whole.usage
+    ids = choice.model_extra["token_ids"]
+    (end,) = server.client().post("/tokenize", json={"prompt": "</think>", "add_special_tokens": False}).json()[
+        "tokens"]  # fmt: skip
+    assert usage.completion_tokens_details.reasoning_tokens == (ids.index(end) + 1 if end in ids else len(ids))
+    assert (end in ids) == (limit == 300)
+    *_, last = client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    assert last.usage == usage
+    direct = client.chat.completions.create(**fields, reasoning_effort="none")
+    assert direct.usage.completion_tokens_details.reasoning_tokens == 0
+    assert direct.choices[0].message.content
+
+
 def test_tools_and_the_second_turn(client, server, no_think):
     fields = {"model": server.name, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False,
               "logit_bias": no_think, "max_tokens": 200, "seed": 1}  # fmt: skip

@@ -617,12 +617,77 @@ def test_user_is_in_the_access_log_and_the_prompt_is_not(server):
     assert "secret" not in server.log
 
 
-@field("use_beam_search", "length_penalty", "early_stopping", "top_p_min", "reasoning_effort", "thinking_token_budget")
+@field("use_beam_search", "length_penalty", "early_stopping", "top_p_min", "thinking_token_budget")
 def test_refused_fields(server):
     for fields in ({"use_beam_search": True}, {"length_penalty": 0.5}, {"early_stopping": True}, {"top_p_min": 0.1},
-                   {"reasoning_effort": "high"}, {"thinking_token_budget": 10}, {"echo": True},
+                   {"reasoning_effort": "enormous"}, {"thinking_token_budget": 10}, {"echo": True},
                    {"unknown_field": 1}):  # fmt: skip
         refused(server.chat(**fields), next(iter(fields)))
+
+
+@field("store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+       "modalities", "verbosity", "prediction", "audio", "web_search_options", "functions", "function_call",
+       "continue_final_message")  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"store": False}, {"store": True}, {"metadata": {"a": "b"}}, {"metadata": None}, {"service_tier": "auto"},
+        {"prompt_cache_key": "x"}, {"prompt_cache_retention": "24h"}, {"safety_identifier": "u"},
+        {"modalities": ["text"]}, {"verbosity": "medium"}, {"prediction": None},
+        {"prediction": {"type": "content", "content": "5"}}, {"audio": None, "web_search_options": None},
+        {"functions": None, "function_call": None}, {"continue_final_message": False}, {"tool_choice": "auto"},
+        {"n": None, "stream": None, "stream_options": None, "logprobs": None, "parallel_tool_calls": None,
+         "response_format": None, "priority": None, "echo": None, "tools": None},
+        {"top_k": -1, "temperature": 0},
+    ],
+)  # fmt: skip
+def test_fields_that_cannot_change_the_text_change_nothing(server, fields):
+    plain = ok(server.chat(temperature=0))["choices"]
+    assert ok(server.chat(**{"temperature": 0, **fields}))["choices"] == plain
+    streamed = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert events(server.chat(**{"temperature": 0, **fields, **streamed}))[0]["choices"][0]["delta"]
+
+
+def test_fields_that_could_change_the_text_are_refused_still(server):
+    for fields in ({"modalities": ["text", "audio"]}, {"audio": {"voice": "x"}}, {"functions": [{"name": "f"}]},
+                   {"web_search_options": {}}, {"continue_final_message": True}, {"nonsense": None}):  # fmt: skip
+        refused(server.chat(**fields), next(iter(fields)))
+    refused(server.complete(top_k=-2), "top_k")
+
+
+def test_no_limit_of_top_k_overrides_the_servers(server):
+    """-1 is vLLM's word for it."""
+    free = tokens(server, top_k=0, temperature=1.0, seed=4, max_tokens=30)
+    assert tokens(server, top_k=-1, temperature=1.0, seed=4, max_tokens=30) == free
+
+
+def test_messages_of_all_clients(server):
+    def answer(messages):
+        return ok(server.chat(messages=messages, temperature=0))["choices"][0]["message"]["content"]
+
+    plain = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"},
+             {"role": "assistant", "content": "ok"}, {"role": "user", "content": "2 + 3?"}]  # fmt: skip
+    wanted = answer(plain)
+    for name in ("bob", None):
+        assert answer([{**message, "name": name} for message in plain]) == wanted
+    for thought in ({"reasoning_content": "t"}, {"reasoning": "t"}, {"reasoning_details": [{"type": "x", "text": "t"}]},
+                    {"refusal": None, "audio": None, "tool_calls": None, "function_call": None}):  # fmt: skip
+        assert answer([m | thought if m["role"] == "assistant" else m for m in plain]) == wanted
+
+
+@field("reasoning_effort")
+def test_reasoning_effort(server):
+    whole = ok(server.chat(temperature=0))
+    for level in ("minimal", "low", "medium", "high", "xhigh", "max", None):
+        body = ok(server.chat(temperature=0, reasoning_effort=level))
+        assert (body["choices"], body["usage"]) == (whole["choices"], whole["usage"])
+    think = {str(ids_of(server, "<think>")[0]): 60}
+    open_ = ok(server.chat(temperature=0, logit_bias=think, return_token_ids=True))["choices"][0]
+    assert open_["message"]["content"].startswith("<think>")
+    none = ok(server.chat(temperature=0, reasoning_effort="none", return_token_ids=True, max_tokens=200))["choices"][0]
+    block = ids_of(server, "<think>\n\n</think>\n\n")
+    assert none["prompt_token_ids"] == open_["prompt_token_ids"] + block
+    assert "think>" not in none["message"]["content"]
 
 
 def test_every_documented_field_has_a_test(server):
