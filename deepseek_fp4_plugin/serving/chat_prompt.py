@@ -46,7 +46,10 @@ class ChatPrompt:
         kwargs: dict[str, Any] | None = None,
         effort: str | None = None,
     ) -> list[int]:
-        """Token ids. `effort` none: the thinking is over before it begins. Raises ApiError 400 for messages or variables that the template cannot honour."""
+        """Token ids. `effort` none: the prompt ends in an empty think block.
+
+        Raises ApiError 400 for messages or variables that the template cannot honour.
+        """
         for name in kwargs or {}:
             if name not in self.variables or name in ("messages", "tools", "add_generation_prompt"):
                 raise bad_request(f"chat_template_kwargs: this model's template has no variable {name!r}",
