@@ -121,7 +121,11 @@ def test_builtin_text(tokenizer):
         ("roles.jsonl", b'{"messages": "hello"}\n', r"record 1 of .*: messages is not a list"),
         ("empty.jsonl", b"\n", r"empty\.jsonl holds no text"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz cannot be read"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:12] + b"\xff" * 20, r"b\.jsonl\.gz cannot be read"),
+        (
+            "b.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:12] + b"\xff" * 20,
+            r"b\.jsonl\.gz cannot be read",
+        ),
         ("deep.jsonl", b"[" * 100_000, r"line 1 of .*deep\.jsonl is not JSON"),
         ("long.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"line 1 of .*long\.jsonl is not JSON"),
         ("data.csv", b"a,b\n", r"neither cnn_dailymail, builtin nor a \.txt"),
