@@ -131,3 +131,9 @@ def _send_at_once(connection: Connection) -> None:
     """A plan larger than a packet is two writes, and the second must not wait for the first one's acknowledgement."""
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def hang_up(connection: Connection) -> None:
+    """End a connection in both directions without closing its descriptor, which another thread may be waiting on."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)

@@ -5,10 +5,7 @@ each rank where each has a scheduler. A group lives and dies whole: the first ra
 """
 
 import atexit
-import contextlib
-import os
 import pickle
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +17,7 @@ from typing import Any, Protocol, cast
 from torch.distributed import TCPStore
 
 from deepseek_fp4_plugin.config import EngineConfig
-from deepseek_fp4_plugin.engine.door import Arrival
+from deepseek_fp4_plugin.engine.door import Arrival, hang_up
 from deepseek_fp4_plugin.engine.executor import Alarm, WorkerError
 from deepseek_fp4_plugin.engine.heartbeat import SILENCE, Monitor
 from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
@@ -129,6 +126,7 @@ class WorkerGroup:
         return replace(
             first,
             cache_blocks=blocks,
+            asynchronous=True,  # on a CPU, too: the front plans while the ranks compute
             weight_bytes=max(fact.weight_bytes for fact in facts.values()),
             cache_bytes=first.cache_bytes // first.cache_blocks * blocks,
         )
@@ -214,19 +212,13 @@ class WorkerGroup:
                 for member in self._members:
                     member.process.kill()
             for member in self._members:
-                _hang_up(member.work)
+                hang_up(member.work)
             for member in self._members:
                 member.process.join()
-                _hang_up(member.beat)
+                hang_up(member.beat)
             self._monitor.join()
             for member in self._members:
                 member.work.close()
                 member.beat.close()
             if self._release is not None:
                 self._release()
-
-
-def _hang_up(connection: Connection) -> None:
-    """End a connection in both directions without closing its descriptor, which another thread may be waiting on."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)

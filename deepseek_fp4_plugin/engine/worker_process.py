@@ -4,11 +4,15 @@ The front talks to it over two connections (multiprocessing's: lengths and pickl
 heartbeat. `serve_rank` is the worker's whole life; whoever started the process only brings the two connections.
 """
 
+import functools
 import logging
 import os
 import pickle
+import queue
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +23,8 @@ import torch
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.config import EngineConfig
-from deepseek_fp4_plugin.engine.door import own_address
+from deepseek_fp4_plugin.engine.door import hang_up, own_address
+from deepseek_fp4_plugin.engine.executor import Runner
 from deepseek_fp4_plugin.engine.heartbeat import Pulse
 from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -105,11 +110,51 @@ def _serve(work: Connection) -> None:
     work.send(worker.facts)
     worker.allocate(work.recv())
     work.send(None)
-    while True:
-        asked = work.recv()
-        answer = _explain(worker, asked) if isinstance(asked, Question) else worker.runner.run(asked)
-        if assignment.answers:
-            work.send(answer)
+    _compute(work, worker.runner, assignment.answers, worker.facts.asynchronous)
+
+
+def _compute(work: Connection, runner: Runner, answers: bool, asynchronous: bool) -> None:
+    """Start the steps that come, and send their results in the same order, until the front closes `work`.
+
+    asynchronous: a thread waits for the results, so that a step is started while the one before it is computed.
+    """
+    pending: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+
+    def answer(result: Callable[[], object]) -> None:
+        value = result()
+        if answers:
+            work.send(value)
+
+    def answer_all() -> None:
+        try:
+            while (result := pending.get()) is not None:
+                answer(result)
+        except BaseException as failure:
+            failures.append(failure)
+            hang_up(work)  # the thread that reads it learns of it so
+
+    thread = threading.Thread(target=answer_all, name="results", daemon=True)
+    if asynchronous:
+        thread.start()
+    try:
+        while True:
+            asked = work.recv()
+            if isinstance(asked, Question):
+                result: Callable[[], object] = functools.partial(_explain, runner, asked)
+            else:
+                runner.submit(asked)
+                result = runner.collect
+            if asynchronous:
+                pending.put(result)
+            else:
+                answer(result)
+    except (EOFError, OSError):
+        if failures:
+            raise failures[0] from None
+        raise
+    finally:
+        pending.put(None)
 
 
 def _mesh(assignment: Assignment, device: torch.device) -> Mesh:
@@ -134,10 +179,10 @@ def _speak_on(address: str) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _explain(worker: Worker, question: Question) -> str | RuntimeError:
+def _explain(runner: Runner, question: Question) -> str | RuntimeError:
     """A fault of the explanation must not end the rank."""
     try:
-        return worker.runner.explain(question.token_ids)
+        return runner.explain(question.token_ids)
     except Exception as error:
         return RuntimeError(_line(error))
 
