@@ -38,7 +38,7 @@ def make_engine(
 ) -> LLMEngine:
     """oracle: request id -> its whole token ids; half of all drafts are then replaced by the truth."""
     layers = model.config.num_hidden_layers + (1 if drafts else 0)
-    cache = allocate(model.config, layers, blocks + 1, block_size, cache_dtype, torch.device("cpu"))
+    cache = allocate(model.config, layers, blocks + 1, block_size, cache_dtype, model.model.norm.weight.device)
     cache.fill_(float("nan"))  # a read of a slot nobody wrote shows
     scheduler = Scheduler(
         BlockManager(blocks, block_size, reuse, lookahead=1 if drafts else 0),

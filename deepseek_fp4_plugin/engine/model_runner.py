@@ -77,6 +77,7 @@ class ModelRunner:
         """Start a step; it is computed behind those submitted before."""
         rows = plan.rows
         self._times = [time.perf_counter()]
+        begun = self._event()
         self.slots.apply(rows)
         outputs = self.recorded(plan, self._kind(rows))
         if outputs is None:
@@ -95,15 +96,21 @@ class ModelRunner:
             base = stop
         self._prompt_logprobs(rows, hidden, result)
         result.packed, result.greatest = _to_host(packed[: len(sampled)]), _to_host(greatest[: len(sampled)])
-        if self.device.type == "cuda":
-            result.done = torch.cuda.Event()
-            result.done.record()
+        result.begun, result.done = begun, self._event()
         result.times = [*self._times, time.perf_counter()]
         self._results.append(result)
 
     def explain(self, token_ids: Sequence[int]) -> str:
         """Why the logits of a request with these tokens are not finite: the first module and weight, one sentence."""
         return diagnosis.explain(self.model, token_ids, self.device)
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Where a GPU is, of what was submitted."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _kind(self, rows: Sequence[PlanRow]) -> Kind:
         setups = [self.slots.setups[row.slot] for row in rows]
@@ -203,7 +210,7 @@ class ModelRunner:
         newest = verified.emitted.gather(1, verified.accepted.unsqueeze(1))
         tokens = torch.cat([newest, *[draft.unsqueeze(1) for draft in drafts]], 1)
         slots.tokens[own] = tokens
-        slots.starts[slots.dummy] = 0
+        slots.starts[slots.dummy :].zero_()
         return torch.cat((verified.emitted, verified.accepted.unsqueeze(1), tokens[:, 1:]), 1), verified.greatest
 
     def _prompt_logprobs(self, rows: Sequence[PlanRow], hidden: Tensor, result: "PendingResult") -> None:
@@ -235,6 +242,7 @@ class PendingResult:
     num_drafts: int
     packed: Tensor = field(init=False)
     greatest: Tensor = field(init=False)
+    begun: torch.cuda.Event | None = None
     done: torch.cuda.Event | None = None
     logprobs: dict[int, sampler.LogprobTensors] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[sampler.LogprobTensors]] = field(default_factory=dict)
@@ -256,12 +264,12 @@ class PendingResult:
                 result.logprobs[index] = self.logprobs[index].entries(emitted)
         for index, parts in self.prompt_logprobs.items():
             self._add_prompt_logprobs(result, index, parts)
-        began, forward, chosen, ended = self.times if len(self.times) == 4 else [*self.times[:1], *self.times[-1:] * 3]
-        result.forward_seconds, result.sample_seconds, result.draft_seconds = (
-            forward - began,
-            chosen - forward,
-            ended - chosen,
-        )
+        if self.begun is not None and self.done is not None:
+            result.forward_seconds = self.begun.elapsed_time(self.done) / 1000  # all of it
+        elif len(self.times) == 4:
+            began, forward, chosen, ended = self.times
+            result.forward_seconds, result.sample_seconds = forward - began, chosen - forward
+            result.draft_seconds = ended - chosen
         return result
 
     def _fail(self, result: StepResult, index: int, greatest: Sequence[float]) -> None:
@@ -281,6 +289,6 @@ class PendingResult:
 
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy that is complete once the device has done what was submitted so far."""
-    if tensor.device.type == "cpu":
+    if tensor.device.type != "cuda":
         return tensor.clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

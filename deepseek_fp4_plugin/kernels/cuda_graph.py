@@ -27,7 +27,7 @@ class GraphRecorder:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             results = function()
 
-        def replay() -> Results:
+        def replay(keep: object = function) -> Results:  # the graph reads tensors that only the function holds
             graph.replay()
             return results
 

@@ -1,12 +1,20 @@
 """On a GPU: the same model and engine give what they give on the CPU."""
 
+import random
+
 import pytest
 import torch
 
 from deepseek_fp4_plugin import LLM, SamplingParams
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.engine.recorded_steps import Sizes
+from deepseek_fp4_plugin.engine.step_plan import Sampling
+from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.weights import WeightTensors
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.numerics import nvfp4
+from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
+from tests.engine_core import make_engine, make_request, run_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,3 +57,83 @@ def test_engine(drafts, cache):
     same = sum(a == b for a, b in zip(texts["cpu"], texts["cuda"], strict=True))
     assert same >= 2
     assert r"\boxed{579}" in texts["cuda"][0]
+
+
+class Plain:
+    """Records nothing: a "replay" runs the same step again, kernel by kernel."""
+
+    def record(self, function):
+        return function, function()
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    return DeepseekV3ForCausalLM.from_pretrained("r1_nano", device="cuda")
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_whole_steps_are_captured_and_replayed(on_gpu, drafts, overlap):
+    """Forward, sampling, verification and drafts as one CUDA graph, in two sizes: the tokens of the same kernels
+    launched one by one, and (rounding depends on the shape) nearly always those of steps that are not filled up."""
+    outputs = {}
+    for how in ("graph", "plain", "exact shapes"):
+        sizes = Sizes(()) if how == "exact shapes" else Sizes((2, 4), padded=True)
+        engine = make_engine(
+            on_gpu,
+            drafts=drafts,
+            batch=4,
+            blocks=256,
+            block_size=32,
+            cache_dtype=torch.bfloat16,
+            sizes=sizes,
+            overlap=overlap,
+            think_ids=(3, 4),
+        )
+        recorded = engine.executor.runner.recorded
+        if how == "plain":
+            recorded.recorder = Plain()
+        rng, requests = random.Random(0), []
+        for i in range(9):
+            own = {"sampling": Sampling(greedy=False, seed=i, top_p=0.9)} if i % 3 == 1 else {}
+            own |= {"relaxed_topk": 4, "relaxed_delta": 0.5} if i % 3 == 2 else {}
+            prompt = [rng.randrange(5, 900) for _ in range(rng.randint(1, 60))]
+            requests.append(make_request(i, prompt, 20 + 5 * i, **own))
+        outputs[how] = run_all(engine, requests)
+        if how != "exact shapes":
+            assert {key[0] for key in recorded.recordings} == {2, 4} and recorded.num_replays > 20
+    assert outputs["graph"] == outputs["plain"]
+    same = sum(
+        a == b for i in outputs["graph"] for a, b in zip(outputs["graph"][i], outputs["exact shapes"][i], strict=True)
+    )
+    assert same >= 0.5 * sum(map(len, outputs["graph"].values()))
+
+
+def stacked(weight_format: WeightFormat, experts: int, *shape: int) -> WeightTensors:
+    weights = [torch.randn(*shape).to(torch.bfloat16) for _ in range(experts)]
+    if weight_format is WeightFormat.PLAIN:
+        return WeightTensors(weight_format, torch.stack(weights))
+    if weight_format is WeightFormat.FP8_BLOCK:
+        codes, scales = zip(*(fp8_block.quantize(weight.float()) for weight in weights), strict=True)
+        return WeightTensors(weight_format, torch.stack(codes), torch.stack(scales))
+    parts = [nvfp4.quantize(weight) for weight in weights]
+    fields = zip(*((part.packed, part.scale, part.scale_2) for part in parts), strict=True)
+    return WeightTensors(weight_format, *(torch.stack(tensors) for tensors in fields))
+
+
+@pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda f: f.name)
+def test_experts_without_counting_tokens(weight_format):
+    """decoded's batched products against the reference, for few tokens and for many."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    experts, hidden, inner = 6, 128, 128
+    parts = [stacked(weight_format, experts, *shape) for shape in ((2 * inner, hidden), (hidden, inner))]
+    for tokens in (1, 7, 64, 65):
+        x = torch.randn(tokens, hidden, device="cuda")
+        ids = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)]).cuda()
+        ids[0, 0] = -1
+        weights = torch.rand(tokens, 2, device="cuda")
+        results = []
+        for backend in ("decoded", "reference"):
+            gate_up, down = (ops.prepare([p], torch.device("cuda"), torch.float32, backend=backend) for p in parts)
+            results.append(ops.experts_mlp(x, ids, weights, gate_up, down))
+        assert (results[0] - results[1]).abs().max() <= 1e-5 * results[1].abs().max()

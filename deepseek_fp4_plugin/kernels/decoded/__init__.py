@@ -11,13 +11,13 @@ from deepseek_fp4_plugin.kernels.decoded.attention import (
     values_from_latent,
 )
 from deepseek_fp4_plugin.kernels.decoded.linear import linear, prepare
+from deepseek_fp4_plugin.kernels.decoded.moe import experts_mlp
 from deepseek_fp4_plugin.kernels.reference import (
     add,
     argmax,
     concat,
     cos_sin,
     embedding,
-    experts_mlp,
     gated_mlp,
     latent_entries,
     plain_linear,

@@ -65,7 +65,11 @@ def absorbed_attention(
     scores = scores.unflatten(1, (max_query, heads)).masked_fill(~visible.unsqueeze(2), float("-inf"))
     weights = scores.softmax(-1).to(q.dtype).flatten(1, 2)
     output = (weights @ entries[..., :latent]).unflatten(1, (max_query, heads))
-    return output[row < lengths.unsqueeze(1)] if padded else output.flatten(0, 1)
+    if not padded:
+        return output.flatten(0, 1)
+    token = torch.arange(q_latent.shape[0], device=q.device)
+    request = torch.searchsorted(query_start, token, right=True) - 1
+    return output[request, token - query_start[request]]
 
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:

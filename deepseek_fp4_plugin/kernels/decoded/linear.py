@@ -41,8 +41,20 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     if expert is not None:
         values = values[expert]
         row_scale = None if row_scale is None else row_scale[expert]
-    if weight.activations == "fp4":
-        packed, scale = nvfp4.quantize_activation(x, weight.input_scale)
-        x = nvfp4.block_values(packed, scale, x.dtype)
-    y = torch.nn.functional.linear(x, values)
+    y = torch.nn.functional.linear(_rounded(x, weight), values)
     return y if row_scale is None else (y * row_scale).to(x.dtype)
+
+
+def products(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """x: [E, rows, in], each expert's own.  Returns [E, rows, out] in x's dtype."""
+    values, row_scale = weight.data
+    y = _rounded(x, weight) @ values.transpose(1, 2)
+    return y if row_scale is None else (y * row_scale.unsqueeze(1)).to(x.dtype)
+
+
+def _rounded(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """`x`, or with FP4 activations its NVFP4 rounding but for the input scale, which is in the row scales."""
+    if weight.activations != "fp4":
+        return x
+    packed, scale = nvfp4.quantize_activation(x.reshape(-1, x.shape[-1]), weight.input_scale)
+    return nvfp4.block_values(packed, scale, x.dtype).view(x.shape)
