@@ -53,7 +53,7 @@ def make_engine(
     executor = InProcessExecutor(runner, facts)
     if oracle is not None:
         executor.runner = OracleRunner(runner, scheduler, oracle)
-    return LLMEngine([scheduler], executor, model.config.vocab_size, overlap)
+    return LLMEngine([scheduler], executor, model.config.vocab_size, overlap=overlap)
 
 
 class OracleRunner:

@@ -6,12 +6,19 @@ import random
 
 import psutil
 import pytest
+import torch
 
 from deepseek_fp4_plugin.assets.held_out import load_held_out
+from deepseek_fp4_plugin.config import EngineConfig, KvCacheConfig, SpeculativeConfig
+from deepseek_fp4_plugin.engine.block_manager import BlockManager
+from deepseek_fp4_plugin.engine.engine import LLMEngine
+from deepseek_fp4_plugin.engine.launch import start_executor
+from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 from tests.end_to_end.test_engine_equalities import differing
 from tests.engine_core import make_engine, make_request, run_all
+from tests.ranks import MAPPINGS
 
 REQUESTS, LONGEST = 10_000, 100
 
@@ -19,15 +26,46 @@ REQUESTS, LONGEST = 10_000, 100
 @pytest.mark.proof
 def test_ten_thousand_requests(tiny_fp8):
     model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
+    soak(model, make_engine(model, drafts=3, blocks=96, batch=32, tokens=256, max_seq_len=160), REQUESTS)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("mapping", ["TP2", "DP2"])
+def test_two_ranks(tiny_fp8, mapping):
+    """The same over two processes, planned ahead; every block returns on every rank."""
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
+    config = EngineConfig(
+        model=str(tiny_fp8),
+        dtype="float32",
+        max_batch_size=32,
+        max_num_tokens=256,
+        max_seq_len=160,
+        speculative_config=SpeculativeConfig(num_nextn_predict_layers=3),
+        kv_cache_config=KvCacheConfig(max_tokens=96 * 8, tokens_per_block=8),
+        **MAPPINGS[mapping],
+    )
+    group = start_executor(config, str(tiny_fp8), tiny_fp8, torch.device("cpu"), None)
+    try:
+        facts = group.facts
+        assert (facts.cache_blocks, group.num_schedulers) == (96, 2 if mapping == "DP2" else 1)
+        schedulers = [
+            Scheduler(BlockManager(96, 8, True, lookahead=1), 32, 256, 160, 3) for _ in range(group.num_schedulers)
+        ]
+        soak(model, LLMEngine(schedulers, group, model.config.vocab_size, overlap=facts.asynchronous), REQUESTS)
+    finally:
+        group.close()
+
+
+def soak(model: DeepseekV3ForCausalLM, engine: LLMEngine, requests: int) -> None:
+    """Serve requests with random lengths, priorities and aborts; the books are checked at every step."""
     rng = random.Random(0)
     shared = [rng.randrange(320) for _ in range(LONGEST)]
-    engine = make_engine(model, drafts=3, blocks=96, batch=32, tokens=256, max_seq_len=160)
     process = psutil.Process(os.getpid())
     started: dict[int, list[int]] = {}
     live, outputs, aborted, memory = {}, {}, set(), []
     submitted = finished = 0
-    while submitted < REQUESTS or engine.has_work:
-        while submitted < REQUESTS and engine.schedulers[0].num_waiting < 16:
+    while submitted < requests or engine.has_work:
+        while submitted < requests and engine.stats().waiting < 16 * len(engine.schedulers):
             own = [rng.randrange(320) for _ in range(rng.randint(1, 30))]
             prompt = shared[: rng.randint(0, LONGEST - 40)] + own
             request = make_request(submitted, prompt, rng.randint(1, 40), priority=rng.choice((0, 0, 0, 1)))
@@ -49,12 +87,15 @@ def test_ten_thousand_requests(tiny_fp8):
             number = rng.choice(list(live))
             assert engine.abort(live.pop(number)) is not None
             aborted.add(number)
-        engine.schedulers[0].blocks.check([request.blocks for request in engine.schedulers[0].running])
+        for scheduler in engine.schedulers:
+            scheduler.blocks.check([request.blocks for request in scheduler.running])
         if engine.stats().steps % 500 == 0:
             gc.collect()
             memory.append(process.memory_info().rss / 2**20)
-    assert finished + len(aborted) == REQUESTS
-    engine.schedulers[0].blocks.check([])
+    assert finished + len(aborted) == requests
+    for scheduler in engine.schedulers:
+        assert not scheduler.running
+        scheduler.blocks.check([])
     stats = engine.stats()
     assert stats.preemptions > 100
     assert stats.cached_prompt_tokens > 10_000
@@ -67,7 +108,7 @@ def test_ten_thousand_requests(tiny_fp8):
             total += len(alone)
     assert excused <= max(1, total // 1000)
     print(
-        f"{REQUESTS} requests, {len(aborted)} aborted, {stats.steps} steps, {stats.preemptions} preemptions, "
+        f"{requests} requests, {len(aborted)} aborted, {stats.steps} steps, {stats.preemptions} preemptions, "
         f"{stats.cached_prompt_tokens} of {stats.prompt_tokens} prompt tokens reused, "
         f"memory {memory[0]:.0f} to {memory[-1]:.0f} MiB, {excused} of {total} tokens were near ties"
     )
