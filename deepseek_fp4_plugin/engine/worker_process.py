@@ -110,10 +110,10 @@ def _serve(work: Connection) -> None:
     work.send(worker.facts)
     worker.allocate(work.recv())
     work.send(None)
-    _compute(work, worker.runner, assignment.answers, worker.facts.asynchronous)
+    compute(work, worker.runner, assignment.answers, worker.facts.asynchronous)
 
 
-def _compute(work: Connection, runner: Runner, answers: bool, asynchronous: bool) -> None:
+def compute(work: Connection, runner: Runner, answers: bool, asynchronous: bool) -> None:
     """Start the steps that come, and send their results in the same order, until the front closes `work`.
 
     asynchronous: a thread waits for the results, so that a step is started while the one before it is computed.

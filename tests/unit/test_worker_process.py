@@ -6,7 +6,7 @@ from multiprocessing import Pipe
 
 import pytest
 
-from deepseek_fp4_plugin.engine.worker_process import Question, _compute
+from deepseek_fp4_plugin.engine.worker_process import Question, compute
 
 
 class SlowRunner:
@@ -40,7 +40,7 @@ def start(runner: SlowRunner, asynchronous: bool, answers: bool = True):
 
     def run() -> None:
         try:
-            _compute(work, runner, answers, asynchronous)
+            compute(work, runner, answers, asynchronous)
         except BaseException as error:
             ended.append(error)
 
