@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.random_checkpoint import write_checkpoint as write_random
 from deepseek_fp4_plugin.kernels import cpu
-from tests.tiny import tiny_config, write_checkpoint
+from tests.tiny import CONFIG, tiny_config, write_checkpoint
 from training.tokenizer import write_tokenizer
 
 # A runner started in a shell's background ignores Ctrl-C, and so would every process that a test starts and interrupts.
@@ -54,6 +55,14 @@ def _seed():
 def tiny_fp8(tmp_path_factory) -> Path:
     """The tiny model as an FP8 checkpoint of several shards; read-only."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "fp8")
+
+
+@pytest.fixture(scope="session")
+def tiny_nvfp4(tmp_path_factory) -> Path:
+    """A model of the same shape, every linear in NVFP4; read-only."""
+    folder = tmp_path_factory.mktemp("tiny") / "nvfp4"
+    write_random(folder, CONFIG, quantized=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

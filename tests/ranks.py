@@ -14,7 +14,10 @@ import torch.multiprocessing
 
 from deepseek_fp4_plugin.parallel.collectives import ALONE, Group, ProcessGroup, connect
 from deepseek_fp4_plugin.parallel.mesh import Mesh
+from deepseek_fp4_plugin.parallel.placement import ExpertPlacement
 
+# Of the tiny model's three layers with experts, the MTP module's included: two hot experts, four redundant slots.
+PLACED = ExpertPlacement.balanced({layer: [90, 60, *[5] * 14] for layer in (1, 2, 3)}, 4, 20)
 MAPPINGS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_parallel_size": 2},
     "TP4": {"tensor_parallel_size": 4},
@@ -26,6 +29,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "DP4": {"tensor_parallel_size": 4, "enable_attention_dp": True},
     "DP4/EP2": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 2, "enable_attention_dp": True},
     "DP4/EP4": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "enable_attention_dp": True},
+    "TP4/EP4 placed": {"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "placement": PLACED},
 }
 
 

@@ -37,6 +37,7 @@ class EngineStats:
     sample_seconds: float = 0.0
     draft_seconds: float = 0.0
     update_seconds: float = 0.0
+    expert_load: dict[int, list[int]] = field(default_factory=dict)  # layer -> tokens of each expert, where counted
     thinking: SpeculationCounts = field(default_factory=SpeculationCounts)  # of finished requests
     answer: SpeculationCounts = field(default_factory=SpeculationCounts)
 
@@ -178,6 +179,8 @@ class LLMEngine:
         stats.forward_seconds += max(result.forward_seconds for result in results)
         stats.sample_seconds += max(result.sample_seconds for result in results)
         stats.draft_seconds += max(result.draft_seconds for result in results)
+        if results[0].expert_load is not None:  # every rank counts the tokens of all
+            stats.expert_load = results[0].expert_load
         ended = time.perf_counter()
         stats.update_seconds += ended - came
         self._iterations.append(

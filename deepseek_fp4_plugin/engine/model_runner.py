@@ -61,6 +61,7 @@ class ModelRunner:
         if sizes is None:
             sizes = Sizes.of(None, self.device, num_drafts, max_batch_size)
         self.recorded = RecordedSteps(self._uniform, sizes, self.slots.dummy, self.device)
+        self.expert_load: dict[int, Tensor] = {}  # the model's counts, where they are asked for
         self._results: deque[PendingResult] = deque()
         self._times: list[float] = []
 
@@ -70,7 +71,10 @@ class ModelRunner:
 
     def collect(self) -> StepResult:
         """Wait for the oldest step that was submitted and not collected."""
-        return self._results.popleft().result()
+        result = self._results.popleft().result()
+        if self.expert_load:
+            result.expert_load = {layer: counts.tolist() for layer, counts in self.expert_load.items()}
+        return result
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:

@@ -42,10 +42,18 @@ class Sizes:
     padded: bool = False
 
     @classmethod
-    def of(cls, config: CudaGraphConfig | None, device: torch.device, num_drafts: int, max_batch_size: int) -> "Sizes":
-        """What a device records: on a GPU what `config` says, on a CPU every size of few tokens."""
+    def of(
+        cls,
+        config: CudaGraphConfig | None,
+        device: torch.device,
+        num_drafts: int,
+        max_batch_size: int,
+        dp_ranks: int = 1,
+    ) -> "Sizes":
+        """What a device records: on a GPU what `config` says, on a CPU every size of few tokens; dp_ranks: whose tokens
+        meet at the experts."""
         if device.type == "cpu":
-            return cls(tuple(range(1, min(max_batch_size, _CPU_TOKENS // (1 + num_drafts)) + 1)))
+            return cls(tuple(range(1, min(max_batch_size, _CPU_TOKENS // ((1 + num_drafts) * dp_ranks)) + 1)))
         if config is None:
             return cls(())
         largest = config.max_batch_size or 128

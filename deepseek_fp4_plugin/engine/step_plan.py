@@ -116,6 +116,7 @@ class StepResult:
     failures: dict[int, str] = field(
         default_factory=dict
     )  # row -> NOT_FINITE or NOTHING_ALLOWED; no token of it counts
+    expert_load: dict[int, list[int]] | None = None  # layer -> tokens that chose each expert so far, where counted
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     draft_seconds: float = 0.0

@@ -83,8 +83,10 @@ class Worker:
             drafts,
             batch,
             -(-(self.facts.max_seq_len + 3 * drafts) // block_size),  # drafts of two steps, and the recurrence
-            Sizes.of(self._config.cuda_graph_config, device, drafts, batch),
+            Sizes.of(self._config.cuda_graph_config, device, drafts, batch, self.model.mesh.dp.count),
         )
+        if self._config.moe_config.count_load:
+            self.runner.expert_load = self.model.count_expert_load()
 
 
 def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:

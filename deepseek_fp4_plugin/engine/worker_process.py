@@ -30,6 +30,7 @@ from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.parallel.collectives import connect
 from deepseek_fp4_plugin.parallel.mesh import Mesh
+from deepseek_fp4_plugin.parallel.placement import ExpertPlacement, read_load
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,17 @@ def _mesh(assignment: Assignment, device: torch.device) -> Mesh:
         config.moe_expert_parallel_size,
         config.moe_tensor_parallel_size,
         config.enable_attention_dp,
-        connect(assignment.rank, config.tensor_parallel_size, store, "gloo" if device.type == "cpu" else "nccl"),
+        placement=_placement(config),
+        group=connect(assignment.rank, config.tensor_parallel_size, store, "gloo" if device.type == "cpu" else "nccl"),
     )
+
+
+def _placement(config: EngineConfig) -> ExpertPlacement | None:
+    """Every rank computes the same from the same file."""
+    balancer, ranks = config.moe_config.load_balancer, config.expert_ranks
+    if balancer is None or ranks == 1:
+        return None
+    return ExpertPlacement.balanced(read_load(balancer.load_file), ranks, balancer.num_slots)
 
 
 def _speak_on(address: str) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.recording import cut
 from deepseek_fp4_plugin.layers.weight_source import OUT, Cut, WeightSource
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
@@ -24,10 +25,13 @@ class VocabEmbedding(nn.Module):
         """int64 [T] to [T, hidden]."""
         if self.mesh.tp.count == 1:
             return ops.embedding(input_ids, self.weight)
+        return cut(self._over_ranks, input_ids)[0]
+
+    def _over_ranks(self, input_ids: Tensor) -> tuple[Tensor]:
         start, stop = self.mesh.tp.bounds(self.shape[0], self.name)
         here = (input_ids >= start) & (input_ids < stop)
         rows = ops.embedding(torch.where(here, input_ids - start, 0), self.weight)
-        return self.mesh.tp_group.all_reduce(rows * here.unsqueeze(-1))
+        return (self.mesh.tp_group.all_reduce(rows * here.unsqueeze(-1)),)
 
 
 class LanguageModelHead(nn.Module):
@@ -45,11 +49,7 @@ class LanguageModelHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] to [rows, vocab], in the model's dtype."""
         own = ops.plain_linear(hidden, self.weight)
-        count = self.mesh.tp.count
-        if count == 1:
-            return own
-        slices = self.mesh.tp_group.all_gather(own).view(count, *own.shape)
-        return slices.transpose(0, 1).flatten(1)
+        return own if self.mesh.tp.count == 1 else cut(self._gathered, own)[0]
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] to the best token of each row, int64 [rows]; of equal ones the first.
@@ -58,11 +58,15 @@ class LanguageModelHead(nn.Module):
         """
         own = ops.plain_linear(hidden, self.weight)
         best = ops.argmax(own)
-        count = self.mesh.tp.count
-        if count == 1:
-            return best
+        return best if self.mesh.tp.count == 1 else cut(self._best, own, best)[0]
+
+    def _gathered(self, own: Tensor) -> tuple[Tensor]:
+        slices = self.mesh.tp_group.all_gather(own).view(self.mesh.tp.count, *own.shape)
+        return (slices.transpose(0, 1).flatten(1),)
+
+    def _best(self, own: Tensor, best: Tensor) -> tuple[Tensor]:
         start, _ = self.mesh.tp.bounds(self.shape[0], self.name)
         logit = own.gather(1, best.unsqueeze(1)).squeeze(1)
         pairs = torch.stack((logit.float(), (best + start).float()), 1)  # FP32 holds ids up to 2^24 exactly
-        logits, ids = self.mesh.tp_group.all_gather(pairs).view(count, -1, 2).unbind(-1)
-        return ids.gather(0, logits.argmax(0, keepdim=True)).squeeze(0).long()
+        logits, ids = self.mesh.tp_group.all_gather(pairs).view(self.mesh.tp.count, -1, 2).unbind(-1)
+        return (ids.gather(0, logits.argmax(0, keepdim=True)).squeeze(0).long(),)

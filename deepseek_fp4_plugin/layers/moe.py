@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.recording import cut
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.layers.exchange import all_gather, reduce_scatter
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.layers.weight_source import IN, OUT, Cut, WeightSource
 from deepseek_fp4_plugin.parallel.mesh import Mesh
@@ -41,11 +43,11 @@ class RoutedExperts(nn.Module):
     gate_up: PreparedWeight
     down: PreparedWeight
 
-    def __init__(self, name: str, config, mesh: Mesh):
+    def __init__(self, name: str, layer: int, config, mesh: Mesh):
         super().__init__()
         self.name, self.config, self.mesh = name, config, mesh
-        start, stop = mesh.ep.bounds(config.n_routed_experts, name)
-        self.local = range(start, stop)
+        self.local = mesh.experts(layer, config.n_routed_experts)
+        self.replicas = mesh.placement.replicas(layer, mesh.ep.index) if mesh.placement else None
         self.observer: Observe | None = None
 
     def load(self, source: WeightSource) -> None:
@@ -57,10 +59,18 @@ class RoutedExperts(nn.Module):
         self.down = source.experts(self.name, ("down_proj",), self.local, total, (hidden, inner), Cut(IN, shard))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if len(self.local) < self.config.n_routed_experts:
-            here = (ids >= self.local.start) & (ids < self.local.stop)
-            ids = torch.where(here, ids - self.local.start, -1)
+        if len(self.local) < self.config.n_routed_experts or self.replicas is not None:
+            (ids,) = cut(self._slots, ids)
         return ops.experts_mlp(x, ids, weights, self.gate_up, self.down, self.observer)
+
+    def _slots(self, ids: Tensor) -> tuple[Tensor]:
+        """Where this rank's stack holds each expert, -1 for another rank's. Replicas take turns at a batch's tokens."""
+        if self.replicas is None:
+            first = self.local[0]
+            return (torch.where((ids >= first) & (ids < first + len(self.local)), ids - first, -1),)
+        slots, counts = self.replicas = self.replicas[0].to(ids.device), self.replicas[1].to(ids.device)
+        turn = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+        return (slots[ids, turn % counts[ids]],)
 
 
 class MoE(nn.Module):
@@ -70,11 +80,12 @@ class MoE(nn.Module):
     before, and each rank gets the sum of its own tokens' outputs after. The shared expert stays with its tokens.
     """
 
-    def __init__(self, name: str, config, mesh: Mesh):
+    def __init__(self, name: str, layer: int, config, mesh: Mesh):
         super().__init__()
-        self.mesh = mesh
+        self.layer, self.mesh = layer, mesh
+        self.load_count: Tensor | None = None  # int64 [experts]: tokens that chose each since counting began
         self.gate = Router(f"{name}.gate", config)
-        self.experts = RoutedExperts(f"{name}.experts", config, mesh)
+        self.experts = RoutedExperts(f"{name}.experts", layer, config, mesh)
         self.shared_experts = None
         if config.n_shared_experts:
             inner = config.moe_intermediate_size * config.n_shared_experts
@@ -91,6 +102,15 @@ class MoE(nn.Module):
         group = self.mesh.dp_group
         if group.size > 1 and dp_tokens is None:
             raise ValueError("attention data parallelism needs every rank's token count in the batch's dp_tokens")
-        tokens = group.all_gather(x, dp_tokens)
-        routed = group.reduce_scatter(self.experts(tokens, *self.gate(tokens)), dp_tokens)
+        tokens = all_gather(group, x, dp_tokens)
+        ids, weights = self.gate(tokens)
+        if self.load_count is not None:
+            cut(self._count, ids)
+        routed = reduce_scatter(group, self.experts(tokens, ids, weights), dp_tokens)
         return ops.add(routed, self.shared_experts(x)) if self.shared_experts else routed
+
+    def _count(self, ids: Tensor) -> tuple[()]:
+        assert self.load_count is not None
+        chosen = ids.flatten()
+        self.load_count.index_add_(0, chosen, torch.ones_like(chosen))
+        return ()

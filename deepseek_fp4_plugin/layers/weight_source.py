@@ -81,7 +81,13 @@ class WeightSource:
         return self._prepare(parts, activations)
 
     def experts(
-        self, prefix: str, projections: Sequence[str], experts: range, total: int, sizes: tuple[int, int], cut: Cut
+        self,
+        prefix: str,
+        projections: Sequence[str],
+        experts: Sequence[int],
+        total: int,
+        sizes: tuple[int, int],
+        cut: Cut,
     ) -> PreparedWeight:
         """Stacked experts: `<prefix>.<expert>.<projection>` for each of `experts`, fused over `projections`.
 

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
+from deepseek_fp4_plugin.layers.exchange import all_reduce
 from deepseek_fp4_plugin.layers.mla import MLA
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.layers.moe import MoE
@@ -32,7 +33,7 @@ class DeepseekV3DecoderLayer(nn.Module):
         )
         self.mlp: MoE | GatedMLP
         if index >= config.num_hidden_layers or config.is_moe_layer(index):  # the MTP layer always has experts
-            self.mlp = MoE(f"{name}.mlp", config, mesh)
+            self.mlp = MoE(f"{name}.mlp", index, config, mesh)
         else:
             self.mlp = GatedMLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, mesh)
 
@@ -46,12 +47,13 @@ class DeepseekV3DecoderLayer(nn.Module):
 
     def attention(self, normed: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """The attention block's whole output."""
-        return self.mesh.tp_group.all_reduce(self.self_attn(normed, cos, sin, batch, cache))
+        return all_reduce(self.mesh.tp_group, self.self_attn(normed, cos, sin, batch, cache))
 
     def feed_forward(self, normed: Tensor, batch: ForwardBatch) -> Tensor:
         """The MLP's or the experts' whole output."""
         mlp = self.mlp
-        return self.mesh.tp_group.all_reduce(mlp(normed, batch.dp_tokens) if isinstance(mlp, MoE) else mlp(normed))
+        y = mlp(normed, batch.dp_tokens) if isinstance(mlp, MoE) else mlp(normed)
+        return all_reduce(self.mesh.tp_group, y)
 
 
 class RotaryAngles(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.embedding import LanguageModelHead, VocabEmbedding
+from deepseek_fp4_plugin.layers.moe import MoE
 from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAngles
@@ -82,6 +83,18 @@ class DeepseekV3ForCausalLM(nn.Module):
         """In the order in which they are loaded."""
         parts = [self.model.embed_tokens, *self.model.layers, self.model.norm, self.lm_head]
         return parts if self.mtp is None else [*parts, self.mtp]
+
+    def count_expert_load(self) -> dict[int, Tensor]:
+        """Count from now on: by layer (the MTP module's too), int64 [experts] of the tokens that chose each, kept on
+        the device. Rows that only fill a recorded step up are counted with the others.
+        """
+        counts: dict[int, Tensor] = {}
+        for part in self.modules():
+            if isinstance(part, MoE):
+                device = part.gate.weight.device
+                part.load_count = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=device)
+                counts[part.layer] = part.load_count
+        return counts
 
     def forward(self, batch: ForwardBatch, cache: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [T, hidden]."""

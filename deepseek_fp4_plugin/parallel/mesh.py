@@ -9,9 +9,11 @@ TensorRT-LLM's arguments and rank order. Of `tensor_parallel_size` ranks in all:
 `Mesh()` is one rank with no process group; layers call its groups without asking.
 """
 
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, replace
 
 from deepseek_fp4_plugin.parallel.collectives import ALONE, Group, Unconnected
+from deepseek_fp4_plugin.parallel.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ WHOLE = Shard(0, 1)
 class Mesh:
     """This rank's place. Raises ValueError for sizes that do not fit together.
 
+    placement: which experts each expert-parallel rank holds; None: equal runs of neighbours, each expert once.
     group: all ranks, in order; None for one rank, or for ranks that only load.
     """
 
@@ -44,6 +47,7 @@ class Mesh:
     moe_expert_parallel_size: int | None = None
     moe_tensor_parallel_size: int | None = None
     enable_attention_dp: bool = False
+    placement: ExpertPlacement | None = None
     group: InitVar[Group | None] = None
     world: Group = field(init=False, repr=False, compare=False)
 
@@ -62,6 +66,8 @@ class Mesh:
             )
         if not 0 <= self.rank < tp:
             raise ValueError(f"rank {self.rank} is outside the {tp} ranks of the mesh")
+        if self.placement is not None and self.placement.ranks != ep:
+            raise ValueError(f"an expert placement for {self.placement.ranks} ranks, and moe_expert_parallel_size={ep}")
         if group is None:
             group = ALONE if tp == 1 else Unconnected(self.rank, tp)
         if (group.rank, group.size) != (self.rank, tp):
@@ -98,6 +104,12 @@ class Mesh:
     def moe_tp(self) -> Shard:
         """Which part of each of them."""
         return Shard(self.rank // self._ep_size, self.tensor_parallel_size // self._ep_size)
+
+    def experts(self, layer: int, total: int) -> Sequence[int]:
+        """Those of a layer's `total` routed experts that this rank holds, or holds a part of."""
+        if self.placement is not None:
+            return self.placement.experts(layer, self.ep.index, total)
+        return range(*self.ep.bounds(total, f"the experts of layer {layer}"))
 
     @property
     def ep_ranks(self) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class LayerObserver:
             if isinstance(part, Linear):
                 part.observer = self._of_linear(part.modules_named)
             elif isinstance(part, RoutedExperts):
-                part.observer = self._of_experts(part.name, part.local.start)
+                part.observer = self._of_experts(part.name, part.local)
 
     def result(self) -> LayerAmax:
         """Raises ValueError naming a projection whose input was not finite."""
@@ -68,9 +68,9 @@ class LayerObserver:
     def _of_linear(self, modules: Sequence[str]):
         return lambda x: self._record(modules, x)
 
-    def _of_experts(self, prefix: str, first: int):
+    def _of_experts(self, prefix: str, local: Sequence[int]):
         def observe(projection: str, expert: int, rows: Tensor) -> None:
-            self._record([f"{prefix}.{first + expert}.{name}" for name in _EXPERT_INPUTS[projection]], rows)
+            self._record([f"{prefix}.{local[expert]}.{name}" for name in _EXPERT_INPUTS[projection]], rows)
 
         return observe
 

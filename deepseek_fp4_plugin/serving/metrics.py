@@ -104,3 +104,11 @@ class _EngineCollector:
                 accepted.add_metric([phase, str(position)], got)
         yield drafted
         yield accepted
+        if s.expert_load:
+            load = CounterMetricFamily(
+                PREFIX + "expert_tokens", "Tokens that chose a routed expert", labels=["layer", "expert"]
+            )
+            for layer, tokens in s.expert_load.items():
+                for expert, count in enumerate(tokens):
+                    load.add_metric([str(layer), str(expert)], count)
+            yield load

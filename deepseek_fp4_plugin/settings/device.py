@@ -51,9 +51,24 @@ class CudaGraphConfig(Choices):
             )
 
 
-class MoeConfig(Choices):
-    """The routed experts. backend: TensorRT-LLM's name for a kernel family; it only matters on a GPU."""
+class MoeLoadBalancerConfig(Choices):
+    """Hot experts held by several expert-parallel ranks. load_file: JSON, layer -> tokens of each expert, as
+    `count_load` counts them.  num_slots: experts that all ranks hold together, at least the model's own number.
+    """
 
+    load_file: str
+    num_slots: Count
+
+
+class MoeConfig(Choices):
+    """The routed experts. backend: TensorRT-LLM's name for a kernel family; it only matters on a GPU.
+
+    count_load: count the tokens that choose each expert, for statistics and metrics.  load_balancer: where experts
+    are; without one every expert is held once.
+    """
+
+    count_load: Bool = False
+    load_balancer: MoeLoadBalancerConfig | None = None
     backend: Literal[
         "AUTO", "CUTLASS", "CUTEDSL", "TRTLLM", "DEEPGEMM", "DENSEGEMM", "WIDEEP", "VANILLA", "TRITON", "MARLIN"
     ] = "AUTO"

@@ -149,6 +149,13 @@ class EngineConfig(Choices):
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that the routed experts are dealt to."""
+        if self.moe_expert_parallel_size is not None:
+            return self.moe_expert_parallel_size
+        return self.tensor_parallel_size // (self.moe_tensor_parallel_size or self.tensor_parallel_size)
+
     def ignored_settings(self, device: str) -> list[str]:
         """One line for each setting given that means nothing on `device` ("cpu" or "cuda")."""
         lines = []
@@ -159,6 +166,8 @@ class EngineConfig(Choices):
         if "moe_config" in self.model_fields_set and self.moe_config.backend != "AUTO":
             why = "it names GPU kernels, and this is a CPU" if device == "cpu" else "there is one kernel family here"
             lines.append(f"moe_backend={self.moe_config.backend} ignored: {why}")
+        if self.moe_config.load_balancer is not None and self.expert_ranks == 1:
+            lines.append("moe_config.load_balancer ignored: moe_expert_parallel_size says how many ranks share experts")
         graphs = self.cuda_graph_config
         if device != "cpu":
             if "cuda_graph_config" in self.model_fields_set and graphs is None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.executor import InProcessExecutor
+from deepseek_fp4_plugin.engine.recorded_steps import Sizes
+from deepseek_fp4_plugin.kernels import cpu
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.parallel.collectives import ProcessGroup
@@ -31,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "chunked prefill": {"tokens": 11},
     "prefix reuse": {"reuse": True},
     "preemption": {"blocks": 12, "block_size": 4},
+    "overlap": {"overlap": True},
 }
 
 
@@ -77,6 +80,24 @@ class Lockstep:
         pass
 
 
+def engine_of(mesh: Mesh, model: DeepseekV3ForCausalLM, options: dict[str, Any]) -> tuple[LLMEngine, Lockstep]:
+    engines = [make_engine(model, **options) for _ in range(mesh.dp.count)]
+    executor = Lockstep(mesh, engines[mesh.dp.index].executor)
+    schedulers = [engine.schedulers[0] for engine in engines]
+    return LLMEngine(schedulers, executor, model.config.vocab_size, overlap=options.get("overlap", False)), executor
+
+
+def run(engine: LLMEngine, given: dict[int, list[int]], length: int = LENGTH) -> dict[int, list[int]]:
+    outputs: dict[int, list[int]] = {}
+    for i, prompt in given.items():
+        engine.add(make_request(i, prompt, length))
+        outputs[i] = []
+    while engine.has_work:
+        for emission in engine.step():
+            outputs[emission.request.request_id] += emission.tokens
+    return outputs
+
+
 def serve(
     mesh: Mesh, folder: str, options: dict[str, Any], truth: dict[int, list[int]] | None, count: int = 8
 ) -> dict[str, Any]:
@@ -85,19 +106,11 @@ def serve(
     options = {"reuse": False, **options}
     if truth and options.get("drafts"):
         options["oracle"] = {i: given[i] + truth[i] for i in given}
-    engines = [make_engine(model, **options) for _ in range(mesh.dp.count)]
-    executor = Lockstep(mesh, engines[mesh.dp.index].executor)
-    schedulers = [engine.schedulers[0] for engine in engines]
-    engine = LLMEngine(schedulers, executor, model.config.vocab_size, **_engine_options(options))
-    outputs: dict[int, list[int]] = {}
-    for turn in range(2 if options["reuse"] else 1):
-        for i, prompt in given.items():
-            engine.add(make_request(i + 100 * turn, prompt, LENGTH))
-            outputs[i + 100 * turn] = []
-        while engine.has_work:
-            for emission in engine.step():
-                outputs[emission.request.request_id] += emission.tokens
-    for scheduler in schedulers:
+    engine, executor = engine_of(mesh, model, options)
+    outputs = run(engine, given)
+    if options["reuse"]:
+        outputs |= {i + 100: tokens for i, tokens in run(engine, given).items()}
+    for scheduler in engine.schedulers:
         scheduler.blocks.check([])  # every block has returned, on every rank
     stats = engine.stats()
     return {
@@ -107,10 +120,6 @@ def serve(
         "accepted": sum(stats.answer.accepted),
         "idle": executor.empty_steps,
     }
-
-
-def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {"overlap": options["overlap"]} if "overlap" in options else {}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +178,30 @@ def test_ranks_without_requests_step_along(ranks, tiny_fp8, expected):
     answers = ranks.run("DP4/EP2", serve, str(tiny_fp8), {"drafts": 2, "tokens": 11}, expected, 1)
     assert excused(tiny_fp8, expected, answers[0]["outputs"]) == 0
     assert sorted(answer["idle"] > 0 for answer in answers) == [False, True, True, True]
+
+
+def serve_recorded(mesh: Mesh, folder: str, sizes: Sizes, drafts: int) -> dict[str, Any]:
+    """BF16, two requests at a time: the outputs, and how many steps were replayed."""
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, mesh=mesh)
+    options = {"drafts": drafts, "batch": 2, "sizes": sizes, "cache_dtype": torch.bfloat16, "reuse": False}
+    engine, executor = engine_of(mesh, model, options)
+    outputs = run(engine, prompts(8), 20)
+    recorded = executor.inner.runner.recorded
+    return {"outputs": outputs, "replays": recorded.num_replays, "sizes": [key[0] for key in recorded.recordings]}
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
+@pytest.mark.parametrize("mapping", ["TP2", "TP4/EP2", "DP2/EP2"])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_recorded_steps_compute_the_same_over_ranks(ranks, tiny_nvfp4, mapping, drafts):
+    """BF16, bit for bit, exact sizes and padded ones; every rank records and replays the same."""
+    never = ranks.run(mapping, serve_recorded, str(tiny_nvfp4), Sizes(()), drafts)
+    assert never[0]["replays"] == 0
+    for sizes in (Sizes((1, 2)), Sizes((2,), padded=True)):
+        found = ranks.run(mapping, serve_recorded, str(tiny_nvfp4), sizes, drafts)
+        for answer in found:
+            assert answer == found[0] and answer["outputs"] == never[0]["outputs"]
+        assert found[0]["replays"] > 10 and found[0]["sizes"]
 
 
 @pytest.mark.proof

@@ -211,3 +211,24 @@ def test_a_batch_that_does_not_say_what_the_others_bring_is_refused(load):
     connect(model, Mesh(0, 2, enable_attention_dp=True))
     with pytest.raises(ValueError, match="every rank's token count"), torch.inference_mode():
         model(ForwardBatch.from_sequences([[1, 2]]))
+
+
+@pytest.mark.parametrize("mapping", ["TP4/EP2", "TP4/EP4 placed", "DP4/EP2"])
+def test_the_load_of_experts_is_counted_over_all_ranks(whole, load, mapping):
+    """Every rank counts the tokens of all, wherever the experts are."""
+    chosen: list[list[torch.Tensor]] = [[], [], []]
+    gates = [layer.mlp.gate for layer in (*whole.model.layers[1:], whole.mtp.layer)]
+    hooks = [
+        gate.register_forward_hook(lambda _, x, out, seen=seen: seen.append(out[0].flatten()))
+        for gate, seen in zip(gates, chosen, strict=True)
+    ]
+    expected(whole, mapping)
+    for hook in hooks:
+        hook.remove()
+    wanted = torch.stack([torch.bincount(torch.cat(seen), minlength=16) for seen in chosen])
+    if not MAPPINGS[mapping].get("enable_attention_dp"):
+        wanted //= len(shares(mapping))  # the same tokens went through the whole model once for each rank
+    counts = []
+    over_ranks(load, mapping, lambda mesh, model: counts.append(model.count_expert_load()))
+    for count in counts:
+        assert list(count) == [1, 2, 3] and torch.equal(torch.stack(list(count.values())), wanted)

@@ -19,13 +19,6 @@ WHOLE = {Role.NORM, Role.ROUTER, Role.MTP_PROJECTION}
 WHOLE_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
-@pytest.fixture(scope="module")
-def tiny_nvfp4(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "nvfp4"
-    write_random(folder, CONFIG, quantized=True)
-    return folder
-
-
 @pytest.fixture
 def folder(request, tiny_fp8, tiny_nvfp4):
     return {"fp8": tiny_fp8, "nvfp4": tiny_nvfp4}[request.param]

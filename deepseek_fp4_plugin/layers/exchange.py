@@ -1,0 +1,23 @@
+"""Collectives as layers call them: nothing for one rank, and a recording of kernels is cut around each."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from deepseek_fp4_plugin.kernels.recording import cut
+from deepseek_fp4_plugin.parallel.collectives import Group
+
+
+def all_reduce(group: Group, x: Tensor) -> Tensor:
+    """The sum of all ranks' x."""
+    return x if group.size == 1 else cut(lambda y: (group.all_reduce(y),), x)[0]
+
+
+def all_gather(group: Group, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """All ranks' rows."""
+    return x if group.size == 1 else cut(lambda y: (group.all_gather(y, sizes),), x)[0]
+
+
+def reduce_scatter(group: Group, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's rows of the sum of all ranks' x."""
+    return x if group.size == 1 else cut(lambda y: (group.reduce_scatter(y, sizes),), x)[0]
