@@ -1,13 +1,16 @@
 """Flags: dashes and underscores alike, suggestions for misspelt ones, and the flags that several commands share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
+from pydantic.fields import FieldInfo
 
 from deepseek_fp4_plugin.config import EngineConfig, SamplingParams, did_you_mean
+from deepseek_fp4_plugin.settings.choices import Choices, Flag
+from deepseek_fp4_plugin.settings.engine import FLAT
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -49,54 +52,94 @@ class ModelName(click.ParamType):
         return [CompletionItem("r1_nano"), CompletionItem(incomplete, type="dir")]
 
 
+def field_flags(serve_only: bool) -> dict[str, Callable[[Any], Any]]:
+    """A click option for each field of EngineConfig and its parts that asks for one, by the name of its setting."""
+    options = {}
+    for name, field in EngineConfig.model_fields.items():
+        if isinstance(field.default, Choices):  # its fields have flat keys, of which the first is the setting
+            settings = [
+                ([key for key, place in FLAT.items() if place == (name, inner)], own)
+                for inner, own in type(field.default).model_fields.items()
+            ]
+        else:
+            settings = [([name, *(alias for alias, known in EngineConfig.aliases.items() if known == name)], field)]
+        for names, own in settings:
+            flag = next((data for data in own.metadata if isinstance(data, Flag)), None)
+            if flag is not None and flag.serve_only == serve_only:
+                options[names[0]] = _option(names, own, flag)
+    return options
+
+
+def _option(names: Sequence[str], field: FieldInfo, flag: Flag) -> Callable[[Any], Any]:
+    """A flag under a setting's names; left out, it says nothing."""
+    setting, spellings = names[0], [f"--{_dashes(name)}" for name in names]
+    types = _types(field.annotation)
+    if Literal in types:
+        return click.option(*spellings, setting, type=click.Choice(types[Literal]), help=flag.help)
+    if bool in types:
+        return click.option(*spellings, setting, is_flag=True, default=None, help=flag.help)
+    kind = next(kind for kind in (int, float, str) if kind in types)
+    return click.option(*spellings, setting, type=kind, metavar=flag.metavar, help=flag.help)
+
+
+def _types(annotation: Any) -> dict[Any, list[Any]]:
+    """The plain types in an annotation; for Literal its values."""
+    if get_origin(annotation) is Literal:
+        return {Literal: list(get_args(annotation))}
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    found: dict[Any, list[Any]] = {} if get_args(annotation) else {annotation: []}
+    for part in get_args(annotation):
+        found |= _types(part)
+    return found
+
+
+_COMMON, _OF_SERVE = field_flags(serve_only=False), field_flags(serve_only=True)
+_MTP = {
+    "mtp": click.option(
+        "--mtp",
+        "--speculative",
+        "--num-nextn-predict-layers",
+        "mtp",
+        type=click.IntRange(min=0),
+        metavar="K",
+        help="Draft K tokens a step with the MTP layer; 0: none.",
+    ),
+    "relaxed": click.option(
+        "--relaxed", is_flag=True, help="Relaxed acceptance of drafts inside <think> (with --mtp)."
+    ),
+    "relaxed_topk": click.option(
+        "--relaxed-topk", type=int, help="  a draft passes among the so many likeliest tokens [10]"
+    ),
+    "relaxed_delta": click.option(
+        "--relaxed-delta", type=float, help="  and at most so much less likely than the first [0.6]"
+    ),
+}
+_FILE = {
+    "config": click.option(
+        "--config",
+        "--extra-llm-api-options",
+        "config",
+        metavar="YAML",
+        type=click.Path(path_type=Path),
+        help="A file of settings, as trtllm-serve takes it; flags win over it.",
+    )
+}
+ENGINE_FLAGS = (*_COMMON, *_OF_SERVE, *_MTP, *_FILE)
+
+
 def engine_flags(command: _F) -> _F:
     """The flags of an engine's configuration; `engine_config` turns what was given into an EngineConfig."""
-    options = [
-        click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N; left out, a GPU where there is one."),
-        click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), help="Of activations; auto: BF16."),
-        click.option(
-            "--nvfp4-activations",
-            type=click.Choice(["auto", "bf16", "fp4"]),
-            help="What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16.",
-        ),
-        click.option(
-            "--mtp",
-            "--speculative",
-            "--num-nextn-predict-layers",
-            "mtp",
-            type=click.IntRange(min=0),
-            metavar="K",
-            help="Draft K tokens a step with the MTP layer; 0: none.",
-        ),
-        click.option("--relaxed", is_flag=True, help="Relaxed acceptance of drafts inside <think> (with --mtp)."),
-        click.option("--relaxed-topk", type=int, help="  a draft passes among the so many likeliest tokens [10]"),
-        click.option("--relaxed-delta", type=float, help="  and at most so much less likely than the first [0.6]"),
-        click.option("--max-batch-size", type=int, help="Requests in one step."),
-        click.option("--max-num-tokens", type=int, help="Tokens in one step."),
-        click.option("--max-seq-len", type=int, help="Tokens of prompt and answer; left out, the model's own."),
-        click.option("--kv-cache-dtype", type=click.Choice(["auto", "bf16", "fp8"]), help="Of the latent cache."),
-        click.option(
-            "--kv-cache-free-gpu-memory-fraction", type=float, help="Share of the free GPU memory that it takes."
-        ),
-        click.option("--tokenizer", metavar="FOLDER", help="Another folder's tokenizer."),
-        click.option(
-            "--config",
-            "--extra-llm-api-options",
-            "config",
-            metavar="YAML",
-            type=click.Path(path_type=Path),
-            help="A file of settings, as trtllm-serve takes it; flags win over it.",
-        ),
-    ]
-    for option in reversed(options):
+    for option in reversed([*_COMMON.values(), *_MTP.values(), *_FILE.values()]):
         command = option(command)
     return command
 
 
-ENGINE_FLAGS = (
-    "device", "dtype", "nvfp4_activations", "mtp", "relaxed", "relaxed_topk", "relaxed_delta", "max_batch_size",
-    "max_num_tokens", "max_seq_len", "kv_cache_dtype", "kv_cache_free_gpu_memory_fraction", "tokenizer", "config",
-)  # fmt: skip
+def serve_flags(command: _F) -> _F:
+    """Those that only a server has."""
+    for option in _OF_SERVE.values():
+        command = option(command)
+    return command
 
 
 def engine_config(model: str, flags: Mapping[str, Any], **more: Any) -> EngineConfig:

@@ -5,44 +5,39 @@ from typing import Any
 
 import click
 
-from deepseek_fp4_plugin.cli.flags import Command, ModelName, engine_config, engine_flags, read_text
+from deepseek_fp4_plugin.cli.flags import Command, ModelName, engine_config, engine_flags, read_text, serve_flags
 
 _FILE = click.Path(path_type=Path)
 
 
-def _parallel_flags(command: Any) -> Any:
-    """Flags of trtllm-serve that say how many GPUs do what, and those that ask for nothing here."""
-    options = [
-        click.option("--backend", type=click.Choice(["pytorch"]), help="As trtllm-serve has it; there is one."),
-        click.option("--tp-size", "--tensor-parallel-size", "tensor_parallel_size", type=int, metavar="N"),
-        click.option("--ep-size", "--moe-expert-parallel-size", "moe_expert_parallel_size", type=int, metavar="N"),
-        click.option("--enable-attention-dp", is_flag=True, default=None, help="Each rank serves requests of its own."),
-        click.option(
-            "--orchestrator-type",
-            type=click.Choice(["spawn", "ray", "torchrun"]),
-            help="Who starts the ranks; left out, the server itself.",
-        ),
-        click.option("--pp-size", "--pipeline-parallel-size", "pipeline_parallel_size", type=int, hidden=True),
-        click.option("--cp-size", "--context-parallel-size", "context_parallel_size", type=int, hidden=True),
-        click.option(
-            "--cluster-size", "--moe-cluster-parallel-size", "moe_cluster_parallel_size", type=int, hidden=True
-        ),
-        click.option("--gpus-per-node", type=int, hidden=True),
-        click.option("--max-beam-width", type=int, hidden=True),
-        click.option("--num-postprocess-workers", type=int, hidden=True),
-        click.option("--enable-chunked-prefill", is_flag=True, default=None, hidden=True),
-        click.option("--trust-remote-code", is_flag=True, default=None, help="Accepted; no checkpoint's code is run."),
-    ]
-    for option in reversed(options):
+# Settings of trtllm-serve that have no counterpart here: taken where they ask for nothing (EngineConfig.neutral).
+_ACCEPTED = {
+    "backend": click.option("--backend", type=click.Choice(["pytorch"]), help="As trtllm-serve has it; there is one."),
+    "trust_remote_code": click.option(
+        "--trust-remote-code", is_flag=True, default=None, help="Accepted; no checkpoint's code is run."
+    ),
+    "pipeline_parallel_size": click.option(
+        "--pp-size", "--pipeline-parallel-size", "pipeline_parallel_size", type=int, hidden=True
+    ),
+    "context_parallel_size": click.option(
+        "--cp-size", "--context-parallel-size", "context_parallel_size", type=int, hidden=True
+    ),
+    "moe_cluster_parallel_size": click.option(
+        "--cluster-size", "--moe-cluster-parallel-size", "moe_cluster_parallel_size", type=int, hidden=True
+    ),
+    "gpus_per_node": click.option("--gpus-per-node", type=int, hidden=True),
+    "max_beam_width": click.option("--max-beam-width", type=int, hidden=True),
+    "num_postprocess_workers": click.option("--num-postprocess-workers", type=int, hidden=True),
+    "enable_chunked_prefill": click.option("--enable-chunked-prefill", is_flag=True, default=None, hidden=True),
+}
+
+
+def _accepted_flags(command: Any) -> Any:
+    for option in reversed(_ACCEPTED.values()):
         command = option(command)
     return command
 
 
-_PARALLEL = (
-    "backend", "tensor_parallel_size", "moe_expert_parallel_size", "enable_attention_dp", "orchestrator_type",
-    "pipeline_parallel_size", "context_parallel_size", "moe_cluster_parallel_size", "gpus_per_node", "max_beam_width",
-    "num_postprocess_workers", "enable_chunked_prefill", "trust_remote_code",
-)  # fmt: skip
 _SERVER = (
     "host", "port", "served_model_name", "reasoning_parser", "tool_parser", "allowed_origins", "sampling_defaults",
     "max_queue", "max_body_bytes", "body_timeout", "request_timeout", "stall_timeout", "drain_timeout",
@@ -75,7 +70,7 @@ _SERVER = (
     metavar="URL",
     help="A web page's origin that may call; may be repeated.",
 )
-@click.option("--stream-interval", type=int, metavar="N", help="Steps between two pieces of a stream [1].")
+@serve_flags
 @click.option("--max-queue", type=int, metavar="N", help="Answers waiting beyond the batch before 429 [256].")
 @click.option("--max-body-bytes", type=int, metavar="N", help="Of a request [16777216].")
 @click.option(
@@ -90,7 +85,7 @@ _SERVER = (
 @click.option("--restart-on-failure", is_flag=True, default=None, help="Start the engine again when a worker is lost.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
 @engine_flags
-@_parallel_flags
+@_accepted_flags
 def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **flags: Any) -> int:
     """Serve MODEL, a checkpoint folder, a Hugging Face id, or r1_nano: chat, completions, a playground at /.
 
@@ -109,7 +104,7 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
         options["chat_template"] = read_text("--chat_template", chat_template)
     if api_key_file is not None:
         options["api_keys"] = _keys(api_key_file)
-    engine = {name: flags[name] for name in (*_PARALLEL, "stream_interval") if flags[name] is not None}
+    engine = {name: flags[name] for name in _ACCEPTED if flags[name] is not None}
     chosen = engine_config(model, flags, **engine), ServerOptions(**options)
     from deepseek_fp4_plugin.serving.server import serve as run  # torch comes with it: mistakes are told before
 

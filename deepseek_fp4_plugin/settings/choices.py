@@ -22,10 +22,12 @@ ANY = object()  # in a table of upstream names: every value is taken, and none c
 
 @dataclass(frozen=True)
 class Flag:
-    """Beside a field: it has a flag of the command line, which is made from it. also: other spellings."""
+    """Beside a field: it has a flag of the command line, made from its name, its type and this.
+
+    serve_only: of `serve` alone; else of every command that runs a model.
+    """
 
     help: str
-    also: tuple[str, ...] = ()
     metavar: str | None = None
     serve_only: bool = False
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from deepseek_fp4_plugin.settings.choices import ANY, Bool, Choices, Count, Int, Share, refuse
+from deepseek_fp4_plugin.settings.choices import ANY, Bool, Choices, Count, Flag, Int, Share, refuse
 
 
 class KvCacheConfig(Choices):
@@ -15,10 +15,10 @@ class KvCacheConfig(Choices):
     dtype auto: what the checkpoint's kv_cache_quant_algo says.  enable_block_reuse: share equal prompt prefixes.
     """
 
-    free_gpu_memory_fraction: Share = 0.9
+    free_gpu_memory_fraction: Annotated[Share, Flag("Share of the free GPU memory that the latent cache takes.")] = 0.9
     max_tokens: Count | None = None
     enable_block_reuse: Bool = True
-    dtype: Literal["auto", "bf16", "fp8"] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp8"], Flag("Of the latent cache.")] = "auto"
     tokens_per_block: Count = 32
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from deepseek_fp4_plugin.settings.choices import ANY, Bool, Choices, Count, Int, did_you_mean, differ, refuse
+from deepseek_fp4_plugin.settings.choices import ANY, Bool, Choices, Count, Flag, Int, did_you_mean, differ, refuse
 from deepseek_fp4_plugin.settings.device import CudaGraphConfig, KvCacheConfig, MoeConfig
 from deepseek_fp4_plugin.settings.files import merge, nest, read_settings
 from deepseek_fp4_plugin.settings.parallel import AttentionDpConfig, check_sizes
@@ -37,25 +37,35 @@ class EngineConfig(Choices):
     """
 
     model: str = "r1_nano"
-    tokenizer: str | None = None
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    device: Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    nvfp4_activations: Literal["auto", "bf16", "fp4"] = "auto"
-    tensor_parallel_size: Count = 1
-    moe_expert_parallel_size: Count | None = None
-    moe_tensor_parallel_size: Count | None = None
-    enable_attention_dp: Bool = False
+    tokenizer: Annotated[str | None, Flag("Another folder's tokenizer.", metavar="FOLDER")] = None
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], Flag("Of activations; auto: BF16.")] = "auto"
+    device: Annotated[
+        str,
+        Strict(),
+        Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"),
+        Flag("cpu, cuda or cuda:N; left out, a GPU where there is one.", metavar="NAME"),
+    ] = "auto"
+    nvfp4_activations: Annotated[
+        Literal["auto", "bf16", "fp4"],
+        Flag("What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16."),
+    ] = "auto"
+    tensor_parallel_size: Annotated[Count, Flag("Ranks that share the model, each a process [1].")] = 1
+    moe_expert_parallel_size: Annotated[Count | None, Flag("Ranks that the routed experts are dealt to.")] = None
+    moe_tensor_parallel_size: Annotated[Count | None, Flag("Ranks that each routed expert is cut over.")] = None
+    enable_attention_dp: Annotated[Bool, Flag("Each rank serves requests of its own.")] = False
     attention_dp_config: AttentionDpConfig = AttentionDpConfig()
-    orchestrator_type: Literal["spawn", "ray", "torchrun"] | None = None
-    max_batch_size: Count = 2048
-    max_num_tokens: Count = 8192
-    max_seq_len: Count | None = None
+    orchestrator_type: Annotated[
+        Literal["spawn", "ray", "torchrun"] | None, Flag("Who starts the ranks; left out, this program.")
+    ] = None
+    max_batch_size: Annotated[Count, Flag("Requests in one step.")] = 2048
+    max_num_tokens: Annotated[Count, Flag("Tokens in one step.")] = 8192
+    max_seq_len: Annotated[Count | None, Flag("Tokens of prompt and answer; left out, the model's own.")] = None
     max_new_tokens: Count | None = 32
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
     moe_config: MoeConfig = MoeConfig()
     speculative_config: SpeculativeConfig | None = None
-    stream_interval: Count = 1
+    stream_interval: Annotated[Count, Flag("Steps between two pieces of a stream [1].", serve_only=True)] = 1
     seed: Annotated[Int, Field(ge=0)] = 0
 
     aliases: ClassVar[Mapping[str, str]] = {

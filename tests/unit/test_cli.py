@@ -1,5 +1,6 @@
 """The command line: what it prints, what it answers to mistakes, how it ends."""
 
+import ast
 import io
 import json
 import os
@@ -9,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 
 from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
 from deepseek_fp4_plugin.cli.app import app, run
+from deepseek_fp4_plugin.cli.flags import Command, engine_config, engine_flags, field_flags
 from deepseek_fp4_plugin.llm import LLM, SamplingParams
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -312,3 +316,30 @@ def test_closed_pipe_is_quiet(model) -> None:
     err = process.stderr.read().decode()
     process.wait(timeout=30)
     assert all(line.startswith("loading") for line in err.splitlines()), err
+
+
+def test_flags_come_from_the_fields():
+    """Every field that asks for a flag has one, under all its names, and it reaches the configuration."""
+    common, served = field_flags(serve_only=False), field_flags(serve_only=True)
+    assert {"tensor_parallel_size", "enable_attention_dp", "orchestrator_type", "kv_cache_dtype"} <= common.keys()
+    assert served.keys() == {"stream_interval"}
+
+    @click.command(cls=Command)
+    @engine_flags
+    def show(**flags):
+        click.echo(repr(engine_config("r1_nano", flags).model_dump(exclude_unset=True)))
+
+    arguments = ["--tp_size", "4", "--ep-size", "2", "--enable_attention_dp", "--orchestrator-type", "ray",
+                 "--free_gpu_memory_fraction", "0.5", "--kv_cache_dtype", "fp8", "--max-seq-len", "99"]  # fmt: skip
+    result = CliRunner().invoke(show, arguments)
+    assert result.exit_code == 0, result.output
+    assert ast.literal_eval(result.output) == {
+        "model": "r1_nano",
+        "tensor_parallel_size": 4,
+        "moe_expert_parallel_size": 2,
+        "enable_attention_dp": True,
+        "orchestrator_type": "ray",
+        "kv_cache_config": {"free_gpu_memory_fraction": 0.5, "dtype": "fp8"},
+        "max_seq_len": 99,
+    }
+    assert CliRunner().invoke(show, ["--dtype", "int3"]).exit_code == 2
