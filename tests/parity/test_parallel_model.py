@@ -186,24 +186,37 @@ def test_every_exchange_is_needed(whole, load, mapping, left_out):
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_bytes_exchanged_are_those_of_the_formula(whole, load, mapping):
-    """The table of docs/parallelism.md, for a forward without head and MTP module: payload of T tokens in FP32."""
+    """The table of docs/parallelism.md, T tokens in FP32: the forward; and the head, and a draft step, of T rows."""
     models, config = load(mapping), whole.config
     layers, dense, hidden, width = config.num_hidden_layers, config.first_k_dense_replace, config.hidden_size, 4
 
     @torch.inference_mode()
-    def run(mesh: Mesh) -> tuple[Counting, int]:
-        counting = Counting(mesh.world)
-        connect(models[mesh.rank], mesh.connected(counting))
-        batch = batch_of(mesh, mapping)
-        models[mesh.rank](batch)
-        return counting, sum(batch.dp_tokens or [len(batch.input_ids)])
+    def run(mesh: Mesh) -> tuple[list[dict[str, int]], int]:
+        counting, model, batch = Counting(mesh.world), models[mesh.rank], batch_of(mesh, mapping)
+        connect(model, mesh.connected(counting))
+        found = []
+        states = model(batch)
+        found.append(dict(counting.bytes))
+        counting.bytes.clear()
+        model.compute_logits(states)
+        found.append(dict(counting.bytes))
+        counting.bytes.clear()
+        cos, sin = model.model.rotary(batch.positions)
+        drafted = model.mtp(model.model.embed_tokens(batch.input_ids), states, cos, sin, batch, None)
+        model.lm_head.argmax(drafted)
+        found.append(dict(counting.bytes))
+        return found, sum(batch.dp_tokens or [len(batch.input_ids)])
 
-    for counting, tokens in on_mesh(mapping, run):
+    for (forward, head, draft), tokens in on_mesh(mapping, run):
         row = tokens * hidden * width
         if MAPPINGS[mapping].get("enable_attention_dp"):
-            assert counting.bytes == {"all_gather": (layers - dense) * row, "reduce_scatter": (layers - dense) * row}
+            assert forward == {"all_gather": (layers - dense) * row, "reduce_scatter": (layers - dense) * row}
+            assert head == {} and draft == {"all_gather": row, "reduce_scatter": row}
         else:
-            assert counting.bytes == {"all_reduce": (1 + 2 * layers) * row}
+            ranks = MAPPINGS[mapping]["tensor_parallel_size"]
+            assert forward == {"all_reduce": (1 + 2 * layers) * row}
+            assert head == {"all_gather": tokens * config.vocab_size * width}
+            assert draft == {"all_reduce": 3 * row, "all_gather": 8 * tokens * ranks}
 
 
 def test_a_batch_that_does_not_say_what_the_others_bring_is_refused(load):
