@@ -279,7 +279,8 @@ def _engine(config: EngineConfig, executor: Executor, tokenizer: Tokenizer | Non
     schedulers = [scheduler() for _ in range(executor.num_schedulers)]
     waits = config.attention_dp_config
     balance = Balance(waits.timeout_iters, waits.batching_wait_iters) if waits.enable_balance else None
-    return LLMEngine(schedulers, executor, facts.model_config.vocab_size, balance, facts.asynchronous)
+    overlap = facts.asynchronous and not config.disable_overlap_scheduler
+    return LLMEngine(schedulers, executor, facts.model_config.vocab_size, balance, overlap)
 
 
 def _tokenizer(given: str | Path | Tokenizer | None, path: Path | None) -> Tokenizer | None:

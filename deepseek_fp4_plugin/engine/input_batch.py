@@ -66,8 +66,14 @@ class Step:
 
     def inputs(self, slots: Slots, block_size: int) -> tuple[Tensor, ...]:
         """Token ids, positions, cache slots [T], block tables [R, blocks], context lengths [R]."""
-        starts = slots.starts[self.slots]
-        tables = slots.tables[:, : self.num_blocks][self.slots]
+        starts = slots.starts.index_select(0, self.slots)
+        tables = slots.tables[:, : self.num_blocks].index_select(0, self.slots)
+        if self.uniform:
+            width = slots.tokens.shape[1]
+            positions = starts.unsqueeze(1) + slots.numbers[:width]
+            mapping = tables.gather(1, positions // block_size) * block_size + positions % block_size
+            ids = slots.tokens.index_select(0, self.slots)
+            return ids.view(-1), positions.view(-1), mapping.view(-1), tables, starts + width
         positions = starts[self.request_of] + self.offsets
         mapping = tables[self.request_of, positions // block_size] * block_size + positions % block_size
         held = slots.tokens[self.slots[self.request_of], self.offsets.clamp(max=slots.tokens.shape[1] - 1)]
@@ -94,6 +100,12 @@ class Step:
 def in_batch_order(rows: Sequence[PlanRow]) -> list[int]:
     """Plan rows as the batch has them: short queries first."""
     return sorted(range(len(rows)), key=lambda i: rows[i].num_tokens > MAX_ABSORBED_QUERY)
+
+
+def most_blocks(rows: Sequence[PlanRow], slots: Slots, block_size: int) -> int:
+    """That a step writes or reads of one request, drafting included."""
+    end = max((row.start + row.num_tokens for row in rows), default=0) + slots.tokens.shape[1]
+    return min(-(-end // block_size), slots.max_blocks)
 
 
 def build(
@@ -153,13 +165,12 @@ def build(
     )
     if not len(random):
         del tensors["random"]
-    ends = [row.start + row.num_tokens for row in rows]
     return Step(
         **tensors,
         num_short=num_short,
         num_short_tokens=int(begins[num_short]),
         max_query=int(max(counts[:num_short], default=0)),
-        num_blocks=min(-(-(max(ends, default=0) + width) // block_size), slots.max_blocks),
+        num_blocks=most_blocks(rows, slots, block_size),
         relaxed_topk=max((setup.relaxed_topk for setup in setups if setup.relaxed), default=1),
         chunks=tuple(chunks),
         dp_tokens=dp_tokens,
@@ -174,8 +185,12 @@ def build_uniform(
     relaxed_topk: int,
     dp_tokens: tuple[int, ...] = (),
     dp_sampled: tuple[int, ...] = (),
+    num_blocks: int | None = None,
 ) -> Step:
-    """The step in which the requests of these slots, int64 [R], all decode with all their drafts."""
+    """The step in which the requests of these slots, int64 [R], all decode with all their drafts.
+
+    num_blocks: that none has more than; None: whatever they may have.
+    """
     width, device, count = slots.tokens.shape[1], places.device, places.shape[0]
     rows = torch.arange(count * width, device=device)
     none = rows[:0]
@@ -199,7 +214,7 @@ def build_uniform(
         num_short=count,
         num_short_tokens=count * width,
         max_query=width,
-        num_blocks=slots.max_blocks,
+        num_blocks=num_blocks or slots.max_blocks,
         relaxed_topk=relaxed_topk,
         dp_tokens=dp_tokens,
         dp_sampled=dp_sampled,

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.engine import diagnosis, sampler
-from deepseek_fp4_plugin.engine.input_batch import Step, build, build_uniform, in_batch_order
+from deepseek_fp4_plugin.engine.input_batch import Step, build, build_uniform, in_batch_order, most_blocks
 from deepseek_fp4_plugin.engine.recorded_steps import Kind, RecordedSteps, Sizes
-from deepseek_fp4_plugin.engine.slots import Slots
+from deepseek_fp4_plugin.engine.slots import Slots, to_device
 from deepseek_fp4_plugin.engine.speculative import MtpDrafter, Verified, passes_relaxed, thinking_after, verify
 from deepseek_fp4_plugin.engine.step_plan import (
     NOT_FINITE,
@@ -28,6 +29,7 @@ from deepseek_fp4_plugin.engine.step_plan import (
     StepResult,
     TokenLogprobs,
 )
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.recording import Results, cut
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -85,8 +87,7 @@ class ModelRunner:
         self.slots.apply(rows)
         outputs = self.recorded(plan, self._kind(rows))
         if outputs is None:
-            step = build(rows, self.slots, self.block_size, plan.dp_tokens, plan.dp_sampled)
-            outputs = self._compute(step, rows)
+            outputs = self._compute(self._step(plan), () if plan.uniform else rows)
         packed, greatest, hidden, logits = outputs
         sampled = [(i, row) for i, row in enumerate(rows) if row.sample]
         result = PendingResult(rows, [i for i, _ in sampled], self.num_drafts)
@@ -121,6 +122,14 @@ class ModelRunner:
         relaxed = max((setup.relaxed_topk for setup in setups if setup.relaxed), default=1)
         return Kind(not all(setup.sampling.greedy for setup in setups), relaxed)
 
+    def _step(self, plan: StepPlan) -> Step:
+        dp = plan.dp_tokens, plan.dp_sampled
+        if not plan.uniform or not plan.rows:
+            return build(plan.rows, self.slots, self.block_size, *dp)
+        kind, blocks = self._kind(plan.rows), most_blocks(plan.rows, self.slots, self.block_size)
+        places = to_device(np.array([row.slot for row in plan.rows], dtype=np.int64), self.device)
+        return build_uniform(places, self.slots, kind.drawn, kind.relaxed_topk, *dp, blocks)
+
     def _uniform(self, places: Tensor, kind: Kind, ranks: int) -> Callable[[], Results]:
         """What RecordedSteps records."""
         tokens, sampled = (len(places) * (1 + self.num_drafts),) * ranks, (len(places),) * ranks
@@ -136,32 +145,44 @@ class ModelRunner:
         batch = step.forward(cut(partial(step.inputs, self.slots, self.block_size)), self.block_size)
         hidden = self.model(batch, self.cache)
         logits = self.model.lm_head(hidden if step.wanted is None else hidden[step.wanted])
-        verified = Verified(*cut(partial(self._choose, step, rows, batch), logits))
+        best = ops.argmax(logits)
+        verified = Verified(*cut(partial(self._choose, step, rows, batch), logits, best))
         drafts: list[Tensor] = []
         if self.drafter is not None:
             starts = self.slots.numbers[: len(step.sampled_slots) + 1]
             drafts = self.drafter.propose(batch, hidden, verified, starts, step.dp_sampled)
         return *cut(partial(self._advance, step, batch, verified), *drafts), hidden, logits
 
-    def _choose(self, step: Step, rows: Sequence[PlanRow], batch: ForwardBatch, raw: Tensor) -> Verified:
-        """Target tokens, verified drafts, and from where drafting goes on."""
+    def _choose(self, step: Step, rows: Sequence[PlanRow], batch: ForwardBatch, raw: Tensor, best: Tensor) -> Verified:
+        """Target tokens, verified drafts, and from where drafting goes on.  best: int64 [N], argmax of `raw`."""
         self._times.append(time.perf_counter())
         slots, own = self.slots, step.sampled_slots
-        logits = self._processed(raw, rows)
-        positions = batch.positions if step.wanted is None else batch.positions[step.wanted]
-        targets = sampler.sample(logits, slots, own[step.sample_of], positions + 1, step.random, self.reads)
-        greatest = sampler.greatest(logits, targets, step.random)[step.where]
-        emitted, accepted = targets[step.where], torch.zeros_like(own)
-        if self.drafter is not None:
-            drafts = slots.tokens[own, 1:].masked_fill(slots.numbers[: self.num_drafts] >= step.drafts.unsqueeze(1), -1)
+        logits, targets = raw, best
+        if step.random is not None or step.relaxed_topk > 1 or not all(map(self._is_plain, rows)):
+            logits = self._processed(raw, rows)
+            targets = logits.argmax(-1)
+        if step.random is not None:
+            positions = batch.positions if step.wanted is None else batch.positions[step.wanted]
+            slot_of = own[step.sample_of]
+            targets = sampler.sample(logits, targets, slots, slot_of, positions + 1, step.random, self.reads)
+        greatest = sampler.greatest(logits, targets, step.random)
+        if step.uniform:
+            emitted, greatest = targets.view(step.where.shape), greatest.view(step.where.shape)
+        else:
+            emitted, greatest = targets[step.where], greatest[step.where]
+        if self.drafter is None:
+            accepted, last = self.slots.zeros[: len(own)], step.first
+        else:
+            drafts = slots.tokens.index_select(0, own)[:, 1:]
+            drafts = drafts.masked_fill(slots.numbers[: self.num_drafts] >= step.drafts.unsqueeze(1), -1)
             relaxed = None
             if step.relaxed_topk > 1:
                 relaxed = self._passes_relaxed(step, logits, drafts)
             emitted, accepted = verify(emitted, drafts, relaxed)
             if step.relaxed_topk > 1:
                 slots.thinking[own] = thinking_after(slots.thinking[own], emitted, accepted, slots.think_ids[own])
-        last = step.first + accepted
-        newest = batch.positions[last] + 1
+            last = step.first + accepted
+        newest = batch.positions.index_select(0, last) + 1
         self._times.append(time.perf_counter())
         return Verified(emitted, accepted, greatest, *self._draft_inputs(step, batch, emitted, last, newest))
 
@@ -172,11 +193,14 @@ class ModelRunner:
             if not row.sample:
                 continue
             sampling, stop = self.slots.setups[row.slot].sampling, base + row.num_drafts + 1
-            if not sampler.is_plain(row, sampling):
+            if not self._is_plain(row):
                 logits = logits.clone() if logits is raw else logits
                 sampler.process(logits[base:stop], row, sampling)
             base = stop
         return logits
+
+    def _is_plain(self, row: PlanRow) -> bool:
+        return sampler.is_plain(row, self.slots.setups[row.slot].sampling)
 
     def _passes_relaxed(self, step: Step, logits: Tensor, drafts: Tensor) -> Tensor:
         """Which drafts the relaxed rule accepts, where the request's thinking lets it: bool [S, K]."""
@@ -209,11 +233,14 @@ class ModelRunner:
         """Slots as the next step finds them; what the host will want to know."""
         slots, own = self.slots, step.sampled_slots
         assert batch.context_lens is not None
-        slots.starts[step.slots] = batch.context_lens
-        slots.starts[own] = verified.newest
-        newest = verified.emitted.gather(1, verified.accepted.unsqueeze(1))
-        tokens = torch.cat([newest, *[draft.unsqueeze(1) for draft in drafts]], 1)
-        slots.tokens[own] = tokens
+        if not step.uniform:
+            slots.starts[step.slots] = batch.context_lens
+        slots.starts.index_copy_(0, own, verified.newest)
+        tokens = verified.emitted
+        if drafts:
+            newest = verified.emitted.gather(1, verified.accepted.unsqueeze(1))
+            tokens = torch.cat([newest, *[draft.unsqueeze(1) for draft in drafts]], 1)
+        slots.tokens.index_copy_(0, own, tokens)
         slots.starts[slots.dummy :].zero_()
         return torch.cat((verified.emitted, verified.accepted.unsqueeze(1), tokens[:, 1:]), 1), verified.greatest
 
@@ -258,7 +285,7 @@ class PendingResult:
             self.done.synchronize()
         result = StepResult([[] for _ in self.rows], [[] for _ in self.rows])
         width = self.num_drafts + 1
-        finite = bool(self.greatest.isfinite().all())
+        finite = math.isfinite(float(self.greatest.sum()))
         for place, (index, values) in enumerate(zip(self.sampled, self.packed.tolist(), strict=True)):
             emitted = result.tokens[index] = values[: values[width] + 1]
             result.drafts[index] = values[width + 1 :]

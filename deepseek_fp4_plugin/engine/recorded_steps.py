@@ -78,6 +78,7 @@ class RecordedSteps:
         self.function, self.sizes, self.dummy, self.device = function, sizes, dummy, device
         self.recorder: Recorder | None = select.recorder(device)
         self.recordings: dict[tuple, tuple[Tensor, Callable[[], Results]]] = {}
+        self._placed: dict[tuple, list[int]] = {}  # what each recording's slots are now
         self.num_replays = 0
 
     def __call__(self, plan: StepPlan, kind: Kind) -> Results | None:
@@ -91,15 +92,19 @@ class RecordedSteps:
         if key not in self.recordings and not self._record(key, size, kind, ranks):
             return None
         places, replay = self.recordings[key] = self.recordings.pop(key)  # now the youngest
-        slots = [row.slot for row in plan.rows]
-        places.copy_(to_device(np.array(slots + [self.dummy] * (size - len(slots)), dtype=np.int64), self.device))
+        slots = [row.slot for row in plan.rows] + [self.dummy] * (size - len(plan.rows))
+        if self._placed.get(key) != slots:
+            places.copy_(to_device(np.array(slots, dtype=np.int64), self.device))
+            self._placed[key] = slots
         self.num_replays += 1
         return replay()
 
     def _record(self, key: tuple, size: int, kind: Kind, ranks: int) -> bool:
         assert self.recorder is not None
         if len(self.recordings) == MAX_RECORDINGS:
-            self.recordings.pop(next(iter(self.recordings)))  # the least recently used
+            oldest = next(iter(self.recordings))  # the least recently used
+            del self.recordings[oldest]
+            self._placed.pop(oldest, None)
         places = torch.full((size,), self.dummy, dtype=torch.int64, device=self.device)
         try:
             replay, _ = self.recorder.record(self.function(places, kind, ranks))

@@ -61,16 +61,13 @@ def _penalize(logits: Tensor, row: PlanRow, s: Sampling) -> None:
 
 
 def sample(
-    logits: Tensor, slots: Slots, slot_of: Tensor, positions: Tensor, random: Tensor | None, reads: bool
+    logits: Tensor, best: Tensor, slots: Slots, slot_of: Tensor, positions: Tensor, random: Tensor, reads: bool
 ) -> Tensor:
     """Target tokens, int64 [N], of processed logits, FP32 [N, vocab].
 
-    slot_of, positions: int64 [N], the row's slot, and where its token will lie.  random: rows that may be drawn.
-    reads: whether the host may look at what the device computes; see `draw`.
+    best: int64 [N], their argmax.  slot_of, positions: int64 [N], the row's slot, and where its token will lie.
+    random: rows that may be drawn.  reads: whether the host may look at what the device computes; see `draw`.
     """
-    targets = logits.argmax(-1)
-    if random is None:
-        return targets
     slot, where = slot_of[random], positions[random]
     drawn = draw(
         logits[random],
@@ -81,17 +78,16 @@ def sample(
         uniform(slots.seeds[slot], where),
         reads,
     )
-    targets[random] = torch.where(slots.greedy[slot], targets[random], drawn)
-    return targets
+    return best.index_put((random,), torch.where(slots.greedy[slot], best[random], drawn))
 
 
 def greatest(logits: Tensor, targets: Tensor, random: Tensor | None) -> Tensor:
-    """Each row's greatest processed logit, FP32 [N]; a target means nothing where it is NaN or infinite.
+    """Each row's greatest logit, FP32 [N]; a target means nothing where it is NaN or infinite.
 
     -inf: every token is forbidden. Else the model's own logits are not finite.
     """
     if random is None:  # then it lies at the target, NaN before all others
-        return logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+        return logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
     return logits.amax(-1)
 
 

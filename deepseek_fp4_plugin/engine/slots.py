@@ -28,6 +28,7 @@ class Slots:
             return torch.zeros(count + 1, *shape, dtype=dtype, device=device)
 
         self.numbers = torch.arange(max(count, num_drafts) + 2, device=device)  # 0, 1, ...
+        self.zeros = torch.zeros_like(self.numbers)
         self.tokens = rows(1 + num_drafts)  # the newest token, then drafts
         self.starts = rows()  # the first position to compute
         self.tables = rows(max_blocks)

@@ -31,8 +31,9 @@ class EngineConfig(Choices):
     weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations: what NVFP4 layers multiply
     by; auto is fp4 where the device has FP4 tensor cores, else bf16.  max_batch_size, max_num_tokens: requests and
     tokens in one step.  max_seq_len: prompt and answer; None is the model's own.  max_new_tokens: of requests that do
-    not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.  seed: of the
-    seeds of requests that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
+    not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.
+    disable_overlap_scheduler: on a GPU, await each step before the next is planned.  seed: of the seeds of requests
+    that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
     that has started it).
     """
 
@@ -66,6 +67,7 @@ class EngineConfig(Choices):
     moe_config: MoeConfig = MoeConfig()
     speculative_config: SpeculativeConfig | None = None
     stream_interval: Annotated[Count, Flag("Steps between two pieces of a stream [1].", serve_only=True)] = 1
+    disable_overlap_scheduler: Bool = False
     seed: Annotated[Int, Field(ge=0)] = 0
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -76,7 +78,6 @@ class EngineConfig(Choices):
         "backend": ("pytorch",),
         "trust_remote_code": (ANY,),  # no code of a checkpoint is ever run
         "enable_chunked_prefill": (ANY,),  # prompts are always taken in pieces of max_num_tokens
-        "disable_overlap_scheduler": (ANY,),
         "enable_overlap_scheduler": (ANY,),
         "print_iter_log": (ANY,),
         "num_postprocess_workers": (ANY,),

@@ -104,7 +104,7 @@ def sample(logits, *samplings: Sampling, reads: bool = True) -> list[int]:
     slots.enter(range(len(samplings)), [Setup(10, s) for s in samplings])
     rows = torch.arange(len(samplings))
     random = torch.tensor([i for i, s in enumerate(samplings) if not s.greedy])
-    return sampler.sample(logits, slots, rows, torch.full_like(rows, 11), random, reads).tolist()
+    return sampler.sample(logits, logits.argmax(-1), slots, rows, torch.full_like(rows, 11), random, reads).tolist()
 
 
 def test_a_seeded_row_does_not_depend_on_its_company():
