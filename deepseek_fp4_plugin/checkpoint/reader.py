@@ -62,8 +62,7 @@ class CheckpointReader:
             return self._read(name, info, info.offset + start * row, (stop - start, *info.shape[1:]))
         before, size = math.prod(info.shape[:axis]), math.prod(info.shape[axis + 1 :]) * info.dtype.itemsize
         data = torch.empty(before * (stop - start) * size, dtype=torch.uint8)
-        for row, part in enumerate(data.view(before, -1) if data.numel() else ()):
-            self._fill(part, name, info, info.offset + (row * info.shape[axis] + start) * size)
+        self._fill(data, name, info, info.offset + start * size, before, info.shape[axis] * size)
         return data.view(info.dtype).view(*info.shape[:axis], stop - start, *info.shape[axis + 1 :])
 
     def close(self) -> None:
@@ -76,15 +75,18 @@ class CheckpointReader:
         self._fill(data, name, info, offset)
         return data.view(info.dtype).view(shape)
 
-    def _fill(self, data: Tensor, name: str, info: TensorInfo, offset: int) -> None:
-        file = self._file(info.shard)
-        file.seek(offset)
-        view = data.numpy().data
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise CheckpointError(f"{self.folder / info.shard} ends inside {name}; it changed while being read")
-            view = view[count:]
+    def _fill(self, data: Tensor, name: str, info: TensorInfo, offset: int, pieces: int = 1, stride: int = 0) -> None:
+        """Reads `pieces` equal pieces of `data`, the first from `offset`, each `stride` bytes behind the one before."""
+        file, view = self._file(info.shard), data.numpy().data
+        size = len(view) // pieces if pieces else 0
+        for piece in range(pieces):
+            part = view[piece * size : (piece + 1) * size]
+            file.seek(offset + piece * stride)
+            while part:
+                count = file.readinto(part)
+                if not count:
+                    raise CheckpointError(f"{self.folder / info.shard} ends inside {name}; it changed while being read")
+                part = part[count:]
 
     def _file(self, shard: str) -> io.FileIO:
         if shard in self._open:

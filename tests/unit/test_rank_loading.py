@@ -29,9 +29,10 @@ def read_by(folder, mesh: Mesh, monkeypatch) -> dict[str, list[tuple[int, int]]]
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     fill = CheckpointReader._fill
 
-    def counted(self, data, name, info, offset):
-        found[name].append((offset, offset + data.numel()))
-        fill(self, data, name, info, offset)
+    def counted(self, data, name, info, offset, pieces=1, stride=0):
+        size = data.numel() // pieces if pieces else 0
+        found[name] += [(offset + n * stride, offset + n * stride + size) for n in range(pieces)]
+        fill(self, data, name, info, offset, pieces, stride)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointReader, "_fill", counted)
