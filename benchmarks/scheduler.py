@@ -20,7 +20,7 @@ import torch
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
 from deepseek_fp4_plugin.engine.engine import LLMEngine
-from deepseek_fp4_plugin.engine.input_batch import build
+from deepseek_fp4_plugin.engine.input_batch import Step, build, build_uniform, most_blocks
 from deepseek_fp4_plugin.engine.request import Request, Stopping
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.slots import Slots
@@ -47,9 +47,16 @@ class FakeDevice:
     def submit(self, plans: Sequence[StepPlan]) -> None:
         (plan,) = plans
         self.slots.apply(plan.rows)
-        build(plan.rows, self.slots, BLOCK).inputs(self.slots, BLOCK)
+        self._step(plan).inputs(self.slots, BLOCK)
         self.free_at = max(self.free_at, time.perf_counter()) + self.seconds
         self.under_way.append((self.free_at, plan))
+
+    def _step(self, plan: StepPlan) -> Step:
+        """As ModelRunner has it."""
+        if not plan.uniform:
+            return build(plan.rows, self.slots, BLOCK)
+        places = torch.tensor([row.slot for row in plan.rows])
+        return build_uniform(places, self.slots, False, 1, num_blocks=most_blocks(plan.rows, self.slots, BLOCK))
 
     def collect(self) -> list[StepResult]:
         ready, plan = self.under_way.popleft()
