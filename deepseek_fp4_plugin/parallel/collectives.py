@@ -187,7 +187,7 @@ def connect(
 
     rendezvous: a store, or an init method such as tcp://host:port, file:///path or env://.  backend: gloo for CPUs,
     nccl for GPUs.  timeout: of the meeting and of every collective.
-    One rank needs nobody and gets `ALONE`. `disconnect` ends it.
+    One rank needs nobody and gets `ALONE`.
     """
     if size == 1:
         return ALONE
@@ -196,9 +196,3 @@ def connect(
     world = dist.group.WORLD
     assert world is not None
     return ProcessGroup(world)
-
-
-def disconnect() -> None:
-    """Leave the other ranks. Twice is once."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

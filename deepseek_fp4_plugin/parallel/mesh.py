@@ -81,11 +81,6 @@ class Mesh:
         return replace(self, group=group)
 
     @property
-    def is_distributed(self) -> bool:
-        """Whether a forward exchanges anything."""
-        return self.tensor_parallel_size > 1
-
-    @property
     def tp(self) -> Shard:
         """Attention, dense MLPs, shared experts and the vocabulary."""
         return WHOLE if self.enable_attention_dp else Shard(self.rank, self.tensor_parallel_size)

@@ -11,7 +11,7 @@ from tests.ranks import in_threads
 
 def test_one_rank_has_no_group_and_costs_nothing():
     mesh, x = Mesh(), torch.randn(3, 4)
-    assert mesh.tp == mesh.dp == mesh.ep == mesh.moe_tp == WHOLE and not mesh.is_distributed
+    assert mesh.tp == mesh.dp == mesh.ep == mesh.moe_tp == WHOLE
     for group in (mesh.tp_group, mesh.dp_group, mesh.world):
         assert group is ALONE
         assert group.all_reduce(x) is x and group.all_gather(x) is x
