@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.engine.recorded_steps import Kind
-from deepseek_fp4_plugin.engine.step_plan import Sampling, StepResult
+from deepseek_fp4_plugin.engine.step_plan import Sampling, StepPlan, StepResult
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.engine_core import make_engine, make_request
@@ -91,6 +91,21 @@ def test_a_uniform_step_can_be_captured(model):
             packed, greatest, hidden, logits = runner._uniform(places, Kind(**kind), 1)()
         assert packed.shape == (4, 2 * (DRAFTS + 1)) and greatest.shape == (4, DRAFTS + 1)
         assert (hidden.shape[0], logits.shape[0]) == (16, 16)
+
+
+def test_a_rank_without_requests_steps_along(model):
+    """Its batch is empty; the drafting of the others has it take part in every forward of theirs."""
+    runner, _ = runner_and_scheduler(model)
+    steps, inner = [], runner.drafter._hidden
+
+    def watched(hidden, batch):
+        steps.append(batch.dp_tokens)
+        return inner(hidden, batch)
+
+    runner.drafter._hidden = watched
+    runner.submit(StepPlan([], 0, True, (0, 8), (0, 2), True))
+    runner.submit(StepPlan([], 0, True, (0, 8), (0, 0), False))
+    assert steps == [(0, 8), *[(0, 2)] * (DRAFTS - 1), (0, 8)]
 
 
 @pytest.mark.parametrize(
