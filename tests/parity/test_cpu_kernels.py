@@ -308,6 +308,22 @@ def test_route(path, experts, k, groups, kept, normalize):
     assert (weights.gather(1, order) - expected_weights.gather(1, expected_order)).abs().max() < 1e-5
 
 
+def test_experts_whose_halves_have_different_backends():
+    """Cut over eight ranks, a small model's down projection may be too narrow for the kernels, its gate is not."""
+    gate_up = [random_part(WeightFormat.NVFP4, 48, 64, 4) for _ in range(2)]
+    down = [random_part(WeightFormat.NVFP4, 64, 48, 4)]
+    cpu_device = torch.device("cpu")
+
+    def prepared(parts, backend):
+        return ops.prepare(parts, cpu_device, BF16, backend=backend)
+
+    ids, weights, x = torch.tensor([[0, 3], [1, -1]]), torch.rand(2, 2), torch.randn(2, 64).to(BF16) * 0.1
+    expected = reference.experts_mlp(x, ids, weights, prepared(gate_up, "decoded"), prepared(down, "decoded"))
+    for first, second in (("cpu", "decoded"), ("decoded", "cpu")):
+        mixed = ops.experts_mlp(x, ids, weights, prepared(gate_up, first), prepared(down, second))
+        assert error(mixed, expected) <= 2 * TWO_STEPS
+
+
 def test_what_has_no_kernel_is_decoded():
     part = random_part(WeightFormat.NVFP4, 8, 32)
     assert ops.prepare([part], torch.device("cpu"), torch.float32).backend is decoded
