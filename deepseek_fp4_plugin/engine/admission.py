@@ -63,7 +63,7 @@ class Admission:
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens)
                 if params.stop:
-                    stop_text = StopStrings(detokenizer, params.stop, params.include_stop_str_in_output)
+                    stop_text = self._stop_strings(detokenizer, params, ids)
             elif params.stop:
                 raise RequestError("stop strings need a tokenizer and detokenize=True; use stop_token_ids")
             requests.append(
@@ -110,6 +110,17 @@ class Admission:
         if params.min_tokens and params.min_tokens > maximum:
             raise RequestError(f"min_tokens={params.min_tokens} is more than max_tokens={maximum}")
         return Stopping(maximum, eos | own, eos - own, params.min_tokens or 0)
+
+    def _stop_strings(
+        self, detokenizer: IncrementalDetokenizer, params: SamplingParams, prompt: list[int]
+    ) -> StopStrings:
+        assert self.tokenizer is not None
+        stops, include = params.stop or (), params.include_stop_str_in_output
+        start, end = self.tokenizer.think_start_id, self.tokenizer.think_end_id
+        if params.stop_in_thinking or start is None or end is None:
+            return StopStrings(detokenizer, stops, include)
+        last = next((token for token in reversed(prompt) if token in (start, end)), end)
+        return StopStrings(detokenizer, stops, include, (start, end), thinking=last == start)
 
     def _eos_ids(self, params: SamplingParams) -> Sequence[int]:
         if params.end_id is not None:

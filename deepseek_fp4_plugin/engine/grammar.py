@@ -16,6 +16,7 @@ import numpy as np
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams
 from deepseek_fp4_plugin.engine import lark_check
+from deepseek_fp4_plugin.engine.closed_objects import closed_objects
 from deepseek_fp4_plugin.engine.request import RequestError
 from deepseek_fp4_plugin.engine.schema_check import without_endless_parts
 from deepseek_fp4_plugin.tokenizer import Tokenizer
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Between JSON's tokens: one line break at most and an indentation. Without a bound a model may write blanks for ever.
-_JSON: Any = {"whitespace_pattern": r"\n?[ ]{0,20}"}
+WHITESPACE = "[ ]?"
+"""What may stand between JSON's tokens: a blank. Without a bound a model may write blanks for ever."""
 
 
 class Thinking(enum.Enum):
@@ -256,18 +257,12 @@ def _grammar(params: GuidedDecodingParams) -> str:
     """The grammar in the library's form. Raises ValueError for what is wrong at first sight."""
     from llguidance import LLMatcher
 
-    if params.json_object:
-        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON)
-    if params.json is not None:
-        schema: Any = params.json
-        if isinstance(schema, str):
-            try:
-                schema = json.loads(schema)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"it is not JSON ({error})") from None
-        if not isinstance(schema, dict):
-            raise ValueError(f"it is no object but {json.dumps(schema)[:80]}")
-        return LLMatcher.grammar_from_json_schema(without_endless_parts(schema), overrides=_JSON)
+    schema = enforced_schema(params)
+    if schema is not None:
+        spaces: Any = {
+            "whitespace_pattern": WHITESPACE if params.whitespace_pattern is None else params.whitespace_pattern
+        }
+        return LLMatcher.grammar_from_json_schema(schema, overrides=spaces)
     if params.regex is not None:
         if (len(params.regex) - len(params.regex.rstrip("\\"))) % 2:  # the library would leave it out
             raise ValueError("it ends in a backslash that escapes nothing")
@@ -278,6 +273,26 @@ def _grammar(params: GuidedDecodingParams) -> str:
         alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
         return LLMatcher.grammar_from_lark(f"start: {alternatives}")
     return LLMatcher.grammar_from_lark(_lark(params.grammar or ""))
+
+
+def enforced_schema(params: GuidedDecodingParams) -> dict[str, Any] | None:
+    """The JSON schema that the answer is held to: closed where it was left open, without parts that never end.
+
+    None where the form is not JSON. Raises ValueError for what is no schema.
+    """
+    if params.json_object:
+        return {"type": "object"}
+    if params.json is None:
+        return None
+    schema: Any = params.json
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"it is no object but {json.dumps(schema)[:80]}")
+    return without_endless_parts(schema if params.additional_properties else closed_objects(schema))
 
 
 def _lark(grammar: str) -> str:

@@ -13,10 +13,19 @@ class StopStrings:
     """Decodes a request's tokens and watches for its stop strings, over token boundaries.
 
     Text that may be the beginning of a stop string is held back until it is known not to be one. The stop string
-    itself, and what follows, is left out unless `include` is set.
+    itself, and what follows, is left out unless `include` is set.  think_ids: the tokens that open and close a think
+    block whose text is passed by unread; thinking: one is open already.
     """
 
-    def __init__(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str], include: bool = False):
+    def __init__(
+        self,
+        detokenizer: IncrementalDetokenizer,
+        stops: Sequence[str],
+        include: bool = False,
+        think_ids: tuple[int, int] | None = None,
+        thinking: bool = False,
+    ):
+        self._think_ids, self._thinking = think_ids, thinking
         self._detokenizer, self._stops, self._include = detokenizer, tuple(stops), include
         self._held = ""
         self._ends: list[int] = []  # characters decoded after each token
@@ -26,11 +35,16 @@ class StopStrings:
 
     def add(self, tokens: Sequence[int], last: bool) -> str:
         """The text that `tokens` let out; `last`: no more will come. Sets `stop` where a stop string ended it."""
-        text = self._held
+        text, unread = self._held, ""
         for token in tokens:
             piece = self._detokenizer.add([token])
+            if self._think_ids is not None:
+                self._thinking = self._thinking or (not self._ends and token == self._think_ids[0])
             self._ends.append((self._ends[-1] if self._ends else 0) + len(piece))
             text += piece
+            if self._thinking:
+                unread, text = unread + text, ""
+                self._thinking = self._think_ids is None or token != self._think_ids[1]
         if last:
             text += self._detokenizer.flush()
         found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -42,6 +56,7 @@ class StopStrings:
         else:
             keep = self._possible(text)
             out, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        out = unread + out
         self.num_released += len(out)
         return out
 

@@ -3,9 +3,12 @@
 import json
 from typing import Any
 
+from deepseek_fp4_plugin.engine.closed_objects import closed_objects
+from deepseek_fp4_plugin.engine.grammar import WHITESPACE
 from deepseek_fp4_plugin.engine.schema_check import without_endless_parts
 from deepseek_fp4_plugin.serving.options import template_variables
 from deepseek_fp4_plugin.serving.protocol import (
+    AllowedToolsChoice,
     AssistantMessage,
     ChatCompletionRequest,
     Message,
@@ -147,9 +150,16 @@ def tools_of(request: ChatCompletionRequest, parser: str | None) -> tuple[list[T
     names = [tool.function.name for tool in request.tools]
     if len(set(names)) < len(names):
         raise bad_request("tools: two functions have the same name", "tools")
+    wanted = [choice] if isinstance(choice, NamedToolChoice) else []
+    if isinstance(choice, AllowedToolsChoice):
+        wanted = choice.allowed_tools.tools
+    for named in wanted:
+        if named.function.name not in names:
+            raise bad_request(f"tool_choice: no tool is named {named.function.name!r}", "tool_choice")
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = {named.function.name for named in wanted}
+        return [tool for tool in request.tools if tool.function.name in allowed], choice.allowed_tools.mode
     if isinstance(choice, NamedToolChoice):
-        if choice.function.name not in names:
-            raise bad_request(f"tool_choice: no tool is named {choice.function.name!r}", "tool_choice")
         return [tool for tool in request.tools if tool.function.name == choice.function.name], choice
     return request.tools, choice
 
@@ -164,20 +174,26 @@ def call_arguments(tool: Tool, number: int) -> dict[str, Any]:
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise bad_request(f"{param}: the arguments of a call are an object, not {json.dumps(kind)[:60]}", param)
     try:
-        return without_endless_parts({**schema, "type": "object"})
+        return without_endless_parts(closed_objects({**schema, "type": "object"}))
     except ValueError as error:
         raise bad_request(f"{param}: this JSON schema cannot be enforced: {error}", param) from None
 
 
 def call_grammar(
-    tools: list[Tool], choice: str | NamedToolChoice, parallel: bool, marker_ids: dict[str, int]
+    tools: list[Tool],
+    choice: str | NamedToolChoice,
+    parallel: bool,
+    marker_ids: dict[str, int],
+    answer: str | None = None,
 ) -> str | None:
     """A Lark grammar that holds the answer to calls of `tools`, or None where it is left free.
 
-    Required and named choices, and any choice with a strict tool. Under `auto` free text is an answer too.
+    Required and named choices, and any choice with a strict tool. Under `auto` free text is an answer too, or, where
+    the request asks for a form, a text of the Lark rule `answer`.
     marker_ids: token id of each marker that is one token.
     """
-    if choice == "none" or (choice == "auto" and not any(tool.function.strict for tool in tools)):
+    free = answer is None and not any(tool.function.strict for tool in tools)
+    if choice == "none" or (choice == "auto" and free):
         return None
 
     def marker(text: str) -> str:
@@ -187,15 +203,21 @@ def call_grammar(
     for number, tool in enumerate(tools):
         held = choice != "auto" or tool.function.strict
         schema = call_arguments(tool, number) if held else {"type": "object"}
-        whitespace = {"x-guidance": {"whitespace_pattern": r"\n?[ ]{0,20}"}}
+        # What no mask can enforce is checked behind the call (call_check.py), unless strictness was asked for.
+        options = {"x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": not tool.function.strict}}
         lines.append(
             f'call{number}: {marker(CALL_BEGIN)} "function" {marker(SEPARATOR)} '
             f"{json.dumps(tool.function.name + chr(10) + '```json' + chr(10))} arguments{number} "
             f'"\\n```" {marker(CALL_END)}'
         )
-        lines.append(f"arguments{number}: %json {json.dumps({**schema, **whitespace})}")
+        lines.append(f"arguments{number}: %json {json.dumps({**schema, **options})}")
     lines.append("call: " + " | ".join(f"call{number}" for number in range(len(tools))))
     once = parallel is False or isinstance(choice, NamedToolChoice)
     lines.append(f"calls: {marker(CALLS_BEGIN)} call" + ("" if once else ' ("\\n" call)*') + f" {marker(CALLS_END)}")
-    lines.append("start: calls" if choice != "auto" else "start: TEXT? calls?\nTEXT: /(?s:.+)/")
+    if choice != "auto":
+        lines.append("start: calls")
+    elif answer is not None:
+        lines.append(f"start: calls | answer\nanswer: {answer}")
+    else:
+        lines.append("start: TEXT? calls?\nTEXT: /(?s:.+)/")
     return "\n".join(lines)

@@ -156,8 +156,7 @@ class Answer(Response):
                     entry["logprobs"] = self._chat_logprobs(choice.token_ids, choice.logprobs)
                 else:
                     entry |= self._plain_choice(prompt, output, choice)
-                entry["finish_reason"] = _finish_reason(choice, parser)
-                entry["stop_reason"] = choice.stop_reason
+                entry |= _ending(choice, parser)
                 request = self.job.request
                 if request.prompt_logprobs is not None:
                     entry["prompt_logprobs"] = self.texts.prompt_logprobs(
@@ -296,9 +295,7 @@ class _StreamedChoice:
             else:
                 entry["text"], logprobs = self._plain(output, choice, first)
             entry["logprobs"] = logprobs
-            entry["finish_reason"] = _finish_reason(choice, self.parser) if self.finished and last else None
-            if self.finished and last:
-                entry["stop_reason"] = choice.stop_reason
+            entry |= _ending(choice, self.parser) if self.finished and last else {"finish_reason": None}
             if last and request.return_token_ids:
                 entry["token_ids"] = ids
                 if first:
@@ -327,6 +324,14 @@ class _StreamedChoice:
                 table = {name: head[name] + table[name] for name in table}
         self.offset += len(text)
         return (self.answer._echoed(self.prompt) + text if first else text), table
+
+
+def _ending(choice: CompletionOutput, parser: ChoiceParser | None) -> dict[str, Any]:
+    """How a choice ended, as its entry says it."""
+    ending: dict[str, Any] = {"finish_reason": _finish_reason(choice, parser), "stop_reason": choice.stop_reason}
+    if parser is not None and ending["finish_reason"] == "tool_calls" and (errors := parser.call_errors()):
+        ending["tool_call_errors"] = errors
+    return ending
 
 
 def _finish_reason(choice: CompletionOutput, parser: ChoiceParser | None) -> str | None:

@@ -207,6 +207,18 @@ class NamedToolChoice(_Strict):
     function: NamedFunction
 
 
+class AllowedTools(_Strict):
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice] = Field(min_length=1)
+
+
+class AllowedToolsChoice(_Strict):
+    """Some of the request's tools; the others are not shown to the model."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(_Strict):
     """The schema of `response_format`; it is always enforced, so `strict` changes nothing."""
 
@@ -264,6 +276,36 @@ ResponseFormat = Annotated[
 ]
 
 
+class StructuredOutputs(_Strict):
+    """vLLM's word for the form of an answer: exactly one of the first five."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = Field(None, min_length=1)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1024)
+    grammar: str | None = Field(None, min_length=1)
+    json_object: bool = False
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    disable_additional_properties: bool = Field(
+        True, description="False: undeclared properties are allowed where the schema does not speak of them."
+    )
+    disable_fallback: bool = Field(True, description="Nothing is ever answered in another form.")
+
+    def form(self) -> dict[str, Any]:
+        """The arguments of GuidedDecodingParams."""
+        names = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar,
+                 "json_object": self.json_object or None}  # fmt: skip
+        given = {name: value for name, value in names.items() if value is not None}
+        if len(given) != 1:
+            raise bad_request(
+                f"structured_outputs: give exactly one of {', '.join(names)}, not {' and '.join(given) or 'none'}",
+                "structured_outputs",
+            )
+        spaces = "" if self.disable_any_whitespace else self.whitespace_pattern
+        return {**given, "whitespace_pattern": spaces if {"json", "json_object"} & set(given) else None,
+                "additional_properties": not self.disable_additional_properties}  # fmt: skip
+
+
 class StreamOptions(_Strict):
     """`include_usage`: a last chunk with the token counts. `continuous_usage_stats`: counts so far in every chunk."""
 
@@ -305,6 +347,7 @@ class GenerationRequest(_Body):
     stop: str | list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=64)
     stop_token_ids: list[Annotated[Int, Field(ge=0)]] | None = Field(None, max_length=256)
     include_stop_str_in_output: bool = False
+    stop_in_thinking: bool = Field(True, description="False: `stop` is looked for behind </think> only.")
     ignore_eos: bool = False
     min_tokens: Int | None = Field(None, ge=0, le=2**31 - 1)
     skip_special_tokens: bool = True
@@ -328,6 +371,10 @@ class GenerationRequest(_Body):
     guided_regex: str | None = Field(None, min_length=1)
     guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1024)
     guided_grammar: str | None = Field(None, min_length=1)
+    guided_whitespace_pattern: str | None = Field(
+        None, description="A regular expression for what may stand between JSON's tokens; left out: one blank."
+    )
+    structured_outputs: StructuredOutputs | None = None
 
     cache_salt: str | None = Field(
         None, min_length=1, max_length=1024, description="Prompts with different salts share no cached prefix."
@@ -356,7 +403,7 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Only with logprobs.")
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None = Field(
         None, description="Default: auto when there are tools."
     )
     parallel_tool_calls: bool = True
@@ -499,8 +546,16 @@ class _Choice(BaseModel):
     tokens: list[DraftedToken] | None = None
 
 
+class ToolCallError(BaseModel):
+    """What a required call's arguments break of their schema; `index` is the call's."""
+
+    index: int
+    error: str
+
+
 class ChatChoice(_Choice):
     message: ResponseMessage
+    tool_call_errors: list[ToolCallError] | None = None
     logprobs: ChatLogprobs | None
 
 

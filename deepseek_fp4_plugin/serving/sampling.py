@@ -4,18 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
-from deepseek_fp4_plugin.serving.protocol import (
-    ChatCompletionRequest,
-    ChoiceFormat,
-    CompletionRequest,
-    EbnfFormat,
-    JsonFormat,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    RegexFormat,
-    TextFormat,
-    bad_request,
-)
+from deepseek_fp4_plugin.serving.answer_form import asked_form
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest, bad_request
 
 
 @dataclass(frozen=True)
@@ -38,13 +28,18 @@ def sampling_params(
 ) -> SamplingParams:
     """Raises ApiError 400 for what cannot be honoured.
 
-    call_grammar: what tool_choice asks for. stop_token_ids, bad_token_ids: tokens to add to the request's own.
+    call_grammar: of the calls that tool_choice asks for, and of an answer beside them.
+    stop_token_ids, bad_token_ids: tokens to add to the request's own.
     """
     if request.best_of is not None and request.best_of != request.n:
         raise bad_request(f"best_of: only n ({request.n}) is offered, answers are not ranked", "best_of")
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options: only with stream", "stream_options")
-    guided = _guided(request, call_grammar)
+    if call_grammar is not None:
+        guided: GuidedDecodingParams | None = GuidedDecodingParams(grammar=call_grammar)
+    else:
+        asked = asked_form(request)
+        guided = asked[1] if asked is not None else None
     if guided is not None:
         for name, given in (("min_tokens", request.min_tokens), ("bad_words", request.bad_words),
                             ("ignore_eos", request.ignore_eos)):  # fmt: skip
@@ -73,6 +68,7 @@ def sampling_params(
         "stop": stop or None,
         "stop_token_ids": [*(request.stop_token_ids or []), *(stop_token_ids or [])] or None,
         "include_stop_str_in_output": request.include_stop_str_in_output,
+        "stop_in_thinking": request.stop_in_thinking,
         "ignore_eos": request.ignore_eos,
         "min_tokens": request.min_tokens,
         "skip_special_tokens": request.skip_special_tokens,
@@ -120,39 +116,3 @@ def _logit_bias(request: ChatCompletionRequest | CompletionRequest, vocab_size: 
                               "logit_bias")  # fmt: skip
         bias[int(token)] = value
     return bias or None
-
-
-def _guided(
-    request: ChatCompletionRequest | CompletionRequest, call_grammar: str | None
-) -> GuidedDecodingParams | None:
-    asked: list[tuple[str, dict[str, Any]]] = []
-    form = request.response_format
-    if isinstance(form, JsonObjectFormat):
-        asked.append(("response_format", {"json_object": True} if form.schema_ is None else {"json": form.schema_}))
-    elif isinstance(form, JsonSchemaFormat):
-        asked.append(("response_format", {"json": form.json_schema.schema_}))
-    elif isinstance(form, JsonFormat):
-        asked.append(("response_format", {"json": form.schema_}))
-    elif isinstance(form, RegexFormat):
-        asked.append(("response_format", {"regex": form.regex}))
-    elif isinstance(form, EbnfFormat):
-        asked.append(("response_format", {"grammar": form.ebnf}))
-    elif isinstance(form, ChoiceFormat):
-        asked.append(("response_format", {"choice": form.choice}))
-    for name in ("json", "regex", "choice", "grammar"):
-        value = getattr(request, f"guided_{name}")
-        if value is not None:
-            asked.append((f"guided_{name}", {name: value}))
-    if call_grammar is not None:
-        asked.append(("tool_choice", {"grammar": call_grammar}))
-    if len(asked) > 1:
-        names = " and ".join(name for name, _ in asked)
-        raise bad_request(f"{names}: only one of these can decide the form of an answer", asked[0][0])
-    return GuidedDecodingParams(**asked[0][1]) if asked else None
-
-
-def form_field(request: ChatCompletionRequest | CompletionRequest) -> str:
-    """The field that decides the form of the answer."""
-    names = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    given = ((name, getattr(request, name)) for name in names)
-    return next((name for name, form in given if form is not None and not isinstance(form, TextFormat)), "tools")

@@ -9,10 +9,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
-from deepseek_fp4_plugin.engine.grammar import GrammarError, compile_grammar
+from deepseek_fp4_plugin.engine.grammar import GrammarError, compile_grammar, enforced_schema
 from deepseek_fp4_plugin.llm import LLM, RequestHandle
 from deepseek_fp4_plugin.serving import protocol
 from deepseek_fp4_plugin.serving.admission import Admission
+from deepseek_fp4_plugin.serving.answer_form import asked_form, lark_rule
+from deepseek_fp4_plugin.serving.call_check import CallCheck
 from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_arguments, call_grammar, tools_of
 from deepseek_fp4_plugin.serving.generation import Answer, Job
 from deepseek_fp4_plugin.serving.logprobs import TokenTexts
@@ -22,12 +24,11 @@ from deepseek_fp4_plugin.serving.protocol import (
     ApiError,
     ChatCompletionRequest,
     CompletionRequest,
-    TextFormat,
     Tool,
     bad_request,
 )
 from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
-from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, form_field, sampling_params
+from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params
 from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, TOOL_PARSERS
 
@@ -76,15 +77,16 @@ class Service:
     async def chat(self, request: ChatCompletionRequest, log: dict[str, Any]) -> Response:
         self._begin(request.model, log)
         tools, choice = tools_of(request, self.options.tool_parser)
-        if tools and request.response_format is not None and not isinstance(request.response_format, TextFormat):
-            raise bad_request("response_format: it cannot be combined with tools; send tool_choice none",
-                              "response_format")  # fmt: skip
+        form = asked_form(request)
         extra_stops, banned = [], []
         if tools and not request.parallel_tool_calls and CALL_END in self.marker_ids:
             extra_stops.append(self.marker_ids[CALL_END])  # the first call ends the answer
         if request.tools and choice == "none" and CALLS_BEGIN in self.marker_ids:
             banned.append(self.marker_ids[CALLS_BEGIN])
-        grammar = call_grammar(tools, choice, request.parallel_tool_calls, self.marker_ids)
+        answer = None
+        if tools and form is not None and choice == "auto":
+            answer = await run_in_threadpool(self._answer_rule, *form)
+        grammar = call_grammar(tools, choice, request.parallel_tool_calls, self.marker_ids, answer)
         params = sampling_params(request, self.defaults, self.vocab_size, grammar, extra_stops, banned)
         if not self._noted_system and any(m.role in ("system", "developer") for m in request.messages):
             self._noted_system = True
@@ -97,7 +99,7 @@ class Service:
         try:
             job = await self._start(request, [ids], params, log)
         except ApiError as error:
-            if error.param == "tools":  # which of them was it?
+            if grammar is not None and error.param == "tools":  # which of them was it?
                 await run_in_threadpool(self._check_tools, tools, choice)
             raise
         opened = self._opens_think(ids)
@@ -107,18 +109,31 @@ class Service:
             reasoning = self.options.reasoning_parser if request.reasoning_effort != "none" else None
             calls = self.options.tool_parser if tools else None
             return ChoiceParser(
-                REASONING_PARSERS[reasoning](opened) if reasoning else None, TOOL_PARSERS[calls]() if calls else None
+                REASONING_PARSERS[reasoning](opened) if reasoning else None,
+                TOOL_PARSERS[calls]() if calls else None,
+                CallCheck(tools).error if calls and choice != "auto" else None,
             )
 
         think_end = self.tokenizer.think_end_id if self.options.reasoning_parser else None
         return Answer(job, request.model, self.texts, self.metrics, parser, think_end_id=think_end)
+
+    def _answer_rule(self, field: str, form: GuidedDecodingParams) -> str:
+        """The Lark rule of an answer beside calls. Raises ApiError where it cannot be enforced. Any thread."""
+        try:
+            compile_grammar(self.tokenizer, form, self.vocab_size)
+            return lark_rule(field, form, enforced_schema(form))
+        except GrammarError as error:
+            raise bad_request(f"{field}: {error}", field) from None
 
     def _check_tools(self, tools: list[Tool], choice: Any) -> None:
         """Raises ApiError for the first tool whose parameters cannot be enforced. Any thread."""
         for number, tool in enumerate(tools):
             if choice != "auto" or tool.function.strict:
                 param = f"tools.{number}.function.parameters"
-                schema = GuidedDecodingParams(json=call_arguments(tool, number))
+                arguments = call_arguments(tool, number)
+                if not tool.function.strict:
+                    arguments["x-guidance"] = {"lenient": True}
+                schema = GuidedDecodingParams(json=arguments, additional_properties=True)
                 try:
                     compile_grammar(self.tokenizer, schema, self.vocab_size)
                 except GrammarError as error:
@@ -190,7 +205,8 @@ class Service:
                 handle.abort()
             self.admission.release(sequences)
             if isinstance(error, GrammarError):
-                field = form_field(request)
+                asked = asked_form(request)
+                field = asked[0] if asked is not None and asked[1] == params.guided_decoding else "tools"
                 raise bad_request(f"{field}: {error}", field) from None
             if isinstance(error, ValueError):
                 raise bad_request(str(error)) from None

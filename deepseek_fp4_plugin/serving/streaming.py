@@ -61,9 +61,26 @@ def _joined(calls: list[ToolCallDelta]) -> list[ToolCallDelta]:
 class ChoiceParser:
     """The parsers of one choice in a row: reasoning first, tool calls in what is left."""
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolCallParser | None) -> None:
-        self._reasoning, self._tools = reasoning, tools
-        self.has_calls = False
+    def __init__(
+        self,
+        reasoning: ReasoningParser | None,
+        tools: ToolCallParser | None,
+        check: Callable[[str, str], str | None] | None = None,
+    ) -> None:
+        """check: says of a call's name and whole arguments what is wrong with them."""
+        self._reasoning, self._tools, self._check = reasoning, tools, check
+        self._calls: list[tuple[str, list[str]]] = []  # names, and the arguments' pieces
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self._calls)
+
+    def call_errors(self) -> list[dict[str, Any]]:
+        """What the finished calls' arguments break of their schemas."""
+        if self._check is None:
+            return []
+        errors = [self._check(name, "".join(pieces)) for name, pieces in self._calls]
+        return [{"index": index, "error": error} for index, error in enumerate(errors) if error is not None]
 
     @property
     def has_reasoned(self) -> bool:
@@ -84,7 +101,10 @@ class ChoiceParser:
             end_calls = self._tools.finish()
             delta.content += end_calls.content
             delta.calls += end_calls.calls
-        self.has_calls = self.has_calls or bool(delta.calls)
+        for call in delta.calls:
+            if call.name is not None:
+                self._calls.append((call.name, []))
+            self._calls[call.index][1].append(call.arguments)
         delta.calls = _joined(delta.calls)
         return delta
 

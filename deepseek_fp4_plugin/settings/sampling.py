@@ -29,6 +29,9 @@ class GuidedDecodingParams:
 
     json: a JSON schema, as text or mapping.  grammar: EBNF.  choice: the texts to choose from.
     json_object: any JSON object.
+
+    Of JSON: whitespace_pattern is a regular expression for what may stand between two tokens (None: one blank at most;
+    "": nothing). additional_properties: allow undeclared properties where the schema does not speak of them.
     """
 
     json: str | dict[str, Any] | None = None
@@ -36,12 +39,16 @@ class GuidedDecodingParams:
     grammar: str | None = None
     choice: tuple[str, ...] | list[str] | None = None
     json_object: bool = False
+    whitespace_pattern: str | None = None
+    additional_properties: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ("json", "regex", "grammar", "choice") if getattr(self, name) is not None]
         given += ["json_object"] if self.json_object else []
         if len(given) > 1:
             raise ValueError(f"GuidedDecodingParams: {' and '.join(given)} cannot both decide the form; give one")
+        if self.whitespace_pattern is not None and not {"json", "json_object"} & set(given):
+            raise ValueError("GuidedDecodingParams: whitespace_pattern is only for an answer in JSON")
 
 
 class SamplingParams(Choices):
@@ -52,10 +59,10 @@ class SamplingParams(Choices):
 
     max_tokens: at most so many new tokens; None: as many as the context holds; not given: the LLM's `max_new_tokens`.
     end_id: ends the text in place of the tokenizer's end-of-text ids.  stop: texts that end it, left out of the output
-    unless include_stop_str_in_output.  bad: words never to be written.  top_k 0: all tokens.  seed: of this request's
-    random numbers.  logprobs, prompt_logprobs: this many best tokens beside the chosen one.  truncate_prompt_tokens:
-    keep so many tokens at the prompt's end.  The last three: this request's own relaxed acceptance of drafted tokens
-    inside the thinking phase; None takes the engine's.
+    unless include_stop_str_in_output; without stop_in_thinking they count behind `</think>` only.  bad: words never to
+    be written.  top_k 0: all tokens.  seed: of this request's random numbers.  logprobs, prompt_logprobs: this many
+    best tokens beside the chosen one.  truncate_prompt_tokens: keep so many tokens at the prompt's end.  The last
+    three: this request's own relaxed acceptance of drafted tokens inside the thinking phase; None takes the engine's.
     """
 
     max_tokens: Count | None = 32
@@ -70,6 +77,7 @@ class SamplingParams(Choices):
     stop: tuple[Text, ...] | None = None
     stop_token_ids: tuple[TokenId, ...] | None = None
     include_stop_str_in_output: Bool = False
+    stop_in_thinking: Bool = True
     ignore_eos: Bool = False
     min_tokens: Annotated[Int, Field(ge=0, le=MOST)] | None = None
     bad: tuple[Text, ...] | None = None

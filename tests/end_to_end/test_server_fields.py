@@ -509,8 +509,7 @@ def test_the_arguments_of_a_held_call_are_an_object(server, parameters):
         ({"type": "string"}, "an object"),
         ({"type": ["string", "null"]}, "an object"),
         (ENDLESS, "always needs another"),
-        ({"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
-        ({"type": "object", "properties": {"x": {"type": "string", "format": "path"}}}, "path"),
+        ({"type": "object", "properties": {"x": {"type": "string", "pattern": "(?=a)b"}}}, "look-ahead"),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "this JSON schema cannot be enforced"),
     ],
 )
@@ -521,6 +520,9 @@ def test_a_tool_that_cannot_be_held_is_named(server, parameters, said):
     assert (answer.status_code, error["param"]) == (400, "tools.1.function.parameters")
     assert said in error["message"] and error["message"].startswith("tools.1.function.parameters: ")
     assert "EBNF" not in error["message"] and "call0" not in error["message"]
+    allowed = [{"type": "function", "function": {"name": name}} for name in ("fine", "wrong")]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": allowed}}
+    assert server.chat(tools=tools, tool_choice=choice).json()["error"] == error
     # Where nothing holds the model to the schema, nothing is wrong with it.
     assert server.chat(tools=tools, tool_choice="auto", max_tokens=2).status_code == 200
 
@@ -560,7 +562,126 @@ def test_tools(server):
     refused(server.chat(tool_choice="required"), "tools")
     refused(server.chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "other"}}), "other")
     refused(server.chat(tools=[WEATHER, WEATHER]), "same name")
-    refused(server.chat(tools=[WEATHER], response_format={"type": "json_object"}), "response_format")
+
+
+UNHELD = {
+    "type": "object",
+    "properties": {
+        "x": {"type": "array", "items": {"enum": [7]}, "minItems": 2, "maxItems": 2, "uniqueItems": True},
+        "file": {"type": "string", "format": "path", "maxLength": 3},
+    },
+    "required": ["x", "file"],
+}
+
+
+def test_what_no_mask_can_enforce_is_checked_behind_the_call(server):
+    quick = {str(ids_of(server, "<think>")[0]): -100}
+    fields = {"tools": [tool(UNHELD)], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200,
+              "logit_bias": quick}  # fmt: skip
+    choice = ok(server.chat(**fields))["choices"][0]
+    arguments = json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
+    assert arguments["x"] == [7, 7] and set(arguments) == {"x", "file"}
+    (error,) = choice["tool_call_errors"]
+    assert error["index"] == 0 and error["error"].startswith("/x: ")
+    last = events(server.chat(stream=True, **fields))[-1]["choices"][0]
+    assert last["finish_reason"] == "tool_calls" and last["tool_call_errors"] == [error]
+    # A schema without such keywords leaves nothing to say; a strict function is refused rather than half held.
+    fine = {**UNHELD, "properties": {**UNHELD["properties"], "x": {"const": 1}}}
+    assert "tool_call_errors" not in ok(server.chat(**{**fields, "tools": [tool(fine)]}))["choices"][0]
+    refused(server.chat(**{**fields, "tools": [tool(UNHELD, strict=True)]}), "uniqueItems")
+
+
+def test_tools_and_a_form_for_the_answer_together(server):
+    begin, no_think = ids_of(server, "<｜tool▁calls▁begin｜>")[0], {str(ids_of(server, "<think>")[0]): -100}
+    fields = {"tools": [WEATHER], "parallel_tool_calls": False, "max_tokens": 300, "temperature": 1.0, "seed": 3}
+    forms = [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, None),
+        ({"response_format": {"type": "regex", "regex": "a/b[0-9]"}}, "a/b[0-9]"),
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+    ]
+    for form, pattern in forms:
+        whole = ok(server.chat(**fields, **form, logit_bias={**no_think, str(begin): -100}))["choices"][0]["message"]
+        assert "tool_calls" not in whole
+        if pattern is None:
+            assert set(json.loads(whole["content"])) == {"a", "ok"}
+        else:
+            assert re.fullmatch(pattern, whole["content"])
+        strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+        called = ok(server.chat(**{**fields, "tools": [strict]}, **form, logit_bias={**no_think, str(begin): 100}))
+        (call,) = called["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "巴黎")
+    refused(server.chat(**fields, guided_grammar='start: "a"'), "guided_grammar")
+    refused(server.chat(**fields, guided_json={"not": {}}), "guided_json: this JSON schema")
+
+
+def test_allowed_tools(server):
+    no_think = {str(ids_of(server, "<think>")[0]): -100}
+    tools = [tool(NUMBER, name) for name in ("f", "g", "h")]
+
+    def choose(mode, *names):
+        chosen = [{"type": "function", "function": {"name": name}} for name in names]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": chosen}}
+        return server.chat(tools=tools, tool_choice=choice, max_tokens=200, logit_bias=no_think, temperature=1.0,
+                           seed=1, parallel_tool_calls=False)  # fmt: skip
+
+    (call,) = ok(choose("required", "g"))["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "g"
+    two, three = (ok(choose("auto", *names))["usage"]["prompt_tokens"] for names in (("f", "h"), ("f", "g", "h")))
+    assert two < three
+    refused(choose("auto", "other"), "other")
+
+
+LOOSE = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+
+
+@field("structured_outputs", "guided_whitespace_pattern")
+def test_undeclared_properties_and_blanks(server):
+    def written(seed=0, **fields) -> str:
+        return ok(server.complete(max_tokens=300, temperature=1.0, seed=seed, **fields))["choices"][0]["text"]
+
+    for seed in range(4):
+        for fields in ({"guided_json": LOOSE}, {"structured_outputs": {"json": LOOSE}}):
+            assert re.fullmatch(r"{ ?\"a\" ?: ?[12] ?}", written(seed, **fields))
+        for name, value in (("guided_whitespace_pattern", ""), ("structured_outputs", None)):
+            own = {name: value, "guided_json": LOOSE} if value is not None else {
+                name: {"json": LOOSE, "disable_any_whitespace": True}}  # fmt: skip
+            assert re.fullmatch(r'{"a":[12]}', written(seed, **own))
+        wide = {"structured_outputs": {"json": LOOSE, "whitespace_pattern": "[ ]{3}"}}
+        assert re.fullmatch(r'{   "a"   :   [12]   }', written(seed, **wide))
+    more = {str(ids_of(server, ",")[0]): 100, str(ids_of(server, "}")[0]): -100}
+    opened = {"logit_bias": more, "structured_outputs": {"json": LOOSE, "disable_additional_properties": False}}
+    assert re.match(r'{ ?"a" ?: ?[12] ?, ?"', written(**opened))
+    assert re.match(r'{ ?"a" ?: ?[12] ?, ?"', written(guided_json={**LOOSE, "additionalProperties": True},
+                                                      logit_bias=more))  # fmt: skip
+    other = [{"regex": "[ab]{3}"}, {"choice": ["x"]}, {"grammar": 'start: "q"'}, {"json": json.dumps(LOOSE)}]
+    for outputs, check in zip(other, ("[ab]{3}", "x", "q", ".*"), strict=True):
+        assert re.fullmatch(check, written(structured_outputs=outputs))
+    refused(server.complete(structured_outputs={}), "structured_outputs")
+    refused(server.complete(structured_outputs={"regex": "a", "choice": ["a"]}), "structured_outputs")
+    refused(server.complete(structured_outputs={"regex": "a"}, guided_regex="a"), "structured_outputs")
+    refused(server.complete(guided_whitespace_pattern=" "), "guided_whitespace_pattern")
+    refused(server.complete(structured_outputs={"json": LOOSE, "whitespace_pattern": "("}), "structured_outputs")
+
+
+@field("stop_in_thinking")
+def test_stop_texts_inside_the_thinking(server):
+    think, end = (ids_of(server, tag)[0] for tag in ("<think>", "</think>"))
+    prompt = ids_of(server, "<think>abc")
+    q, x = (str(t) for t in ids_of(server, "Qx"))
+    fields = {"logit_bias": {q: 100, x: 99, str(end): 98}, "frequency_penalty": 2, "max_tokens": 60, "ignore_eos": True}
+    free = text(server, prompt, **fields)
+    thought, tag, answer = free.partition("</think>")
+    assert tag and "Q" in thought and "Q" in answer
+    assert text(server, prompt, stop="Q", **fields) == thought[: thought.index("Q")]
+    behind = f"{thought}</think>{answer[: answer.index('Q')]}"
+    assert text(server, prompt, stop="Q", stop_in_thinking=False, **fields) == behind
+    streamed = events(server.complete(prompt, stop="Q", stop_in_thinking=False, stream=True, temperature=0, **fields))
+    assert "".join(c["choices"][0]["text"] for c in streamed) == behind
+    # A block that the model opens itself.
+    opened = {**fields, "logit_bias": {**fields["logit_bias"], str(think): 100.0}}
+    body = ok(server.chat(stop="x", stop_in_thinking=False, temperature=0, return_token_ids=True, **opened))
+    ids = body["choices"][0]["token_ids"]
+    assert ids[0] == think and (end not in ids or int(x) not in ids[ids.index(end) + 1 :])
 
 
 # ---------------------------------------------------------------------------- the rest
