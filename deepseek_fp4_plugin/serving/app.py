@@ -13,10 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.llm import LLM
 from deepseek_fp4_plugin.serving import protocol
+from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest, error_form
 from deepseek_fp4_plugin.serving.middleware import AccessLog, ApiKeys, BodyLimits
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.pages import page
 from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 from deepseek_fp4_plugin.serving.service import Service
 from deepseek_fp4_plugin.serving.streaming import to_json
 
@@ -51,8 +53,8 @@ class Json(JSONResponse):
         return to_json(content)
 
 
-def error_response(error: ApiError) -> Response:
-    return Json(error.body(), error.status, headers=error.headers)
+def error_response(request: Request, error: ApiError) -> Response:
+    return Json(error_form(request.url.path)(error), error.status, headers=error.headers)
 
 
 def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
@@ -87,7 +89,7 @@ def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
 def _name_models(app: FastAPI, names: tuple[str, ...]) -> None:
     """Put the served names into the documented requests."""
     schemas = app.openapi()["components"]["schemas"]
-    for body in ("ChatCompletionRequest", "CompletionRequest"):
+    for body in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest"):
         schemas[body]["properties"]["model"]["enum"] = list(names)
 
 
@@ -101,13 +103,13 @@ def _answer_head(app: FastAPI) -> None:
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return error_response(error)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error_response(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         message, param = protocol.describe_validation(error)
-        return error_response(ApiError(400, message, param=param))
+        return error_response(request, ApiError(400, message, param=param))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -118,7 +120,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         else:
             message = str(error.detail)
         kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
-        return error_response(ApiError(error.status_code, message, kind, headers=dict(error.headers or {}) or None))
+        return error_response(
+            request, ApiError(error.status_code, message, kind, headers=dict(error.headers or {}) or None)
+        )
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
@@ -137,6 +141,40 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     )
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
         return await service.complete(body, request.state.log)
+
+    @app.post(
+        "/v1/responses",
+        responses={200: {"content": {JSON: {"schema": {"type": "object"}}, **_STREAM}}, **_ERRORS},
+        summary="Answer, in the form of OpenAI's responses",
+    )
+    async def responses(request: Request, body: Annotated[ResponsesRequest, Body()]) -> Response:
+        return await service.respond(body, request.state.log)
+
+    @app.get("/v1/responses/{name}", responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}, **_some(404)})
+    async def response(name: str) -> Response:
+        return Json(service.responses.get(name).body)
+
+    @app.delete("/v1/responses/{name}", responses={200: {"content": {JSON: {"schema": {"type": "object"}}}},
+                                                   **_some(404)})  # fmt: skip
+    async def delete_response(name: str) -> Response:
+        service.responses.delete(name)
+        return Json({"id": name, "object": "response.deleted", "deleted": True})
+
+    @app.post(
+        "/v1/messages",
+        responses={200: {"content": {JSON: {"schema": {"type": "object"}}, **_STREAM}}, **_ERRORS},
+        summary="Answer, in the form of Anthropic's messages",
+    )
+    async def messages(request: Request, body: Annotated[MessagesRequest, Body()]) -> Response:
+        return await service.message(body, request.state.log)
+
+    @app.post(
+        "/v1/messages/count_tokens",
+        summary="Tokens of a message's prompt",
+        responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}, **_some(400, 404, 408, 413)},
+    )
+    async def count_tokens(body: Annotated[CountTokensRequest, Body()]) -> Response:
+        return Json(await run_in_threadpool(service.count_tokens, body))
 
     @app.post("/tokenize", responses={200: {"model": protocol.TokenizeResponse}, **_some(400, 404, 408, 413)})
     async def tokenize(body: Annotated[protocol.TokenizeRequest, Body()]) -> Response:

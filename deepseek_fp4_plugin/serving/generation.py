@@ -98,6 +98,7 @@ class Answer(Response):
     """Runs a job while the client is there; `parser` makes the parsers of each chat choice, None for plain ones."""
 
     media_type = None
+    done = DONE  # what ends a stream
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class Answer(Response):
         except Exception as error:
             for prompt, handle in enumerate(self.job.handles):
                 self.job.seen(prompt, handle.output)
-            await send_error(send, _as_api_error(error))
+            await send_error(send, _as_api_error(error), self._error_body)
             return
         headers = [*_JSON_HEADERS, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -221,10 +222,29 @@ class Answer(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
             # The status is out: a last event says what happened, and no [DONE] follows.
-            failure = _as_api_error(error).body()
-            await send({"type": "http.response.body", "body": event(failure), "more_body": False})
+            failure = self._failure(_as_api_error(error))
+            await send({"type": "http.response.body", "body": failure, "more_body": False})
             return
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.done, "more_body": False})
+
+    def _error_body(self, error: ApiError) -> dict[str, Any]:
+        return error.body()
+
+    def _failure(self, error: ApiError) -> bytes:
+        """The last event of a stream that fails."""
+        return event(self._error_body(error))
+
+    async def _deltas(self) -> AsyncIterator[tuple[Delta, CompletionOutput, ChoiceParser]]:
+        """What comes of a chat's only choice."""
+        assert self.parser is not None
+        parser = self.parser()
+        async for output in self.job.handles[0]:
+            self.job.seen(0, output)
+            _check(output)
+            choice = output.outputs[0]
+            yield parser.feed(choice.text_diff, choice.finish_reason is not None), choice, parser
+            if choice.finish_reason is not None:
+                return
 
     async def _events(self) -> AsyncIterator[bytes]:
         request, job = self.job.request, self.job

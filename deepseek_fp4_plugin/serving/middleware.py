@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from deepseek_fp4_plugin.serving.messages_protocol import error_form
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.protocol import ApiError
 from deepseek_fp4_plugin.serving.streaming import event, to_json
@@ -29,9 +30,9 @@ def header(scope: dict[str, Any], name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
-async def send_error(send: Any, error: ApiError) -> None:
+async def send_error(send: Any, error: ApiError, form: Callable[[ApiError], Any] = ApiError.body) -> None:
     """Answer with an error body."""
-    body = to_json(error.body())
+    body = to_json(form(error))
     extra = [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *extra]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -133,9 +134,9 @@ class ApiKeys:
             await self.app(scope, receive, send)
             return
         challenge = 'Basic realm="deepseek-fp4"' if scope["path"] in ("/", "/docs") else "Bearer"
-        await send_error(send, ApiError(401, "this server wants an API key: send `Authorization: Bearer KEY`",
-                                        "AuthenticationError", code="invalid_api_key",
-                                        headers={"WWW-Authenticate": challenge}))  # fmt: skip
+        error = ApiError(401, "this server wants an API key: send `Authorization: Bearer KEY`", "AuthenticationError",
+                         code="invalid_api_key", headers={"WWW-Authenticate": challenge})  # fmt: skip
+        await send_error(send, error, error_form(scope["path"]))
 
 
 class BodyLimits:
@@ -151,11 +152,11 @@ class BodyLimits:
         try:
             body = await asyncio.wait_for(self._read(scope, receive), self.timeout)
         except ApiError as error:
-            await send_error(send, error)
+            await send_error(send, error, error_form(scope["path"]))
             return
         except TimeoutError:
             await send_error(send, ApiError(408, f"the body did not arrive within {self.timeout:g} s",
-                                            headers={"Connection": "close"}))  # fmt: skip
+                                            headers={"Connection": "close"}), error_form(scope["path"]))  # fmt: skip
             return
         if body is None:  # gone while sending
             return

@@ -28,6 +28,15 @@ class ApiError(Exception):
         self.status, self.message, self.kind, self.param = status, message, kind, param
         self.code, self.headers = code, headers
 
+    def renamed(self, names: dict[str, str]) -> "ApiError":
+        """The same error about a request in which chat fields have other names."""
+        first, _, rest = (self.param or "").partition(".")
+        if first not in names:
+            return self
+        param = names[first] + (f".{rest}" if rest else "")
+        message = self.message.replace(self.param or "", param, 1)
+        return ApiError(self.status, message, self.kind, param, self.code, self.headers)
+
     def body(self) -> dict[str, Any]:
         """OpenAI's error body; `object`, and the status as `code` where no name is usual, as trtllm-serve has them."""
         return {
@@ -431,6 +440,15 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: Literal[False] = False
     thinking_token_budget: None = None
     echo: Literal[False] = Field(False, description="True is for /v1/completions.")
+
+
+def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:
+    """A request of another form as a chat's. Raises ApiError 400."""
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        message, param = describe_validation(error)
+        raise bad_request(message, param) from None
 
 
 TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]

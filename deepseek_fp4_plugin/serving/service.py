@@ -1,7 +1,9 @@
 """What the routes do, over one `LLM`: names, prompts, admission, and the jobs."""
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ from starlette.responses import Response
 from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
 from deepseek_fp4_plugin.engine.grammar import GrammarError, compile_grammar, enforced_schema
 from deepseek_fp4_plugin.llm import LLM, RequestHandle
-from deepseek_fp4_plugin.serving import protocol
+from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_protocol
 from deepseek_fp4_plugin.serving.admission import Admission
 from deepseek_fp4_plugin.serving.answer_form import asked_form, lark_rule
 from deepseek_fp4_plugin.serving.call_check import CallCheck
 from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_arguments, call_grammar, tools_of
 from deepseek_fp4_plugin.serving.generation import Answer, Job
 from deepseek_fp4_plugin.serving.logprobs import TokenTexts
+from deepseek_fp4_plugin.serving.messages import MessagesAnswer
+from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.protocol import (
@@ -25,9 +29,12 @@ from deepseek_fp4_plugin.serving.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     Tool,
+    as_chat,
     bad_request,
 )
 from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
+from deepseek_fp4_plugin.serving.responses import ResponsesAnswer, ResponseStore
+from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest, as_messages
 from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params
 from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, TOOL_PARSERS
@@ -54,6 +61,7 @@ class Service:
         self.metrics = Metrics(llm.get_stats)
         self.admission = Admission(llm.config.max_batch_size, options.max_queue, self.metrics)
         self.prompts = ChatPrompt(self.tokenizer, options.chat_template)
+        self.responses = ResponseStore()
         self.texts = TokenTexts(self.tokenizer)
         self.defaults = self._sampling_defaults()
         markers = {text: self.tokenizer.token_id(text) for text in
@@ -74,7 +82,10 @@ class Service:
 
     # ------------------------------------------------------------------ generation
 
-    async def chat(self, request: ChatCompletionRequest, log: dict[str, Any]) -> Response:
+    async def chat(
+        self, request: ChatCompletionRequest, log: dict[str, Any], answered: Callable[..., Answer] = Answer
+    ) -> Response:
+        """answered: makes the response of what Answer's constructor takes."""
         self._begin(request.model, log)
         tools, choice = tools_of(request, self.options.tool_parser)
         form = asked_form(request)
@@ -115,7 +126,33 @@ class Service:
             )
 
         think_end = self.tokenizer.think_end_id if self.options.reasoning_parser else None
-        return Answer(job, request.model, self.texts, self.metrics, parser, think_end_id=think_end)
+        return answered(job, request.model, self.texts, self.metrics, parser, think_end_id=think_end)
+
+    async def respond(self, request: ResponsesRequest, log: dict[str, Any]) -> Response:
+        """A response: its conversation so far is what it goes on from, and its input."""
+        before: list[dict[str, Any]] = []
+        if request.previous_response_id is not None:
+            before = self.responses.get(request.previous_response_id, "previous_response_id").messages
+        messages = [*before, *as_messages(request.input)]
+        answered = functools.partial(ResponsesAnswer, asked=request, messages=messages, store=self.responses)
+        try:
+            return await self.chat(as_chat(responses_protocol.chat_fields(request, messages)), log, answered)
+        except ApiError as error:
+            raise error.renamed(responses_protocol.CHAT_NAMES) from None
+
+    async def message(self, request: MessagesRequest, log: dict[str, Any]) -> Response:
+        """A message in Anthropic's form."""
+        try:
+            return await self.chat(as_chat(messages_protocol.chat_fields(request)), log, MessagesAnswer)
+        except ApiError as error:
+            raise error.renamed(messages_protocol.CHAT_NAMES) from None
+
+    def count_tokens(self, request: CountTokensRequest) -> dict[str, Any]:
+        """Of the prompt that a message would have. Any thread."""
+        self.check_model(request.model)
+        chat = as_chat(messages_protocol.chat_fields(request))
+        tools, _ = tools_of(chat, self.options.tool_parser)
+        return {"input_tokens": len(self.prompts.render(chat.messages, tools, effort=chat.reasoning_effort))}
 
     def _answer_rule(self, field: str, form: GuidedDecodingParams) -> str:
         """The Lark rule of an answer beside calls. Raises ApiError where it cannot be enforced. Any thread."""

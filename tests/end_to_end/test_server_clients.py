@@ -27,11 +27,8 @@ MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    arguments = ["--max_batch_size", "16", "--max_seq_len", "2048", "--tool_parser", "deepseek_v3",
-                 "--reasoning_parser", "deepseek-r1-0528"]  # fmt: skip
-    with running_server(tmp_path_factory.mktemp("clients"), *arguments) as running:
-        yield running
+def server(parsing_server):
+    return parsing_server
 
 
 @pytest.fixture(scope="module")

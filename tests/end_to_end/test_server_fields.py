@@ -665,23 +665,29 @@ def test_undeclared_properties_and_blanks(server):
 
 @field("stop_in_thinking")
 def test_stop_texts_inside_the_thinking(server):
-    think, end = (ids_of(server, tag)[0] for tag in ("<think>", "</think>"))
-    prompt = ids_of(server, "<think>abc")
-    q, x = (str(t) for t in ids_of(server, "Qx"))
-    fields = {"logit_bias": {q: 100, x: 99, str(end): 98}, "frequency_penalty": 2, "max_tokens": 60, "ignore_eos": True}
-    free = text(server, prompt, **fields)
-    thought, tag, answer = free.partition("</think>")
-    assert tag and "Q" in thought and "Q" in answer
-    assert text(server, prompt, stop="Q", **fields) == thought[: thought.index("Q")]
-    behind = f"{thought}</think>{answer[: answer.index('Q')]}"
-    assert text(server, prompt, stop="Q", stop_in_thinking=False, **fields) == behind
-    streamed = events(server.complete(prompt, stop="Q", stop_in_thinking=False, stream=True, temperature=0, **fields))
-    assert "".join(c["choices"][0]["text"] for c in streamed) == behind
-    # A block that the model opens itself.
-    opened = {**fields, "logit_bias": {**fields["logit_bias"], str(think): 100.0}}
-    body = ok(server.chat(stop="x", stop_in_thinking=False, temperature=0, return_token_ids=True, **opened))
-    ids = body["choices"][0]["token_ids"]
-    assert ids[0] == think and (end not in ids or int(x) not in ids[ids.index(end) + 1 :])
+    def answer(**fields) -> dict:
+        return ok(server.chat("What is 607 + 68?", temperature=0, max_tokens=400, **fields))["choices"][0]
+
+    free = answer()["message"]["content"]
+    thought, _, after = free.partition("</think>")
+    assert free.startswith("<think>") and "6" in thought and "6" in after
+    cut, spared = answer(stop="6"), answer(stop="6", stop_in_thinking=False)
+    assert cut["message"]["content"] == thought[: thought.index("6")]
+    assert spared["message"]["content"] == f"{thought}</think>{after[: after.index('6')]}"
+    assert cut["stop_reason"] == spared["stop_reason"] == "6"
+    streamed = events(server.chat("What is 607 + 68?", temperature=0, max_tokens=400, stop="6", stop_in_thinking=False,
+                                  stream=True))  # fmt: skip
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed)
+    assert text == spared["message"]["content"]
+    # A block that the prompt has opened, and a prompt that has none.
+    prompt = [*ids_of(server, "<think>"), *ids_of(server, thought.removeprefix("<think>")[:20])]
+    whole = ok(server.complete(prompt, temperature=0, max_tokens=200))["choices"][0]["text"]
+    opened = ok(server.complete(prompt, temperature=0, max_tokens=200, stop="6", stop_in_thinking=False))["choices"][0]
+    before, tag, behind = whole.partition("</think>")
+    assert opened["text"] == before + tag + behind.partition("6")[0]
+    (q,) = ids_of(server, "Q")
+    plain = ok(server.complete("abc", logit_bias={str(q): 100}, stop="Q", stop_in_thinking=False))["choices"][0]
+    assert (plain["text"], plain["stop_reason"]) == ("", "Q")
 
 
 # ---------------------------------------------------------------------------- the rest
