@@ -27,7 +27,7 @@ def evaluate() -> None:
     \b
     Examples:
       deepseek-fp4 evaluate run ./R1-NVFP4 --out runs/nvfp4 --task math_500 --task aime_2024
-      deepseek-fp4 evaluate run --url http://localhost:8000/v1 --out runs/served --task gpqa_diamond --data gpqa.zip
+      deepseek-fp4 evaluate run --url http://localhost:8000/v1 --out runs/served --task mmlu_pro
       deepseek-fp4 evaluate report runs/nvfp4 --against runs/fp8
       deepseek-fp4 evaluate regrade transcript.jsonl --task math_500
       deepseek-fp4 evaluate compare r1_nano ./r1_nano-NVFP4
