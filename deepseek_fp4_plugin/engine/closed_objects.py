@@ -60,8 +60,8 @@ def _find_combined(node: Any, root: dict[str, Any], combined: set[int], seen: se
     if not isinstance(node, dict) or id(node) in seen:
         return
     seen.add(id(node))
-    own = "properties" in node
-    others = len(node.get("allOf") or ()) + ("$ref" in node) + sum(name in node for name in _UNIONS)
+    own, members = "properties" in node, node.get("allOf")
+    others = (len(members) if isinstance(members, list) else 0) + sum(name in node for name in ("$ref", *_UNIONS))
     if own + others > 1:
         _mark(node, root, combined)
     for child in node.values():

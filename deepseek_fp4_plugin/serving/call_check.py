@@ -24,7 +24,7 @@ class CallCheck:
         try:
             validator = jsonschema_rs.validator_for(self._schemas.get(name, {}), retriever=_no_retrieval)
             first = next(iter(validator.iter_errors(json.loads(arguments))), None)
-        except (ValueError, jsonschema_rs.ReferencingError) as error:
+        except (ValueError, RecursionError, jsonschema_rs.ReferencingError) as error:
             return f"not checked: {' '.join(str(error).split())[:200]}"
         if first is None:
             return None

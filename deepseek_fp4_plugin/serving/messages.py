@@ -100,7 +100,7 @@ def _input(arguments: str) -> dict[str, Any]:
     """A call's arguments as an object; those that are none, for they were cut, under the key that Anthropic advises."""
     try:
         value = json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"INVALID_JSON": arguments}
 

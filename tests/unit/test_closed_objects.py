@@ -45,6 +45,16 @@ def test_what_is_closed(schema, allowed, forbidden):
     assert not any(held.is_valid(value) for value in forbidden)
 
 
+@pytest.mark.parametrize(
+    "keyword", ["allOf", "anyOf", "$ref", "properties", "required", "items", "$defs", "minProperties"]
+)
+@pytest.mark.parametrize("value", [5, None, "x", [], {}, [5], True])
+def test_what_is_no_schema_is_left_to_the_compiler(keyword, value):
+    schema = {"type": "object", **A, keyword: value}
+    assert closed_objects(schema)[keyword] == value
+    assert closed_objects({"items": schema})["items"][keyword] == value
+
+
 def test_depth_is_refused_in_a_sentence():
     deep: dict = {}
     for _ in range(100_000):
