@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import cpu, cuda, ops
+from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
-from tests.parity.test_cpu_kernels import TWO_STEPS, error, random_part
+from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
 
 DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
 REFUSED = cuda.refuses(Case(DEVICE, BF16, WeightFormat.NVFP4))
@@ -91,6 +91,22 @@ def test_experts(experts, hidden, inner, k, activations):
             assert error(actual, expected) <= 2 * TWO_STEPS
 
 
+@pytest.mark.parametrize("weight_format", [WeightFormat.PLAIN, WeightFormat.FP8_BLOCK], ids=["bf16", "fp8"])
+def test_decoded_experts_need_no_answer_from_the_device(weight_format):
+    gate_up, down = [random_part(weight_format, 64, 128, 8) for _ in range(2)], [random_part(weight_format, 128, 64, 8)]
+    a, b = (ops.prepare(parts, DEVICE, BF16) for parts in (gate_up, down))
+    c, d = (ops.prepare(parts, DEVICE, BF16, backend="reference") for parts in (gate_up, down))
+    ids = torch.stack([torch.randperm(8, device=DEVICE)[:4] for _ in range(3)])
+    ids[1, 2] = -1
+    weights, x = torch.rand(3, 4, device=DEVICE), torch.randn(3, 128, device=DEVICE).to(BF16) * 0.1
+    ops.experts_mlp(x, ids, weights, a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.experts_mlp(x, ids, weights, a, b)
+    graph.replay()
+    assert error(y, ops.experts_mlp(x, ids, weights, c, d)) <= 4 * TWO_STEPS  # rounded at each step, as on a CPU
+
+
 def test_gated_mlp():
     (a, c), (b, d) = (
         both([random_part(WeightFormat.NVFP4, out, width) for _ in range(parts)])
@@ -107,6 +123,71 @@ def test_per_head_products():
     q, attended = (torch.randn(5, heads, n, device=DEVICE).to(BF16) for n in (nope, latent))
     assert error(ops.absorb(q, ours), ops.absorb(q, law)) <= TWO_STEPS
     assert error(ops.values_from_latent(attended, ours, v), ops.values_from_latent(attended, law, v)) <= TWO_STEPS
+
+
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("queries", "contexts", "heads", "latent", "rope"),
+    [
+        ((1,), (1,), 16, 512, 64),
+        ((1, 1, 1), (5, 32, 1513), 8, 128, 32),
+        ((4, 1, 2), (9, 1600, 2), 16, 512, 64),
+        ((1,) * 40, tuple(range(1, 401, 10)), 16, 512, 64),
+        ((8, 3), (2025, 70), 128, 512, 64),
+        ((2, 3), (65, 64), 5, 256, 32),
+        ((2, 3), (25, 700), 4, 32, 16),  # no kernel for this width
+    ],
+)
+def test_absorbed_attention(cache_dtype, queries, contexts, heads, latent, rope):
+    """Any number of splits, poison behind every context and in every block that nobody has."""
+    arguments, _ = attention_case(cache_dtype, queries, contexts, heads, latent, rope)
+    arguments = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
+    expected = reference.absorbed_attention(*arguments)
+    assert error(ops.absorbed_attention(*arguments), expected) <= 2 * TWO_STEPS  # probabilities are BF16 as well
+    *tensors, max_query, max_context, scale = arguments
+    assert error(ops.absorbed_attention(*tensors, max_query, 20 * max_context, scale), expected) <= 2 * TWO_STEPS
+
+
+def test_norms_rotary_and_entries():
+    for rows, n in ((0, 256), (1, 7168), (5, 128), (3, 1536), (2, 20), (300, 512)):
+        x, weight = torch.randn(rows, n, device=DEVICE).to(BF16) * 3, torch.randn(n, device=DEVICE).to(BF16)
+        assert error(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) <= TWO_STEPS
+    for tokens, heads, d in ((0, 3, 8), (1, 16, 64), (7, 128, 64), (5, 3, 10)):
+        q, angle = torch.randn(tokens, heads, d + 24, device=DEVICE).to(BF16)[..., 24:], torch.randn(tokens, d // 2)
+        cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+        assert error(ops.rotary(q, cos, sin), reference.rotary(q, cos, sin)) <= TWO_STEPS
+    for latent, rope in ((512, 64), (128, 32), (40, 16), (33, 8)):
+        kv, weight, angle = torch.randn(5, latent + rope), torch.randn(latent), torch.randn(5, rope // 2)
+        arguments = [kv.to(DEVICE, BF16), weight.to(DEVICE, BF16), 1e-6, angle.cos().to(DEVICE), angle.sin().to(DEVICE)]
+        assert error(ops.latent_entries(*arguments), reference.latent_entries(*arguments)) <= TWO_STEPS
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def test_store_entries(dtype):
+    entries = (torch.randn(7, 24) * 10.0 ** torch.randint(-5, 5, (7, 1))).to(DEVICE, BF16)
+    entries[0, :3] = torch.tensor([0.0, -0.0, 1e30])
+    slots = torch.randperm(32, device=DEVICE)[:7]
+    caches = [torch.zeros(4, 8, 24, device=DEVICE).to(dtype) for _ in range(2)]
+    ops.store_entries(caches[0], slots, entries)
+    reference.store_entries(caches[1], slots, entries)
+    assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "n_group", "topk_group"), [(256, 8, 8, 4), (32, 4, 8, 4), (16, 4, 1, 1), (500, 7, 5, 2)]
+)
+def test_router(experts, k, n_group, topk_group):
+    for tokens, hidden in ((0, 64), (1, 7168), (5, 256), (16, 9000), (70, 64)):
+        x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
+        logits = ops.plain_linear(x, weight)
+        assert error(logits, reference.plain_linear(x, weight)) <= 1e-4
+        logits, bias = logits / hidden**0.5, torch.randn(experts, device=DEVICE) * 0.1
+        for normalize in (True, False):
+            ids, weights = ops.route(logits, bias, k, n_group, topk_group, normalize, 2.5)
+            expected_ids, expected = reference.route(logits, bias, k, n_group, topk_group, normalize, 2.5)
+            order, expected_order = ids.sort(-1), expected_ids.sort(-1)
+            assert torch.equal(order.values, expected_order.values)
+            assert error(weights.gather(1, order.indices), expected.gather(1, expected_order.indices)) <= 1e-5
 
 
 def test_a_graph_gives_the_same_bits():

@@ -88,6 +88,9 @@ VARIANTS = [
     ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 0, "EXPERTS": 2}),
     ("nvfp4_experts_down.cu", {"GROUPS": 2}),
     ("combine.cu", {}),
+    ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0}),
+    ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1}),
+    ("small.cu", {}),
     ("nvfp4_decode.cu", {}),
 ]
 

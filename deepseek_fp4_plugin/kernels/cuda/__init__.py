@@ -4,25 +4,16 @@ CUDA C++ in `source/`, compiled by NVRTC at first use. What it has no kernel for
 `reference`, by name, below.
 """
 
-from deepseek_fp4_plugin.kernels.cuda.attention import absorb, values_from_latent
+from deepseek_fp4_plugin.kernels.cuda.attention import absorb, absorbed_attention, store_entries, values_from_latent
 from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
 from deepseek_fp4_plugin.kernels.cuda.linear import linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
-from deepseek_fp4_plugin.kernels.decoded import absorbed_attention, expanded_attention
-from deepseek_fp4_plugin.kernels.reference import (
-    add,
-    argmax,
-    concat,
-    cos_sin,
-    embedding,
-    latent_entries,
-    plain_linear,
-    rms_norm,
-    rotary,
-    route,
-    store_entries,
-)
+from deepseek_fp4_plugin.kernels.cuda.norm import latent_entries, rms_norm
+from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
+from deepseek_fp4_plugin.kernels.cuda.routing import plain_linear, route
+from deepseek_fp4_plugin.kernels.decoded import expanded_attention
+from deepseek_fp4_plugin.kernels.reference import add, argmax, concat, cos_sin, embedding
 
 __all__ = [
     "NOT_INSTALLED",

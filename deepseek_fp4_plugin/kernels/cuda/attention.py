@@ -1,11 +1,139 @@
-"""Absorbed latent attention: the per-head products around it."""
+"""Absorbed latent attention over the paged cache, split over the context, and the per-head products around it."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels import decoded, reference
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
 from deepseek_fp4_plugin.kernels.cuda.linear import decode
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+
+_CHUNK = 64  # cached entries that a block has at a time
+_BLOCKS = 132  # as many splits as give every multiprocessor a block
+_LATENTS, _ROPES = (128, 256, 384, 512), (32, 64)
+
+
+def absorbed_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+) -> Tensor:
+    """See kernels/reference/attention.py. FP32 but for probabilities in BF16; widths without a kernel go to `decoded`.
+
+    How the context is split follows from the host's bounds alone, so that graphs replay with any contexts below them.
+    """
+    latent, rope = q_latent.shape[2], q_rope.shape[2]
+    if latent not in _LATENTS or rope not in _ROPES or cache.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+        return decoded.absorbed_attention(
+            q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
+        )
+    if not cache.is_contiguous():
+        raise ValueError(f"one layer's latent cache must be contiguous; strides are {cache.stride()}")
+    return launch(
+        _aligned(q_latent),
+        _aligned(q_rope),
+        cache,
+        block_tables if block_tables.stride(1) == 1 else block_tables.contiguous(),
+        query_start.contiguous(),
+        context_lens.contiguous(),
+        max_query,
+        max_context,
+        scale,
+    )
+
+
+def launch(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+    splits: int | None = None,
+) -> Tensor:
+    """The kernels on checked tensors; splits: parts of each context, or by the bounds."""
+    (tokens, heads, latent), rope, requests = q_latent.shape, q_rope.shape[2], contexts.shape[0]
+    y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_latent.device)
+    if not (tokens and requests):
+        return y
+    fp8 = cache.dtype is torch.float8_e4m3fn
+    tiles = 1 if max_query * heads <= 16 else 2
+    blocks = -(-max_query * heads // (16 * tiles))
+    splits = splits or max(1, min(-(-max_context // _CHUNK), _BLOCKS // (requests * blocks)))
+    parts = torch.empty(splits if splits > 1 else 0, tokens * heads, latent, dtype=torch.float32, device=y.device)
+    sums = torch.empty(splits, tokens * heads, dtype=torch.float32, device=y.device)
+    arguments = (
+        q_latent.data_ptr(),
+        q_rope.data_ptr(),
+        cache.data_ptr(),
+        tables.data_ptr(),
+        starts.data_ptr(),
+        contexts.data_ptr(),
+        y.data_ptr(),
+        parts.data_ptr(),
+        sums.data_ptr(),
+        *q_latent.stride()[:2],
+        *q_rope.stride()[:2],
+        heads,
+        cache.shape[1],
+        tables.stride(0),
+        splits,
+        tokens * heads,
+        scale * math.log2(math.e),
+    )
+    defines = (("LATENT", latent), ("ROPE", rope), ("TILES", tiles), ("FP8", int(fp8)))
+    own = kernel("mla_decode.cu", "mla_decode", _LAYOUT, defines, y.device.index)
+    own((splits, blocks, requests), 256, _shared(latent + rope, tiles, fp8), *arguments)
+    if splits > 1:
+        merge = kernel("mla_decode.cu", "mla_merge", _LAYOUT, defines, y.device.index)
+        merge((tokens * heads, 1, 1), latent // 4, 0, *arguments)
+    return y
+
+
+def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
+    """See kernels/reference/attention.py; BF16 entries into a BF16 or FP8 cache here, others there."""
+    fp8 = cache.dtype is torch.float8_e4m3fn
+    served = entries.dtype is torch.bfloat16 and (fp8 or cache.dtype is torch.bfloat16) and entries.shape[1] % 2 == 0
+    if not served or not cache.is_contiguous():
+        return reference.store_entries(cache, slots, entries)
+    entries, slots = entries.contiguous(), slots.contiguous()
+    kernel("small.cu", "store", "3P2i", (), cache.device.index)(
+        (entries.shape[0], 1, 1),
+        128,
+        0,
+        entries.data_ptr(),
+        slots.data_ptr(),
+        cache.data_ptr(),
+        entries.shape[1],
+        int(fp8),
+    )
+
+
+_LAYOUT = "9P9if"
+
+
+def _shared(width: int, tiles: int, fp8: bool) -> int:
+    """Bytes: queries, two chunks of entries (and one decoded of FP8), two sets of scores."""
+    row = width * 2 + 16
+    return 16 * tiles * row + 2 * _CHUNK * (width + 16 if fp8 else row) + fp8 * _CHUNK * row + 2 * 16 * tiles * 68 * 4
+
+
+def _aligned(q: Tensor) -> Tensor:
+    """Rows that can be read 16 bytes at a time."""
+    fits = q.stride(2) == 1 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0 and q.data_ptr() % 16 == 0
+    return q if fits else q.clone(memory_format=torch.contiguous_format)
 
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:

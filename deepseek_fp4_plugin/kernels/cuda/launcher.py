@@ -40,7 +40,7 @@ class Kernel:
         self._function, self._shared = function, shared
         self._struct = struct.Struct(layout)
         self._configurations: dict[tuple, Any] = {}
-        self._buffer = ctypes.create_string_buffer(self._struct.size)
+        self._buffer = ctypes.create_string_buffer(self._struct.size + 8)  # structures end aligned
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
 
     def __call__(self, grid: tuple[int, int, int], threads: int, shared: int, *values: float, cluster: int = 1) -> None:

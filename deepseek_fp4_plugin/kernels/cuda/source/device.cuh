@@ -6,6 +6,8 @@ using u16 = unsigned short;
 using u32 = unsigned;
 using u64 = unsigned long long;
 
+#define NOTHING __int_as_float(0xFF800000)  // minus infinity: the score of what is not seen
+
 struct alignas(16) Quad {
     u32 x, y, z, w;
 };

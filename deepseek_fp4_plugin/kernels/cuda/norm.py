@@ -1,0 +1,63 @@
+"""RMSNorm, and the latents that the cache holds: a launch each."""
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See kernels/reference/norm.py; rows that cannot be read 16 bytes at a time go there."""
+    rows = x.reshape(-1, weight.shape[0])
+    if not _readable(rows, weight):
+        return reference.rms_norm(x, weight, eps)
+    y = torch.empty(rows.shape, dtype=torch.bfloat16, device=x.device)
+    kernel("small.cu", "rms_norm", _LAYOUT, (), x.device.index)(
+        (rows.shape[0], 1, 1),
+        256,
+        0,
+        rows.data_ptr(),
+        weight.data_ptr(),
+        0,
+        0,
+        y.data_ptr(),
+        rows.shape[1],
+        0,
+        rows.stride(0),
+        eps,
+    )
+    return y.view(x.shape)
+
+
+def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """See kernels/reference/attention.py."""
+    rope = kv.shape[1] - weight.shape[0]
+    if not _readable(kv, weight) or kv.shape[1] % 8 or rope % 2:
+        return reference.latent_entries(kv, weight, eps, cos, sin)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty(kv.shape, dtype=torch.bfloat16, device=kv.device)
+    kernel("small.cu", "rms_norm", _LAYOUT, (), kv.device.index)(
+        (kv.shape[0], 1, 1),
+        256,
+        0,
+        kv.data_ptr(),
+        weight.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        y.data_ptr(),
+        weight.shape[0],
+        rope,
+        kv.stride(0),
+        eps,
+    )
+    return y
+
+
+_LAYOUT = "5P3if"
+
+
+def _readable(rows: Tensor, weight: Tensor) -> bool:
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(-1) == 1 for t in (rows, weight))
+    bf16 = rows.dtype is weight.dtype is torch.bfloat16
+    return bf16 and aligned and rows.stride(0) % 8 == 0 and weight.shape[0] % 8 == 0

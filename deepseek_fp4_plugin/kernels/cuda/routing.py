@@ -1,0 +1,61 @@
+"""The router: its FP32 product for few tokens, and group-limited top-k in one launch."""
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+
+_FEW_ROWS = 16
+_MAX_EXPERTS, _MAX_GROUPS = 512, 32
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See kernels/reference/linear.py. A few BF16 rows by FP32 weights here, the rest by the library."""
+    fp32 = x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and weight.is_contiguous()
+    aligned = x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0 and weight.data_ptr() % 16 == 0
+    if not (fp32 and aligned and 0 < x.shape[0] <= _FEW_ROWS and weight.shape[1] % 4 == 0):
+        return reference.plain_linear(x, weight)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    kernel("small.cu", "router", "3P4i", (), x.device.index)(
+        (weight.shape[0], 1, 1),
+        256,
+        0,
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        weight.shape[1],
+        weight.shape[0],
+        x.stride(0),
+    )
+    return y
+
+
+def route(
+    logits: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/routing.py. Of equal scores the first."""
+    tokens, experts = logits.shape
+    if experts > _MAX_EXPERTS or n_group > _MAX_GROUPS or k > 32 or logits.dtype is not torch.float32:
+        return reference.route(logits, bias, k, n_group, topk_group, normalize, scaling)
+    logits, bias = logits.contiguous(), bias.contiguous()
+    ids = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
+    kernel("small.cu", "route", "4P6if", (), logits.device.index)(
+        (-(-tokens // 4), 1, 1),
+        128,
+        0,
+        logits.data_ptr(),
+        bias.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        tokens,
+        experts,
+        k,
+        n_group,
+        topk_group,
+        int(normalize),
+        scaling,
+    )
+    return ids, weights

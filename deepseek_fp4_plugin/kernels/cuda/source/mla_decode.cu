@@ -1,0 +1,283 @@
+// Absorbed latent attention of a few query rows of each request over the paged cache.
+//
+// Rows (query, head) of one request are the rows of a matrix; a block has 16 * TILES of them and a part of the context, 64
+// cached entries at a time: rows of shared memory that bulk copies fill two chunks ahead. Entries are read once and serve
+// as keys and, their latent part, as values. Each warp scores 8 entries, then has a part of the value columns. The
+// parts of a context are merged by `mla_merge` in their order.
+//
+// LATENT, ROPE: widths.  TILES.  FP8: entries are E4M3, else BF16.
+#include "device.cuh"
+
+struct Parameters {
+    const u16* q_latent;         // [tokens][heads][LATENT], strides in values
+    const u16* q_rope;           // [tokens][heads][ROPE]
+    const u8* cache;             // [blocks][block_size][WIDTH]
+    const long long* tables;     // [requests][table_stride]
+    const long long* starts;     // [requests + 1], first token of each
+    const long long* contexts;   // [requests]
+    u16* y;                      // [tokens][heads][LATENT]
+    float* parts;                // [splits][tokens * heads][LATENT], each normalised; unused where splits is 1
+    float* sums;                 // [splits][tokens * heads], base-2 logarithm of each part's sum of exponentials
+    int latent_token, latent_head, rope_token, rope_head;
+    int heads, block_size, table_stride, splits, rows;  // rows: tokens * heads
+    float scale;  // times log2(e)
+};
+
+constexpr int WIDTH = LATENT + ROPE, STEPS = WIDTH / 16, CHUNK = 64, WARPS = 8, COLUMNS = LATENT / WARPS;
+constexpr int STRIDE = WIDTH * 2 + 16;  // bytes of a row in shared memory: rows 16 bytes apart modulo 128 meet no bank twice
+constexpr int ENTRY = FP8 ? WIDTH : WIDTH * 2, RAW_STRIDE = FP8 ? WIDTH + 16 : STRIDE, SCORES = CHUNK + 4;
+
+__device__ inline void load_matrices(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ inline void load_matrices_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Four E4M3 values to BF16.
+__device__ inline void decode_fp8(u32 word, u32& low, u32& high) {
+    u32 halves[2];
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}"
+        : "=r"(halves[0]), "=r"(halves[1])
+        : "r"(word));
+    u32 result[2];
+    for (int i = 0; i < 2; i++) {
+        float a, b;
+        asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+            : "=f"(a), "=f"(b)
+            : "r"(halves[i]));
+        result[i] = pack_bf16(a, b);
+    }
+    low = result[0], high = result[1];
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ __align__(8) u64 barriers[2];
+    u8* queries = memory;
+    u8* raw = queries + 16 * TILES * STRIDE;
+    u8* decoded = raw + 2 * CHUNK * RAW_STRIDE;
+    float* scores = (float*)(decoded + (FP8 ? CHUNK * STRIDE : 0));
+    int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
+    int split = (int)blockIdx.x, request = (int)blockIdx.z, first_row = (int)blockIdx.y * 16 * TILES;
+    u32 barrier = shared_address(barriers);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1), barrier_init(barrier + 8, 1);
+        barrier_fence();
+    }
+    __syncthreads();
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+
+    int start = (int)p.starts[request], length = (int)p.starts[request + 1] - start, context = (int)p.contexts[request];
+    int rows = min(16 * TILES, length * p.heads - first_row);
+    if (rows <= 0) return;
+    int chunks = (context + CHUNK - 1) / CHUNK;
+    int begin = (int)((long long)split * chunks / p.splits), end = (int)((long long)(split + 1) * chunks / p.splits);
+    long long row_offset = (long long)start * p.heads + first_row;  // of the first row in all outputs
+    if (begin == end) {
+        if ((int)threadIdx.x < rows) p.sums[(long long)split * p.rows + row_offset + threadIdx.x] = NOTHING;
+        return;
+    }
+
+    auto fetch = [&](int chunk, int stage) {
+        int i = threadIdx.x, token = chunk * CHUNK + i, present = min(CHUNK, context - chunk * CHUNK);
+        if (i >= CHUNK) return;
+        u32 to = shared_address(raw + (stage * CHUNK + i) * RAW_STRIDE);
+        if (i == 0) barrier_expect(barrier + 8 * stage, present * ENTRY);
+        if (i < present) {
+            long long page = p.tables[(long long)request * p.table_stride + token / p.block_size];
+            bulk_copy(to, p.cache + (page * p.block_size + token % p.block_size) * ENTRY, ENTRY, barrier + 8 * stage);
+        } else {  // nothing reads past the context; what lies there may be NaN
+            for (int at = 0; at < ENTRY; at += 16)
+                asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(to + at), "r"(0) : "memory");
+        }
+    };
+    fetch(begin, 0);
+    if (begin + 1 < end) fetch(begin + 1, 1);
+    for (int i = threadIdx.x; i < 16 * TILES * (WIDTH / 8); i += 32 * WARPS) {
+        int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8, token = start + (first_row + row) / p.heads;
+        int head = (first_row + row) % p.heads;
+        Quad q = {0, 0, 0, 0};
+        if (row < rows)
+            q = load_quad(column < LATENT
+                              ? p.q_latent + (long long)token * p.latent_token + head * p.latent_head + column
+                              : p.q_rope + (long long)token * p.rope_token + head * p.rope_head + column - LATENT);
+        *(Quad*)(queries + row * STRIDE + column * 2) = q;
+    }
+    int limit[TILES][2];  // entries that a lane's rows see
+    float largest[TILES][2], total[TILES][2] = {}, acc[TILES][COLUMNS / 8][4] = {};
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            limit[t][half] = context - length + (first_row + t * 16 + half * 8 + g) / p.heads + 1;
+            largest[t][half] = NOTHING;
+        }
+    __syncthreads();
+
+    for (int chunk = begin; chunk < end; chunk++) {
+        int stage = (chunk - begin) & 1;
+        barrier_wait(barrier + 8 * stage, ((chunk - begin) >> 1) & 1);
+        u8* entries = raw + stage * CHUNK * RAW_STRIDE;
+#if FP8
+        for (int i = threadIdx.x; i < CHUNK * (WIDTH / 16); i += 32 * WARPS) {
+            int row = i / (WIDTH / 16), column = i % (WIDTH / 16) * 16;
+            Quad q = *(Quad*)(entries + row * RAW_STRIDE + column), low, high;
+            decode_fp8(q.x, low.x, low.y), decode_fp8(q.y, low.z, low.w);
+            decode_fp8(q.z, high.x, high.y), decode_fp8(q.w, high.z, high.w);
+            Quad* to = (Quad*)(decoded + row * STRIDE + column * 2);
+            to[0] = low, to[1] = high;
+        }
+        entries = decoded;
+        __syncthreads();
+#endif
+        // Scores of a warp's 8 entries.
+        float* here = scores + stage * 16 * TILES * SCORES;
+        float s[TILES][2][4] = {};
+        u32 keys = shared_address(entries + (warp * 8 + (lane & 7)) * STRIDE + (lane >> 3) * 16);
+        u32 rows_at = shared_address(queries + (lane & 15) * STRIDE + (lane >> 4) * 16);
+#pragma unroll 6
+        for (int step = 0; step < STEPS; step += 2) {
+            u32 b[4];
+            load_matrices(b, keys + step * 32);
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                u32 a[4];
+                load_matrices(a, rows_at + t * 16 * STRIDE + step * 32);
+                mma(s[t][0], a, b[0], b[1]);
+                load_matrices(a, rows_at + t * 16 * STRIDE + step * 32 + 32);
+                mma(s[t][1], a, b[2], b[3]);
+            }
+        }
+        int token = chunk * CHUNK + warp * 8 + 2 * quarter;
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                bool seen = token + (n & 1) < limit[t][n >> 1];
+                here[(t * 16 + (n >> 1) * 8 + g) * SCORES + warp * 8 + 2 * quarter + (n & 1)] =
+                    seen ? (s[t][0][n] + s[t][1][n]) * p.scale : NOTHING;
+            }
+        __syncthreads();
+
+        // Every warp makes the same probabilities, and adds up its own columns.
+        u32 values = shared_address(entries + (lane & 15) * STRIDE + (warp * COLUMNS + (lane >> 4) * 8) * 2);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            float x[4][2][2][2];  // 16 entries, row half, entry half, pair
+            float most[2] = {largest[t][0], largest[t][1]};
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int side = 0; side < 2; side++)
+#pragma unroll
+                        for (int n = 0; n < 2; n++) {
+                            float v = here[(t * 16 + half * 8 + g) * SCORES + k * 16 + side * 8 + 2 * quarter + n];
+                            x[k][half][side][n] = v;
+                            most[half] = fmaxf(most[half], v);
+                        }
+            float factor[2], base[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], 1));
+                most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], 2));
+                base[half] = most[half] == NOTHING ? 0.0f : most[half];
+                factor[half] = exp2_fast(largest[t][half] - base[half]);
+                largest[t][half] = most[half];
+                total[t][half] *= factor[half];
+            }
+#pragma unroll
+            for (int c = 0; c < COLUMNS / 8; c++)
+#pragma unroll
+                for (int n = 0; n < 4; n++) acc[t][c][n] *= factor[n >> 1];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                u32 a[4];
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int side = 0; side < 2; side++) {
+                        float low = exp2_fast(x[k][half][side][0] - base[half]);
+                        float high = exp2_fast(x[k][half][side][1] - base[half]);
+                        total[t][half] += low + high;
+                        a[side * 2 + half] = pack_bf16(low, high);
+                    }
+#pragma unroll
+                for (int c = 0; c < COLUMNS / 16; c++) {
+                    u32 b[4];
+                    load_matrices_transposed(b, values + k * 16 * STRIDE + c * 32);
+                    mma(acc[t][2 * c], a, b[0], b[1]);
+                    mma(acc[t][2 * c + 1], a, b[2], b[3]);
+                }
+            }
+        }
+        __syncthreads();
+        if (chunk + 2 < end) fetch(chunk + 2, stage);
+    }
+
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            total[t][half] += __shfl_xor_sync(~0u, total[t][half], 1);
+            total[t][half] += __shfl_xor_sync(~0u, total[t][half], 2);
+            int row = t * 16 + half * 8 + g;
+            if (row >= rows) continue;
+            float inverse = total[t][half] > 0.0f ? 1.0f / total[t][half] : 0.0f;
+            long long at = row_offset + row;
+            int column = warp * COLUMNS + 2 * quarter;
+            if (p.splits == 1) {
+#pragma unroll
+                for (int c = 0; c < COLUMNS / 8; c++)
+                    *(u32*)(p.y + at * LATENT + column + 8 * c) =
+                        pack_bf16(acc[t][c][2 * half] * inverse, acc[t][c][2 * half + 1] * inverse);
+            } else {
+                float* to = p.parts + ((long long)split * p.rows + at) * LATENT + column;
+#pragma unroll
+                for (int c = 0; c < COLUMNS / 8; c++) {
+                    to[8 * c] = acc[t][c][2 * half] * inverse;
+                    to[8 * c + 1] = acc[t][c][2 * half + 1] * inverse;
+                }
+                if (warp == 0 && quarter == 0)
+                    p.sums[(long long)split * p.rows + at] = largest[t][half] + __log2f(total[t][half]);
+            }
+        }
+}
+
+// A row of the output from its parts.
+extern "C" __global__ void __launch_bounds__(LATENT / 4) mla_merge(const __grid_constant__ Parameters p) {
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    long long row = blockIdx.x;
+    float most = NOTHING, total = 0.0f, sum[4] = {};
+    for (int split = 0; split < p.splits; split++) most = fmaxf(most, p.sums[(long long)split * p.rows + row]);
+    for (int split = 0; split < p.splits; split++) {
+        float own = p.sums[(long long)split * p.rows + row];
+        if (own == NOTHING) continue;
+        float weight = exp2_fast(own - most);
+        total += weight;
+        Quad q = load_quad(p.parts + ((long long)split * p.rows + row) * LATENT + threadIdx.x * 4);
+        sum[0] += weight * __uint_as_float(q.x), sum[1] += weight * __uint_as_float(q.y);
+        sum[2] += weight * __uint_as_float(q.z), sum[3] += weight * __uint_as_float(q.w);
+    }
+    float inverse = 1.0f / total;
+    u32* to = (u32*)(p.y + row * LATENT + threadIdx.x * 4);
+    to[0] = pack_bf16(sum[0] * inverse, sum[1] * inverse);
+    to[1] = pack_bf16(sum[2] * inverse, sum[3] * inverse);
+}
