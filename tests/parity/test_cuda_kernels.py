@@ -149,7 +149,7 @@ def test_absorbed_attention(cache_dtype, queries, contexts, heads, latent, rope)
 
 
 def test_norms_rotary_and_entries():
-    for rows, n in ((0, 256), (1, 7168), (5, 128), (3, 1536), (2, 20), (300, 512)):
+    for rows, n in ((0, 256), (1, 7168), (5, 128), (3, 1536), (2, 20), (300, 512), (2, 18432)):
         x, weight = torch.randn(rows, n, device=DEVICE).to(BF16) * 3, torch.randn(n, device=DEVICE).to(BF16)
         assert error(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) <= TWO_STEPS
     for tokens, heads, d in ((0, 3, 8), (1, 16, 64), (7, 128, 64), (5, 3, 10)):

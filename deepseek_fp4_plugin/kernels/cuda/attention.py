@@ -98,7 +98,7 @@ def launch(
     own((splits, blocks, requests), 256, _shared(latent + rope, tiles, fp8), *arguments)
     if splits > 1:
         merge = kernel("mla_decode.cu", "mla_merge", _LAYOUT, defines, y.device.index)
-        merge((tokens * heads, 1, 1), latent // 4, 0, *arguments)
+        merge((tokens * heads, 1, 1), latent, 0, *arguments)
     return y
 
 

@@ -20,7 +20,8 @@ try:
 except ImportError:
     driver = None
 
-MAX_SHARED = (227 << 10) - 4096  # dynamic bytes of a block; 4 KB are set aside for what kernels declare
+_BLOCK_SHARED = 227 << 10  # bytes of shared memory that a block can have
+MAX_SHARED = _BLOCK_SHARED - 4096  # of them for what a launch asks for, beside what kernels declare
 
 
 def available() -> bool:
@@ -59,18 +60,17 @@ class Kernel:
 
 
 @functools.cache
-def kernel(
-    file: str, name: str, layout: str, defines: tuple[tuple[str, int], ...], device: int, shared: int = MAX_SHARED
-) -> Kernel:
+def kernel(file: str, name: str, layout: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
     """Function `name` of source/`file`, compiled with `defines`, on `device`."""
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes torch's context of this device the current one
         module = _checked(driver.cuModuleLoadData(compiler.cubin(file, defines, architecture(device))))
         function = _checked(driver.cuModuleGetFunction(module, name.encode()))
         attributes = driver.CUfunction_attribute
-        _checked(
-            driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-        )
+        declared = _checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
+        dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        shared = _BLOCK_SHARED - declared
+        _checked(driver.cuFuncSetAttribute(function, dynamic, shared))
     return Kernel(function, layout, shared)
 
 

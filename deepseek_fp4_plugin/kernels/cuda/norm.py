@@ -15,7 +15,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(rows.shape, dtype=torch.bfloat16, device=x.device)
     kernel("small.cu", "rms_norm", _LAYOUT, (), x.device.index)(
         (rows.shape[0], 1, 1),
-        256,
+        _threads(rows.shape[1]),
         0,
         rows.data_ptr(),
         weight.data_ptr(),
@@ -39,7 +39,7 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
     y = torch.empty(kv.shape, dtype=torch.bfloat16, device=kv.device)
     kernel("small.cu", "rms_norm", _LAYOUT, (), kv.device.index)(
         (kv.shape[0], 1, 1),
-        256,
+        _threads(weight.shape[0]),
         0,
         kv.data_ptr(),
         weight.data_ptr(),
@@ -55,6 +55,11 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 
 
 _LAYOUT = "5P3if"
+
+
+def _threads(n: int) -> int:
+    """One for 8 values, as far as a block goes."""
+    return min(1024, -(-n // 256) * 32)
 
 
 def _readable(rows: Tensor, weight: Tensor) -> bool:

@@ -43,8 +43,8 @@ def route(
     ids = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
     kernel("small.cu", "route", "4P6if", (), logits.device.index)(
-        (-(-tokens // 4), 1, 1),
-        128,
+        (tokens, 1, 1),
+        -(-experts // 32) * 32,
         0,
         logits.data_ptr(),
         bias.data_ptr(),

@@ -260,24 +260,44 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
         }
 }
 
-// A row of the output from its parts.
-extern "C" __global__ void __launch_bounds__(LATENT / 4) mla_merge(const __grid_constant__ Parameters p) {
+// A row of the output from its parts: threads (column / 4, part modulo MERGERS).
+constexpr int MERGERS = 4, MAX_SPLITS = 256;
+
+extern "C" __global__ void __launch_bounds__(MERGERS * LATENT / 4) mla_merge(const __grid_constant__ Parameters p) {
+    __shared__ float weights[MAX_SPLITS], gathered[MERGERS][LATENT];
     let_next_kernel_begin();
     wait_for_kernels_before();
     long long row = blockIdx.x;
-    float most = NOTHING, total = 0.0f, sum[4] = {};
-    for (int split = 0; split < p.splits; split++) most = fmaxf(most, p.sums[(long long)split * p.rows + row]);
-    for (int split = 0; split < p.splits; split++) {
-        float own = p.sums[(long long)split * p.rows + row];
-        if (own == NOTHING) continue;
-        float weight = exp2_fast(own - most);
-        total += weight;
-        Quad q = load_quad(p.parts + ((long long)split * p.rows + row) * LATENT + threadIdx.x * 4);
+    int column = (int)threadIdx.x % (LATENT / 4) * 4, merger = (int)threadIdx.x / (LATENT / 4);
+    if (threadIdx.x < 32) {
+        float most = NOTHING, total = 0.0f;
+        for (int split = threadIdx.x; split < p.splits; split += 32) {
+            weights[split] = p.sums[(long long)split * p.rows + row];
+            most = fmaxf(most, weights[split]);
+        }
+        for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+        for (int split = threadIdx.x; split < p.splits; split += 32) {
+            weights[split] = exp2_fast(weights[split] - most);
+            total += weights[split];
+        }
+        for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
+        for (int split = threadIdx.x; split < p.splits; split += 32) weights[split] /= total;
+    }
+    __syncthreads();
+    float sum[4] = {};
+#pragma unroll 8
+    for (int split = merger; split < p.splits; split += MERGERS) {
+        float weight = weights[split];
+        Quad q = {0, 0, 0, 0};  // an empty part was not written
+        load_quad_if(q, p.parts + ((long long)split * p.rows + row) * LATENT + column, weight > 0.0f);
         sum[0] += weight * __uint_as_float(q.x), sum[1] += weight * __uint_as_float(q.y);
         sum[2] += weight * __uint_as_float(q.z), sum[3] += weight * __uint_as_float(q.w);
     }
-    float inverse = 1.0f / total;
-    u32* to = (u32*)(p.y + row * LATENT + threadIdx.x * 4);
-    to[0] = pack_bf16(sum[0] * inverse, sum[1] * inverse);
-    to[1] = pack_bf16(sum[2] * inverse, sum[3] * inverse);
+    *(float4*)&gathered[merger][column] = float4{sum[0], sum[1], sum[2], sum[3]};
+    __syncthreads();
+    for (int i = threadIdx.x; i < LATENT / 2; i += MERGERS * LATENT / 4) {
+        float low = 0.0f, high = 0.0f;
+        for (int m = 0; m < MERGERS; m++) low += gathered[m][2 * i], high += gathered[m][2 * i + 1];
+        ((u32*)(p.y + row * LATENT))[i] = pack_bf16(low, high);
+    }
 }

@@ -38,20 +38,26 @@ struct NormParameters {
     float eps;
 };
 
-extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant__ NormParameters p) {
+// A thread keeps its first 8 values; rows of more than 8192 are read again.
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ NormParameters p) {
+    int first = threadIdx.x * 8, stride = blockDim.x * 8;
+    Quad w = {0, 0, 0, 0}, kept = {0, 0, 0, 0};
+    if (first < p.n) w = load_quad(p.weight + first);
     let_next_kernel_begin();
     wait_for_kernels_before();
     const u16* x = p.x + (u64)blockIdx.x * p.stride;
     u16* y = p.y + (u64)blockIdx.x * (p.n + p.rope);
     float sum = 0.0f;
-    for (int at = threadIdx.x * 8; at < p.n; at += 256 * 8) {
+    for (int at = first; at < p.n; at += stride) {
         Quad q = load_quad(x + at);
+        if (at == first) kept = q;
 #pragma unroll
         for (int i = 0; i < 8; i++) sum += value(q, i) * value(q, i);
     }
     float factor = rsqrtf(block_sum(sum) / p.n + p.eps);
-    for (int at = threadIdx.x * 8; at < p.n; at += 256 * 8) {
-        Quad q = load_quad(x + at), w = load_quad(p.weight + at);
+    for (int at = first; at < p.n; at += stride) {
+        Quad q = kept;
+        if (at != first) q = load_quad(x + at), w = load_quad(p.weight + at);
         u32 out[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -59,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant
                                round_bf16(value(q, 2 * i + 1) * factor) * value(w, 2 * i + 1));
         *(Quad*)(y + at) = Quad{out[0], out[1], out[2], out[3]};
     }
-    for (int i = threadIdx.x; i < p.rope / 2; i += 256) {
+    for (int i = threadIdx.x; i < p.rope / 2; i += blockDim.x) {
         float even = from_bf16(x[p.n + 2 * i]), odd = from_bf16(x[p.n + 2 * i + 1]);
         float c = p.cos[(u64)blockIdx.x * (p.rope / 2) + i], s = p.sin[(u64)blockIdx.x * (p.rope / 2) + i];
         *(u32*)(y + p.n + 2 * i) = pack_bf16(even * c - odd * s, even * s + odd * c);
@@ -166,74 +172,61 @@ struct RouteParameters {
     float scaling;
 };
 
-constexpr int MAX_EXPERTS = 512, HERE = MAX_EXPERTS / 32;
+constexpr int MAX_EXPERTS = 512, MAX_GROUPS = 32, MAX_K = 32;
 
-// A warp a token.
-extern "C" __global__ void __launch_bounds__(128) route(const __grid_constant__ RouteParameters p) {
-    __shared__ float choices[4][MAX_EXPERTS];
+// How many of `count` (a multiple of 4, aligned, filled up with minus infinity) values are greater, or equal and earlier.
+__device__ int rank_among(const float* values, int count, float own, int place) {
+    int rank = 0;
+    for (int i = 0; i < count; i += 4) {
+        float4 v = *(const float4*)(values + i);
+        rank += v.x > own || (v.x == own && i < place);
+        rank += v.y > own || (v.y == own && i + 1 < place);
+        rank += v.z > own || (v.z == own && i + 2 < place);
+        rank += v.w > own || (v.w == own && i + 3 < place);
+    }
+    return rank;
+}
+
+// A block a token, a thread an expert: ranks are counted rather than searched for, so that nothing waits for turns.
+extern "C" __global__ void __launch_bounds__(MAX_EXPERTS) route(const __grid_constant__ RouteParameters p) {
+    __shared__ __align__(16) float choices[MAX_EXPERTS], groups[MAX_GROUPS];
+    __shared__ float best[2][MAX_GROUPS], weights[MAX_K];
+    int expert = threadIdx.x, token = blockIdx.x, size = p.experts / p.n_group, group = expert / size;
+    float bias = expert < p.experts ? p.bias[expert] : 0.0f;
+    if (expert < MAX_GROUPS) groups[expert] = NOTHING;
     let_next_kernel_begin();
     wait_for_kernels_before();
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, token = (int)blockIdx.x * 4 + warp;
-    if (token >= p.tokens) return;
-    const float* logits = p.logits + (u64)token * p.experts;
-    float score[HERE], choice[HERE];
-#pragma unroll
-    for (int i = 0; i < HERE; i++) {
-        int expert = i * 32 + lane;
-        score[i] = 0.0f, choice[i] = NOTHING;
+    float score = 0.0f, choice = NOTHING;
+    if (expert < p.experts) {
+        score = 1.0f / (1.0f + expf(-p.logits[(u64)token * p.experts + expert]));
+        choice = score + bias;
+        if (!(choice > NOTHING)) choice = -3.4e38f;  // NaN: behind all others, but there
+    }
+    choices[expert] = choice;
+    __syncthreads();
+    if (p.n_group > 1) {
         if (expert < p.experts) {
-            score[i] = 1.0f / (1.0f + expf(-logits[expert]));
-            choice[i] = score[i] + p.bias[expert];
-            choices[warp][expert] = choice[i];
-        }
-    }
-    __syncwarp();
-    if (p.n_group > 1) {  // at most 32 groups: a lane a group
-        int size = p.experts / p.n_group;
-        float first = NOTHING, second = NOTHING;
-        if (lane < p.n_group)
+            int rank = 0, first = group * size;
             for (int i = 0; i < size; i++) {
-                float c = choices[warp][lane * size + i];
-                if (c > first) second = first, first = c;
-                else if (c > second) second = c;
+                float v = choices[first + i];
+                rank += v > choice || (v == choice && first + i < expert);
             }
-        float own = lane < p.n_group ? first + second : NOTHING;
-        int better = 0;
-        for (int other = 0; other < p.n_group; other++) {
-            float theirs = __shfl_sync(~0u, own, other);
-            better += theirs > own || (theirs == own && other < lane);
+            if (rank < 2) best[rank][group] = choice;
         }
-        u32 kept = __ballot_sync(~0u, lane < p.n_group && better < p.topk_group);
-#pragma unroll
-        for (int i = 0; i < HERE; i++)
-            if (i * 32 + lane < p.experts && !(kept >> ((i * 32 + lane) / size) & 1)) choice[i] = NOTHING;
+        __syncthreads();
+        if (expert < p.n_group) groups[expert] = best[0][expert] + best[1][expert];
+        __syncthreads();
+        bool kept = expert < p.experts && rank_among(groups, MAX_GROUPS, groups[group], group) < p.topk_group;
+        if (!kept) choice = NOTHING;
+        choices[expert] = choice;
+        __syncthreads();
     }
-    float weight = 0.0f, total = 0.0f;
-    int id = 0;
-    for (int turn = 0; turn < p.k; turn++) {
-        float best = NOTHING;
-        int expert = MAX_EXPERTS;
-#pragma unroll
-        for (int i = 0; i < HERE; i++)
-            if (choice[i] > best) best = choice[i], expert = i * 32 + lane;
-#pragma unroll
-        for (int step = 16; step; step >>= 1) {
-            float theirs = __shfl_xor_sync(~0u, best, step);
-            int other = __shfl_xor_sync(~0u, expert, step);
-            if (theirs > best || (theirs == best && other < expert)) best = theirs, expert = other;
-        }
-        if (expert == MAX_EXPERTS) expert = turn;  // NaN everywhere: any experts, as long as there are k
-        float own = 0.0f;
-#pragma unroll
-        for (int i = 0; i < HERE; i++)
-            if (i * 32 + lane == expert) own = score[i], choice[i] = NOTHING;
-        own = __shfl_sync(~0u, own, expert & 31);
-        total += own;
-        if (lane == turn) weight = own, id = expert;
-    }
-    if (lane < p.k) {
-        if (p.normalize) weight /= total + 1e-20f;
-        p.ids[(u64)token * p.k + lane] = id;
-        p.weights[(u64)token * p.k + lane] = weight * p.scaling;
-    }
+    int rank = choice > NOTHING ? rank_among(choices, blockDim.x, choice, expert) : p.k;
+    if (rank < p.k) weights[rank] = score;
+    __syncthreads();
+    if (rank >= p.k) return;
+    float total = 0.0f;
+    for (int i = 0; i < p.k; i++) total += weights[i];
+    p.ids[(u64)token * p.k + rank] = expert;
+    p.weights[(u64)token * p.k + rank] = (p.normalize ? score / (total + 1e-20f) : score) * p.scaling;
 }
