@@ -1,5 +1,9 @@
 """NVFP4 tiles hold exactly the checkpoint's weights, read here as kernels read them; and the CUDA sources compile."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -111,3 +115,11 @@ def test_a_source_that_does_not_compile_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "SOURCES", tmp_path)
     with pytest.raises(RuntimeError, match=r"broken\.cu does not compile(.|\n)*nothing"):
         compiler.cubin("broken.cu", (), "sm_90a", tmp_path)
+
+
+def test_the_benchmark_s_shapes_have_cuts():
+    """Its dry mode asserts that each fits a block."""
+    script = Path(__file__).parents[2] / "benchmarks" / "cuda_kernels.py"
+    result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
+    assert "dense down 7168 x 18432, 64 rows: Geometry(" in result.stdout
+    assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout

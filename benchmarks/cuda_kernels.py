@@ -1,0 +1,286 @@
+"""The CUDA kernels at DeepSeek-R1's shapes against this card's memory and arithmetic, torch and, where installed, humming.
+
+    python benchmarks/cuda_kernels.py [--json FILE] [--only NAME ...] [--rows N ...] [--dry]
+
+A side is captured in a CUDA graph that calls it with one weight after the other, over 250 MB of them at least, so that
+no cache helps; the median of replays is printed, in microseconds a call. The roof is the larger of the bytes at the read
+rate (a sum of FP32 over 2 GiB) and the operations at the rate of torch's BF16 product of 8192 x 8192 x 8192, both
+measured here first. --dry prints every shape and its cut, and needs no GPU.
+
+groups: products, experts, attention, small
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import cuda, ops, reference
+from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
+from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
+from deepseek_fp4_plugin.kernels.weights import Case, PreparedWeight, WeightTensors
+
+BF16, DEVICE = torch.bfloat16, torch.device("cuda")
+ROTATED = 250_000_000  # bytes
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# out, in of R1's NVFP4 linears: whole, and as one of eight tensor-parallel ranks has them.
+SHAPES = {
+    "shared gate, up": (4096, 7168),
+    "shared down": (7168, 2048),
+    "shared gate, up of TP8": (512, 7168),
+    "shared down of TP8": (7168, 256),
+    "dense gate, up of TP8": (4608, 7168),
+    "dense down of TP8": (7168, 2304),
+    "dense gate, up": (36864, 7168),
+    "dense down": (7168, 18432),
+    "o_proj of TP8": (7168, 2048),
+    "o_proj": (7168, 16384),
+}
+ATTENTION = tuple(
+    itertools.product((16, 128), (1, 4), ((1, 1024), (1, 4096), (1, 32768), (4, 4096), (16, 4096), (64, 4096)))
+)
+
+
+@dataclass
+class Row:
+    operation: str
+    shape: str
+    rows: int
+    microseconds: float
+    bytes: float
+    flops: float
+    fraction_of_roof: float
+
+
+class Bench:
+    """The card's two roofs and what was measured."""
+
+    def __init__(self) -> None:
+        memory = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE).random_().view(torch.int32).view(torch.float32)
+        self.bandwidth = 4e6 * memory.numel() / timed([lambda: torch.sum(memory)])
+        del memory
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+        self.rate = 2e6 * 8192**3 / timed([lambda: a @ b])
+        self.rows: list[Row] = []
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print(f"read {self.bandwidth / 1e9:.0f} GB/s, torch BF16 {self.rate / 1e12:.0f} TFLOP/s")
+
+    def add(self, operation: str, shape: str, rows: int, size: float, flops: float, calls: list[Callable]) -> None:
+        microseconds = timed(calls)
+        roof = max(size / self.bandwidth, flops / self.rate) * 1e6
+        self.rows.append(Row(operation, shape, rows, microseconds, size, flops, roof / microseconds))
+        print(
+            f"{operation:<24}{shape:<34}{rows:>6}{microseconds:>10.2f} us{size / microseconds / 1e3:>8.0f} GB/s"
+            f"{flops / microseconds / 1e6:>8.1f} TFLOP/s{roof / microseconds:>7.2f} of roof",
+            flush=True,
+        )
+
+
+def timed(calls: list[Callable], replays: int = 11) -> float:
+    """Microseconds a call: the median of replays of a graph of them all."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def random_part(out: int, width: int, experts: int = 0) -> WeightTensors:
+    lead = (experts,) if experts else ()
+    packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8, device=DEVICE)
+    scale = torch.randint(40, 90, (*lead, out, width // 16), dtype=torch.uint8, device=DEVICE)
+    return WeightTensors(WeightFormat.NVFP4, packed, scale.view(torch.float8_e4m3fn), torch.full(lead, 1e-2))
+
+
+def prepared(parts: list[WeightTensors]) -> PreparedWeight:
+    weight = ops.prepare(parts, DEVICE, BF16)
+    assert weight.backend is cuda
+    return weight
+
+
+def nvfp4_bytes(out: int, width: int) -> float:
+    return out * width * 9 / 16
+
+
+def copies(size: float) -> int:
+    return max(4, int(ROTATED // size) + 1)
+
+
+def humming_layers(parts: list[WeightTensors]) -> list[Callable[[Tensor], Tensor]]:
+    """humming-kernels' layers of the same weights, or nothing where it is not installed."""
+    try:
+        from humming.layer import HummingLayer
+    except ImportError:
+        return []
+    layers = []
+    for part in parts:
+        layer = HummingLayer(
+            shape_n=part.out_features,
+            shape_k=part.in_features,
+            weight_config={"quant_method": "modelopt", "quant_algo": "nvfp4"},
+            torch_dtype=BF16,
+        ).cuda()
+        scale_2 = part.scale_2.to(DEVICE).view(1)
+        layer.load_from_tensors({"weight": part.weight, "weight_scale": part.scale, "weight_scale_2": scale_2})
+        layer.transform()
+        layers.append(layer)
+    return layers
+
+
+def products(bench: Bench, rows: list[int]) -> None:
+    for name, (out, width) in SHAPES.items():
+        size = nvfp4_bytes(out, width)
+        parts = [random_part(out, width) for _ in range(min(64, copies(size)))]
+        ours, peers = [prepared([part]) for part in parts], humming_layers(parts)
+        plain = [torch.randn(out, width, device=DEVICE, dtype=BF16) for _ in range(copies(2 * out * width))]
+        for count in rows:
+            x = torch.randn(count, width, device=DEVICE, dtype=BF16)
+            moved, flops, shape = 2.0 * count * (out + width), 2.0 * count * out * width, f"{name} {out} x {width}"
+            bench.add("w4a16", shape, count, size + moved, flops, [lambda w=w: ops.linear(x, w) for w in ours])
+            if peers:
+                bench.add("humming", shape, count, size + moved, flops, [lambda w=w: w(x) for w in peers])
+            library = [lambda w=w: torch.nn.functional.linear(x, w) for w in plain]
+            bench.add("torch bf16", shape, count, 2 * out * width + moved, flops, library)
+        del parts, ours, peers, plain
+        torch.cuda.empty_cache()
+
+
+def experts(bench: Bench, rows: list[int]) -> None:
+    """One rank of TP8: 256 experts of 256 hidden values, 8 a token; alone, and from normed hidden states on."""
+    count, hidden, inner, k = 256, 7168, 256, 8
+    gate_up, down = (
+        prepared([random_part(inner, hidden, count) for _ in range(2)]),
+        prepared([random_part(hidden, inner, count)]),
+    )
+    routers, bias = [torch.randn(count, hidden, device=DEVICE) for _ in range(16)], torch.randn(count, device=DEVICE)
+    for tokens in (n for n in rows if n <= 64):
+        choices = [torch.stack([torch.randperm(count, device=DEVICE)[:k] for _ in range(tokens)]) for _ in range(32)]
+        active = statistics.mean(len(ids.unique()) for ids in choices)
+        weights = torch.rand(tokens, k, device=DEVICE)
+        states = [torch.randn(tokens, hidden, device=DEVICE, dtype=BF16) for _ in choices]
+        size, flops = active * nvfp4_bytes(3 * inner, hidden), 6.0 * tokens * k * hidden * inner
+        alone = [
+            lambda i=i, x=x: ops.experts_mlp(x, i, weights, gate_up, down) for i, x in zip(choices, states, strict=True)
+        ]
+        bench.add("experts", f"{k} of {count}, {inner} x {hidden}", tokens, size, flops, alone)
+
+        def routed(x: Tensor, router: Tensor) -> Tensor:
+            ids, own = ops.route(ops.plain_linear(x, router), bias, k, 8, 4, True, 2.5)
+            return ops.experts_mlp(x, ids, own, gate_up, down)
+
+        whole = [lambda x=x, r=r: routed(x, r) for x, r in zip(states, itertools.cycle(routers), strict=False)]
+        bench.add(
+            "experts with router",
+            f"{k} of {count}, {inner} x {hidden}",
+            tokens,
+            size + 4 * count * hidden,
+            flops,
+            whole,
+        )
+
+
+def attention(bench: Bench, rows: list[int]) -> None:
+    """R1's latent attention; rows here are requests."""
+    for heads, queries, (requests, context) in ATTENTION:
+        for dtype in (BF16, torch.float8_e4m3fn):
+            pages, size = context // 64, requests * context * 576 * dtype.itemsize
+            caches = [
+                torch.randn(requests * pages, 64, 576, device=DEVICE).to(dtype) for _ in range(min(8, copies(size)))
+            ]
+            q = torch.randn(requests * queries, heads, 576, device=DEVICE, dtype=BF16)
+            tables = torch.randperm(requests * pages, device=DEVICE).view(requests, pages)
+            starts, lens = (
+                torch.arange(requests + 1, device=DEVICE) * queries,
+                torch.full((requests,), context, device=DEVICE),
+            )
+
+            def attend(cache: Tensor) -> Tensor:
+                return ops.absorbed_attention(
+                    q[..., :512], q[..., 512:], cache, tables, starts, lens, queries, context, 0.07
+                )
+
+            name = f"{heads} heads, {queries} queries, {context}"
+            flops = 2.0 * requests * queries * heads * context * (576 + 512)
+            calls = [lambda c=c: attend(c) for c in caches] * 2
+            bench.add(f"mla {'bf16' if dtype is BF16 else 'fp8'} cache", name, requests, size, flops, calls)
+            del caches, calls
+
+
+def small(bench: Bench, rows: list[int]) -> None:
+    for count in (n for n in rows if n <= 64):
+        x, weight = torch.randn(count, 7168, device=DEVICE, dtype=BF16), torch.randn(7168, device=DEVICE, dtype=BF16)
+        q, angle = torch.randn(count, 16, 64, device=DEVICE, dtype=BF16), torch.randn(count, 32, device=DEVICE)
+        kv, norm = torch.randn(count, 576, device=DEVICE, dtype=BF16), torch.randn(512, device=DEVICE, dtype=BF16)
+        logits, bias = torch.randn(count, 256, device=DEVICE), torch.randn(256, device=DEVICE)
+        router = torch.randn(256, 7168, device=DEVICE)
+        sides: list[tuple[str, float, Callable]] = [
+            ("rms_norm", 4 * x.numel(), lambda b, x=x, w=weight: b.rms_norm(x, w, 1e-6)),
+            ("rotary", 4 * q.numel(), lambda b, q=q, a=angle: b.rotary(q, a, a)),
+            ("latent_entries", 4 * kv.numel(), lambda b, v=kv, w=norm, a=angle: b.latent_entries(v, w, 1e-6, a, a)),
+            ("route", 4 * logits.numel(), lambda b, x=logits, o=bias: b.route(x, o, 8, 8, 4, True, 2.5)),
+            ("router", 4 * router.numel(), lambda b, x=x, w=router: b.plain_linear(x, w)),
+        ]
+        for name, size, call in sides:
+            bench.add(name, "", count, size, 0.0, [lambda f=call: f(cuda)] * 50)
+            bench.add(f"{name}, torch", "", count, size, 0.0, [lambda f=call: f(reference)] * 20)
+
+
+def dry(rows: list[int]) -> Iterator[str]:
+    """Every product's cut, checked against what a block can have."""
+    for name, (out, width) in SHAPES.items():
+        for count in rows:
+            if count > MANY_ROWS:
+                yield f"{name} {out} x {width}, {count} rows: decoded once, the library's product"
+                continue
+            cut = geometry(-(-out // 16), -(-width // 128), count)
+            assert cut.shared <= MAX_SHARED and cut.warps_m * cut.warps_k <= (16 if cut.columns <= 2 else 8)
+            yield f"{name} {out} x {width}, {count} rows: {cut}, {cut.shared} bytes of shared memory"
+
+
+def main() -> None:
+    groups = {"products": products, "experts": experts, "attention": attention, "small": small}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", nargs="+", choices=groups, default=list(groups))
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--dry", action="store_true", help="print every shape's cut; needs no GPU")
+    options = parser.parse_args()
+    if options.dry:
+        print("\n".join(dry(options.rows)))
+        return
+    refused = cuda.refuses(Case(DEVICE, BF16, WeightFormat.NVFP4))
+    if refused:
+        raise SystemExit(f"no CUDA kernels here: {refused}")
+    bench = Bench()
+    with torch.inference_mode():
+        for name in options.only:
+            groups[name](bench, options.rows)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(
+                {"device": torch.cuda.get_device_name(), "rows": [asdict(row) for row in bench.rows]}, file, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()
