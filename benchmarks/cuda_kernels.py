@@ -1,10 +1,10 @@
-"""The CUDA kernels at DeepSeek-R1's shapes against this card's memory and arithmetic, torch and, where installed, humming.
+"""The CUDA kernels at DeepSeek-R1's shapes against this card's memory and arithmetic, torch, and humming if installed.
 
     python benchmarks/cuda_kernels.py [--json FILE] [--only NAME ...] [--rows N ...] [--dry]
 
 A side is captured in a CUDA graph that calls it with one weight after the other, over 250 MB of them at least, so that
-no cache helps; the median of replays is printed, in microseconds a call. The roof is the larger of the bytes at the read
-rate (a sum of FP32 over 2 GiB) and the operations at the rate of torch's BF16 product of 8192 x 8192 x 8192, both
+no cache helps; the median of replays is printed, in microseconds a call. The roof is the larger of the bytes at the
+read rate (a sum of FP32 over 2 GiB) and the operations at the rate of torch's BF16 product of 8192 x 8192 x 8192, both
 measured here first. --dry prints every shape and its cut, and needs no GPU.
 
 groups: products, experts, attention, small
@@ -16,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,8 +64,7 @@ class Bench:
 
     def __init__(self) -> None:
         memory = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE).random_().view(torch.int32).view(torch.float32)
-        self.bandwidth = 4e6 * memory.numel() / timed([lambda: torch.sum(memory)])
-        del memory
+        self.bandwidth = 4e6 * memory.numel() / timed([partial(torch.sum, memory)])
         a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
         self.rate = 2e6 * 8192**3 / timed([lambda: a @ b])
         self.rows: list[Row] = []
@@ -156,10 +156,10 @@ def products(bench: Bench, rows: list[int]) -> None:
         for count in rows:
             x = torch.randn(count, width, device=DEVICE, dtype=BF16)
             moved, flops, shape = 2.0 * count * (out + width), 2.0 * count * out * width, f"{name} {out} x {width}"
-            bench.add("w4a16", shape, count, size + moved, flops, [lambda w=w: ops.linear(x, w) for w in ours])
+            bench.add("w4a16", shape, count, size + moved, flops, [partial(ops.linear, x, w) for w in ours])
             if peers:
-                bench.add("humming", shape, count, size + moved, flops, [lambda w=w: w(x) for w in peers])
-            library = [lambda w=w: torch.nn.functional.linear(x, w) for w in plain]
+                bench.add("humming", shape, count, size + moved, flops, [partial(w, x) for w in peers])
+            library = [partial(torch.nn.functional.linear, x, w) for w in plain]
             bench.add("torch bf16", shape, count, 2 * out * width + moved, flops, library)
         del parts, ours, peers, plain
         torch.cuda.empty_cache()
@@ -172,7 +172,8 @@ def experts(bench: Bench, rows: list[int]) -> None:
         prepared([random_part(inner, hidden, count) for _ in range(2)]),
         prepared([random_part(hidden, inner, count)]),
     )
-    routers, bias = [torch.randn(count, hidden, device=DEVICE) for _ in range(16)], torch.randn(count, device=DEVICE)
+    routers = [torch.randn(count, hidden, device=DEVICE) / hidden**0.5 for _ in range(16)]
+    bias = torch.randn(count, device=DEVICE) * 0.01
     for tokens in (n for n in rows if n <= 64):
         choices = [torch.stack([torch.randperm(count, device=DEVICE)[:k] for _ in range(tokens)]) for _ in range(32)]
         active = statistics.mean(len(ids.unique()) for ids in choices)
@@ -180,7 +181,7 @@ def experts(bench: Bench, rows: list[int]) -> None:
         states = [torch.randn(tokens, hidden, device=DEVICE, dtype=BF16) for _ in choices]
         size, flops = active * nvfp4_bytes(3 * inner, hidden), 6.0 * tokens * k * hidden * inner
         alone = [
-            lambda i=i, x=x: ops.experts_mlp(x, i, weights, gate_up, down) for i, x in zip(choices, states, strict=True)
+            partial(ops.experts_mlp, x, ids, weights, gate_up, down) for ids, x in zip(choices, states, strict=True)
         ]
         bench.add("experts", f"{k} of {count}, {inner} x {hidden}", tokens, size, flops, alone)
 
@@ -209,21 +210,14 @@ def attention(bench: Bench, rows: list[int]) -> None:
             ]
             q = torch.randn(requests * queries, heads, 576, device=DEVICE, dtype=BF16)
             tables = torch.randperm(requests * pages, device=DEVICE).view(requests, pages)
-            starts, lens = (
-                torch.arange(requests + 1, device=DEVICE) * queries,
-                torch.full((requests,), context, device=DEVICE),
-            )
-
-            def attend(cache: Tensor) -> Tensor:
-                return ops.absorbed_attention(
-                    q[..., :512], q[..., 512:], cache, tables, starts, lens, queries, context, 0.07
-                )
-
+            starts = torch.arange(requests + 1, device=DEVICE) * queries
+            sizes = tables, starts, torch.full((requests,), context, device=DEVICE), queries, context, 0.07
             name = f"{heads} heads, {queries} queries, {context}"
             flops = 2.0 * requests * queries * heads * context * (576 + 512)
-            calls = [lambda c=c: attend(c) for c in caches] * 2
+            calls = [partial(ops.absorbed_attention, q[..., :512], q[..., 512:], cache, *sizes) for cache in caches * 2]
             bench.add(f"mla {'bf16' if dtype is BF16 else 'fp8'} cache", name, requests, size, flops, calls)
             del caches, calls
+            torch.cuda.empty_cache()
 
 
 def small(bench: Bench, rows: list[int]) -> None:
