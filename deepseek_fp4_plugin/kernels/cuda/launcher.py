@@ -8,6 +8,7 @@ weights, which no kernel writes.
 import ctypes
 import functools
 import struct
+import threading
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Kernel:
 
     def __init__(self, function: Any, layout: str, shared: int):
         self._function, self._shared = function, shared
+        self._lock = threading.Lock()  # ranks may be threads of one process
         self._struct = struct.Struct(layout)
         self._configurations: dict[tuple, Any] = {}
         self._buffer = ctypes.create_string_buffer(self._struct.size + 8)  # structures end aligned
@@ -54,9 +56,10 @@ class Kernel:
             configuration = self._configurations[key] = _configuration(*key)
             if shared > self._shared:
                 raise ValueError(f"{shared} bytes of shared memory, the kernel was loaded for {self._shared}")
-        configuration.hStream = torch.cuda.current_stream().cuda_stream
-        self._struct.pack_into(self._buffer, 0, *values)
-        _checked(driver.cuLaunchKernelEx(configuration, self._function, ctypes.addressof(self._parameters), 0))
+        with self._lock:
+            configuration.hStream = torch.cuda.current_stream().cuda_stream
+            self._struct.pack_into(self._buffer, 0, *values)
+            _checked(driver.cuLaunchKernelEx(configuration, self._function, ctypes.addressof(self._parameters), 0))
 
 
 @functools.cache

@@ -17,7 +17,8 @@ from deepseek_fp4_plugin.numerics import nvfp4
 
 MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
-_RESIDENT, _TURNS = 264, 4  # of more blocks than that each takes several turns, so that it sets up once for them
+_RESIDENT = 264  # blocks that run at once: where there would be more, each takes several turns
+_TURNS = 4  # at most, of experts
 
 
 def prepare(
@@ -104,7 +105,9 @@ def geometry(groups: int, slabs: int, rows: int, experts: int = 1) -> Geometry:
     while cluster < 8 and cluster * 4 <= slabs and sets * experts * cluster < _BLOCKS:
         cluster *= 2
     warps_k = min(warps_k, -(-slabs // cluster))
-    turns = min(_TURNS, max(1, round(sets * experts * cluster / _RESIDENT)))
+    turns = -(-sets * cluster // _RESIDENT)
+    if experts > 1:  # choices of the same expert end at once, so that more blocks than fit do no harm
+        turns = min(_TURNS, max(1, round(sets * experts * cluster / _RESIDENT)))
     return Geometry(columns, each, warps_m, warps_k, cluster, -(-sets // turns))
 
 

@@ -21,6 +21,13 @@ __device__ inline void let_next_kernel_begin() { asm volatile("griddepcontrol.la
 
 __device__ inline u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+// For what an earlier kernel wrote and this one reads before it waits: not from the first cache, which may be older.
+__device__ inline long long load_early(const long long* pointer) {
+    long long value;
+    asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
 // Not cached by compilers across waits: activations that the kernel before wrote.
 __device__ inline Quad load_quad(const void* pointer) {
     Quad q;

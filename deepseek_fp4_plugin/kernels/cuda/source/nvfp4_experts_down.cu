@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(512) nvfp4_experts_down(const __gri
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
     int first_group = (int)blockIdx.x * GROUPS, token = (int)blockIdx.y, choice = token * p.k + warp;
     int groups = min(GROUPS, p.groups - first_group);
-    long long expert = p.ids[choice];
+    long long expert = load_early(p.ids + choice);
     u32 weights = shared_address(memory) + warp * GROUPS * p.slabs * SLAB_BYTES, barrier = shared_address(barriers + warp);
     if (lane == 0 && expert >= 0) {
         barrier_init(barrier, 1);

@@ -36,12 +36,12 @@ constexpr int DEPTH = ROWS8 == 1 ? 4 : 2;  // tiles of activations under way
 __device__ bool find_rows(const Parameters& p, int expert, int choice, u16* list, int* count) {
     int lane = threadIdx.x & 31;
     bool earlier = false;
-    for (int i = lane; i < choice; i += 32) earlier |= p.ids[i] == expert;
+    for (int i = lane; i < choice; i += 32) earlier |= load_early(p.ids + i) == expert;
     if (__any_sync(~0u, earlier)) return false;
     if (threadIdx.x < 32) {
         int found = 0;
         for (int base = choice; base < p.choices; base += 32) {
-            bool mine = base + lane < p.choices && p.ids[base + lane] == expert;
+            bool mine = base + lane < p.choices && load_early(p.ids + base + lane) == expert;
             u32 all = __ballot_sync(~0u, mine);
             if (mine) list[found + __popc(all & ((1u << lane) - 1))] = (u16)(base + lane);
             found += __popc(all);
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
     let_next_kernel_begin();  // only now: the next kernel may then read the choices before it waits
 #endif
     int choice = (int)blockIdx.y;
-    long long expert = p.ids[choice];
+    long long expert = load_early(p.ids + choice);
     if (expert < 0 || !find_rows(p, (int)expert, choice, list, &chosen)) return;
     tiles += (u64)expert * p.groups * p.slabs * SLAB_BYTES;
     row_scale += expert * p.groups * 16;
