@@ -76,7 +76,7 @@ def test_experts(experts, hidden, inner, k, activations):
     gate_up = [random_part(WeightFormat.NVFP4, inner, hidden, experts) for _ in range(2)]
     down = [random_part(WeightFormat.NVFP4, hidden, inner, experts)]
     (a, c), (b, d) = both(gate_up, activations), both(down, activations)
-    for tokens in (0, 1, 2, 5, 40, 64, 200):
+    for tokens in (0, 1, 2, 5, 40, 64, 200, 1100):
         ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.empty(0, k).long()
         if tokens > 2:
             ids[1] = -1  # a token none of whose experts are here

@@ -10,16 +10,24 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _FEW_CHOICES = 512  # tokens times k; the kernels' lists hold as many
+_SLICES = 4  # so many times as many are computed one list after the other
 _ONE_LAUNCH = 4  # tokens whose experts' second products and sum are one launch; more share experts' weights
 
 
 def experts_mlp(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight
 ) -> Tensor:
-    """See kernels/reference/moe.py; rounded where it rounds. Many tokens take its loop, on these products."""
+    """See kernels/reference/moe.py; rounded where it rounds. Many tokens take its loop, on these products.
+
+    Up to `_SLICES` lists of choices it waits for nothing that the device computes, so that graphs hold it.
+    """
     tiles: Tiles = gate_up.data
-    if expert_ids.numel() > _FEW_CHOICES or not tiles.half or down.out_features % 8:
+    tokens, k = expert_ids.shape
+    if tokens * k > _SLICES * _FEW_CHOICES or k > _FEW_CHOICES or not tiles.half or down.out_features % 8:
         return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
+    if tokens * k > _FEW_CHOICES:
+        slices = (part.split(_FEW_CHOICES // k) for part in (x, expert_ids, expert_weights))
+        return torch.cat([experts_mlp(*part, gate_up, down) for part in zip(*slices, strict=True)])
     x = rounded_input(x, gate_up)
     ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
     h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
