@@ -26,8 +26,9 @@ def experts_mlp(
     if tokens * k > _SLICES * _FEW_CHOICES or k > _FEW_CHOICES or not tiles.half or down.out_features % 8:
         return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
     if tokens * k > _FEW_CHOICES:
-        slices = (part.split(_FEW_CHOICES // k) for part in (x, expert_ids, expert_weights))
-        return torch.cat([experts_mlp(*part, gate_up, down) for part in zip(*slices, strict=True)])
+        few = _FEW_CHOICES // k
+        parts = zip(x.split(few), expert_ids.split(few), expert_weights.split(few), strict=True)
+        return torch.cat([experts_mlp(rows, ids, weights, gate_up, down) for rows, ids, weights in parts])
     x = rounded_input(x, gate_up)
     ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
     h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)

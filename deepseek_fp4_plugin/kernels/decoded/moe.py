@@ -15,8 +15,9 @@ def experts_mlp(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight
 ) -> Tensor:
     """See kernels/reference/moe.py. On a GPU few tokens see every expert, in one batched product, because to count
-    each one's tokens the host would wait for the device; many are dealt out, which is worth the wait."""
-    if x.is_cpu or x.shape[0] > _EVERY_EXPERT:
+    each one's tokens the host would wait for the device; many are dealt out, which is worth the wait, but for a step
+    that is being captured, where nobody can wait."""
+    if x.is_cpu or (x.shape[0] > _EVERY_EXPERT and not torch.cuda.is_current_stream_capturing()):
         return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
     experts = gate_up.data.values.shape[0]
     gate, up = products(x.expand(experts, *x.shape), gate_up).chunk(2, -1)

@@ -134,7 +134,7 @@ struct RouterParameters {
 
 // A block an output.
 extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__ RouterParameters p) {
-    constexpr int HELD = 8, TOGETHER = 8;  // weights of a thread, asked for before the activations exist; rows
+    constexpr int HELD = 8;  // of a thread's weights, asked for before the activations exist
     const float* weight = p.weight + (u64)blockIdx.x * p.width;
     float4 held[HELD];
 #pragma unroll
@@ -144,18 +144,13 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
     }
     let_next_kernel_begin();
     wait_for_kernels_before();
-    __shared__ float parts[TOGETHER][8];
-    for (int row0 = 0; row0 < p.rows; row0 += TOGETHER) {
-        float sums[TOGETHER] = {};
+    for (int row = 0; row < p.rows; row++) {
+        const u16* x = p.x + (u64)row * p.stride;
+        float sum = 0.0f;
         auto add = [&](float4 w, int at) {
-#pragma unroll
-            for (int r = 0; r < TOGETHER; r++) {
-                if (row0 + r >= p.rows) break;
-                const u16* x = p.x + (u64)(row0 + r) * p.stride + at;
-                u32 low = *(const u32*)x, high = *(const u32*)(x + 2);
-                sums[r] += w.x * from_bf16((u16)low) + w.y * from_bf16((u16)(low >> 16));
-                sums[r] += w.z * from_bf16((u16)high) + w.w * from_bf16((u16)(high >> 16));
-            }
+            u32 low = *(const u32*)(x + at), high = *(const u32*)(x + at + 2);
+            sum += w.x * from_bf16((u16)low) + w.y * from_bf16((u16)(low >> 16));
+            sum += w.z * from_bf16((u16)high) + w.w * from_bf16((u16)(high >> 16));
         };
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
@@ -164,18 +159,8 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
         }
         for (int at = (HELD * 256 + (int)threadIdx.x) * 4; at < p.width; at += 256 * 4)
             add(*(const float4*)(weight + at), at);
-#pragma unroll
-        for (int r = 0; r < TOGETHER; r++) {
-            sums[r] = warp_sum(sums[r]);
-            if (!(threadIdx.x & 31)) parts[r][threadIdx.x >> 5] = sums[r];
-        }
-        __syncthreads();
-        if ((int)threadIdx.x < TOGETHER && row0 + (int)threadIdx.x < p.rows) {
-            float sum = 0.0f;
-            for (int w = 0; w < 8; w++) sum += parts[threadIdx.x][w];
-            p.y[(u64)(row0 + threadIdx.x) * p.out + blockIdx.x] = sum;
-        }
-        __syncthreads();
+        sum = block_sum(sum);
+        if (threadIdx.x == 0) p.y[(u64)row * p.out + blockIdx.x] = sum;
     }
 }
 
