@@ -56,17 +56,18 @@ def run_loop(model: DeepseekV3ForCausalLM, batch: int, steps: int, context: int)
     shape, weight = model.config, model.model.norm.weight
     cache = kv_cache.allocate(shape, shape.num_hidden_layers, batch * each, size, weight.dtype, weight.device)
     cache.zero_()  # its pages are there before the clock runs
-    tables, starts = torch.arange(batch * each).view(batch, each), torch.arange(batch + 1)
-    ids = torch.full((batch,), 5)
+    device = weight.device
+    tables = torch.arange(batch * each, device=device).view(batch, each)
+    ids, starts = torch.full((batch,), 5, device=device), torch.arange(batch + 1, device=device)
     began = time.perf_counter()
     for step in range(steps):
         position = context + step
         forward = ForwardBatch(
             ids,
-            torch.full((batch,), position),
+            torch.full((batch,), position, device=device),
             tables[:, position // size] * size + position % size,
             tables,
-            torch.full((batch,), position + 1),
+            torch.full((batch,), position + 1, device=device),
             starts,
             batch,
             batch,
@@ -74,6 +75,7 @@ def run_loop(model: DeepseekV3ForCausalLM, batch: int, steps: int, context: int)
             max_context=position + 1,
         )
         ids = model.compute_logits(model(forward, cache)).argmax(-1)
+    ids.tolist()  # waits for a GPU
     return batch * steps / (time.perf_counter() - began)
 
 

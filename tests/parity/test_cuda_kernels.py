@@ -203,6 +203,15 @@ def test_a_graph_gives_the_same_bits():
         assert torch.equal(y, expected)
 
 
+def test_tensors_of_the_host_are_refused():
+    cache, entries = torch.zeros(2, 4, 160, device=DEVICE, dtype=BF16), torch.zeros(3, 160, device=DEVICE, dtype=BF16)
+    with pytest.raises(ValueError, match="these are on cpu, cuda:0"):
+        ops.store_entries(cache, torch.arange(3), entries)
+    weight = ops.prepare([random_part(WeightFormat.NVFP4, 16, 32)], DEVICE, BF16)
+    with pytest.raises(ValueError, match="must be on one GPU"):
+        ops.linear(torch.zeros(1, 32, dtype=BF16), weight)
+
+
 def test_what_has_no_kernel_is_decoded():
     for weight_format, dtype in ((WeightFormat.PLAIN, BF16), (WeightFormat.NVFP4, torch.float32)):
         weight = ops.prepare([random_part(weight_format, 16, 32)], DEVICE, dtype)

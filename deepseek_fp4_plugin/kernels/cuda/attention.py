@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import decoded, reference
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import decode
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
@@ -36,6 +36,7 @@ def absorbed_attention(
         return decoded.absorbed_attention(
             q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
         )
+    together(q_latent, q_rope, cache, block_tables, query_start, context_lens)
     if not cache.is_contiguous():
         raise ValueError(f"one layer's latent cache must be contiguous; strides are {cache.stride()}")
     return launch(
@@ -108,6 +109,7 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
     served = entries.dtype is torch.bfloat16 and (fp8 or cache.dtype is torch.bfloat16) and entries.shape[1] % 2 == 0
     if not served or not cache.is_contiguous():
         return reference.store_entries(cache, slots, entries)
+    together(cache, slots, entries)
     entries, slots = entries.contiguous(), slots.contiguous()
     kernel("small.cu", "store", "3P2i", (), cache.device.index)(
         (entries.shape[0], 1, 1),

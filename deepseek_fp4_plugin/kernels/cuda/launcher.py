@@ -12,6 +12,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cuda import compiler
 
@@ -33,6 +34,13 @@ def available() -> bool:
 def architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def together(*tensors: Tensor) -> None:
+    """Kernels take addresses: raises ValueError for tensors that are not all on one GPU."""
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1 or not tensors[0].is_cuda:
+        raise ValueError(f"a CUDA kernel's tensors must be on one GPU, these are on {', '.join(sorted(devices))}")
 
 
 class Kernel:

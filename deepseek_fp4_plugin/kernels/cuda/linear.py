@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import nvfp4
@@ -127,6 +127,7 @@ def launch(
     With ids x has a row for each token or for each choice.  early: the kernel ahead waited for the ids before it let
     this one begin.
     """
+    together(x, tiles.data)
     rows, width = x.shape
     if rows == 0:
         return

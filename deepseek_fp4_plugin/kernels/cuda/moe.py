@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, gated, launch, linear, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
@@ -29,6 +29,7 @@ def experts_mlp(
         few = _FEW_CHOICES // k
         parts = zip(x.split(few), expert_ids.split(few), expert_weights.split(few), strict=True)
         return torch.cat([experts_mlp(rows, ids, weights, gate_up, down) for rows, ids, weights in parts])
+    together(x, expert_ids, expert_weights, tiles.data, down.data.data)
     x = rounded_input(x, gate_up)
     ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
     h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)

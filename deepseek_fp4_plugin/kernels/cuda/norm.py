@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -12,6 +12,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.reshape(-1, weight.shape[0])
     if not _readable(rows, weight):
         return reference.rms_norm(x, weight, eps)
+    together(rows, weight)
     y = torch.empty(rows.shape, dtype=torch.bfloat16, device=x.device)
     kernel("small.cu", "rms_norm", _LAYOUT, (), x.device.index)(
         (rows.shape[0], 1, 1),
@@ -35,6 +36,7 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
     rope = kv.shape[1] - weight.shape[0]
     if not _readable(kv, weight) or kv.shape[1] % 8 or rope % 2:
         return reference.latent_entries(kv, weight, eps, cos, sin)
+    together(kv, weight, cos, sin)
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty(kv.shape, dtype=torch.bfloat16, device=kv.device)
     kernel("small.cu", "rms_norm", _LAYOUT, (), kv.device.index)(

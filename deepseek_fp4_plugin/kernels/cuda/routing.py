@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 
 _FEW_ROWS = 16
 _MAX_EXPERTS, _MAX_GROUPS = 512, 32
@@ -16,6 +16,7 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     aligned = x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0 and weight.data_ptr() % 16 == 0
     if not (fp32 and aligned and 0 < x.shape[0] <= _FEW_ROWS and weight.shape[1] % 4 == 0):
         return reference.plain_linear(x, weight)
+    together(x, weight)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     kernel("small.cu", "router", "3P4i", (), x.device.index)(
         (weight.shape[0], 1, 1),
@@ -39,6 +40,7 @@ def route(
     tokens, experts = logits.shape
     if experts > _MAX_EXPERTS or n_group > _MAX_GROUPS or k > 32 or logits.dtype is not torch.float32:
         return reference.route(logits, bias, k, n_group, topk_group, normalize, scaling)
+    together(logits, bias)
     logits, bias = logits.contiguous(), bias.contiguous()
     ids = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
