@@ -155,7 +155,7 @@ class MessagesRequest(CountTokensRequest):
 # ---------------------------------------------------------------------------- as a chat
 
 CHAT_NAMES = {"max_completion_tokens": "max_tokens", "response_format": "output_config.format",
-              "stop": "stop_sequences"}  # fmt: skip
+              "stop": "stop_sequences", "function.parameters": "input_schema"}  # fmt: skip
 """Fields of the chat that are called otherwise here; errors speak of them by their name."""
 
 

@@ -30,11 +30,14 @@ class ApiError(Exception):
 
     def renamed(self, names: dict[str, str]) -> "ApiError":
         """The same error about a request in which chat fields have other names."""
-        first, _, rest = (self.param or "").partition(".")
-        if first not in names:
+        old = self.param or ""
+        first, dot, rest = old.partition(".")
+        param = names.get(first, first) + dot + rest
+        if "function.parameters" in names:
+            param = param.replace("function.parameters", names["function.parameters"])
+        if param == old:
             return self
-        param = names[first] + (f".{rest}" if rest else "")
-        message = self.message.replace(self.param or "", param, 1)
+        message = self.message.replace(old, param, 1)
         return ApiError(self.status, message, self.kind, param, self.code, self.headers)
 
     def body(self) -> dict[str, Any]:

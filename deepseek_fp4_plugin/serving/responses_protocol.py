@@ -174,7 +174,8 @@ class ResponsesRequest(_Body):
 
 # ---------------------------------------------------------------------------- as a chat
 
-CHAT_NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"}
+CHAT_NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input",
+              "function.parameters": "parameters"}  # fmt: skip
 """Fields of the chat that are called otherwise here; errors speak of them by their name."""
 
 _SAME = ("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "priority",

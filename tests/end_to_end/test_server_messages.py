@@ -153,6 +153,7 @@ def test_errors_are_the_clients_own_classes(ask, client, server):
     for fields, word in (({"max_tokens": 0}, "max_tokens"), ({"extra_body": {"temperature": 3}}, "temperature"),
                          ({"extra_body": {"nonsense": 1}}, "nonsense"),
                          ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "other"),
+                         ({**CALL, "tools": [{"name": "f", "input_schema": {"allOf": 5}}]}, "tools.0.input_schema: "),
                          ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages"),
                          ):  # fmt: skip
         with pytest.raises(anthropic.BadRequestError, match=word) as refused:
