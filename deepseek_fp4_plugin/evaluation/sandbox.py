@@ -116,6 +116,9 @@ class Sandbox:
             command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
             command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             become = ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", "--no-new-privs"]
+        command += ["--proc", "/proc", "--dev", "/dev"]
+        for path in ("/tmp", "/dev/shm", "/box"):  # before what is read, which may lie in /tmp
+            command += ["--perms", "1777", "--size", str(limits.folder_bytes), "--tmpfs", path]
         readable = _readable(self.python)
         for parent in sorted({str(parent) for path in readable for parent in Path(path).parents} - {"/"}):
             command += ["--perms", "0755", "--dir", parent]  # bwrap's own would be closed to the user
@@ -126,9 +129,6 @@ class Sandbox:
                 command += ["--symlink", os.readlink(path), path]
             else:
                 command += ["--ro-bind-try", path, path]
-        command += ["--proc", "/proc", "--dev", "/dev"]
-        for path in ("/tmp", "/dev/shm", "/box"):
-            command += ["--perms", "1777", "--size", str(limits.folder_bytes), "--tmpfs", path]
         for file in sorted(folder.iterdir()):
             command += ["--ro-bind", str(file), f"/box/{file.name}"]
         command += ["--chdir", "/box"]

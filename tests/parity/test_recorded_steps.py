@@ -42,7 +42,8 @@ def test_engine_computes_the_same(tmp_path, source, drafts, cache_dtype):
     expected = outputs_of(model, NEVER, **setup)
     assert outputs_of(model, EXACT, **setup) == expected
     assert outputs_of(model, PADDED, **setup) == expected
-    assert outputs_of(model, PADDED, overlap=True, **setup) == expected
+    # Overlapped steps have other rows beside each other, whose sums in BF16 are not the same bits.
+    assert outputs_of(model, PADDED, overlap=True, **setup) == outputs_of(model, NEVER, overlap=True, **setup)
     whole = outputs_of(model, NEVER, reads=False, **setup)  # draws may differ where logits are equal
     assert outputs_of(model, PADDED, overlap=True, reads=False, **setup) == whole
 
