@@ -52,7 +52,7 @@ def main() -> None:
     for k in DRAFTS:
         speculative = {"num_nextn_predict_layers": k} if k else None
         engines[k] = LLM(options.model, max_seq_len=4096, max_batch_size=4, speculative_config=speculative)
-        if engines[k].model.mtp is None:
+        if not engines[k].model_config.num_nextn_predict_layers:
             break
     prompt = problem(engines[0])
     rows = []
