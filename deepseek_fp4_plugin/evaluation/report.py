@@ -130,14 +130,14 @@ def _row(row: TaskResult, times: bool) -> list[str]:
 
 
 def _paired(rows: list[TaskResult]) -> tuple[list[str], list[list[str]]]:
-    head = ["task", "difference", "95 % interval", "correlation", "would show", "repeats to show 1 point"]
+    head = ["task", "difference", "95 % interval", "correlation", "would show", "to show 1 point"]
     lines = []
     for row in rows:
         c = row.against
         assert c is not None
         d, needed = c.difference, st.repeats_for(c, 1.0) if c.within else None
         shows = st.detectable(c) or 100 * st.unseen(d.questions)
-        many = f"{st.questions_for(c, 1.0):,} questions" if needed is None else str(needed)
+        many = f"{st.questions_for(c, 1.0):,} questions" if needed is None else f"{needed} repeats"
         correlation = "" if math.isnan(c.correlation) else f"{c.correlation:.2f}"
         lines.append([row.title, f"{d.mean:+.1f}", f"{d.low:+.1f} to {d.high:+.1f}", correlation, f"{shows:.1f}", many])
     return head, lines
@@ -174,6 +174,7 @@ def page(run: Run, rows: list[TaskResult], other: Run | None = None) -> str:
         paired_head=paired_head,
         paired_rows=paired_rows,
         flips=[line.replace("`", "") for row in compared for line in _flips(row)],
+        any_card=any(row.card for row in rows),
         limited=_limited(run),
         scale=_scale(compared),
     )

@@ -137,6 +137,10 @@ def questions_for(comparison: Comparison, points: float) -> int:
     return max(2, math.ceil(variance * (_factor(comparison.difference.questions) / points) ** 2))
 
 
+def _points(count: float) -> str:
+    return f"{count:g} point{'' if count == 1 else 's'}"
+
+
 def _factor(questions: int) -> float:
     degrees = max(1, questions - 1)
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees) + stats.t.ppf(POWER, degrees))
@@ -149,10 +153,10 @@ def verdict(
     d = comparison.difference
     span = f"{d.mean:+.1f} points, 95 % interval {d.low:+.1f} to {d.high:+.1f}"
     if d.low > -margin:
-        what = "is better than" if d.low > 0 else f"is within {margin:g} points of"
+        what = "is better than" if d.low > 0 else f"is within {_points(margin)} of"
         return f"ACCEPT: {ours} {what} {theirs} on {title} with 95 % confidence ({span})."
     if d.high < -margin:
-        return f"REJECT: {ours} is more than {margin:g} points below {theirs} on {title} with 95 % confidence ({span})."
+        return f"REJECT: {ours} is more than {_points(margin)} below {theirs} on {title} with 95 % confidence ({span})."
     smallest = detectable(comparison) or 100 * unseen(d.questions)
     needed = repeats_for(comparison, margin) if comparison.within else None
     if needed is not None and needed > comparison.repeats:
