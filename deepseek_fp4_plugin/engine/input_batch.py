@@ -25,7 +25,8 @@ class Step:
     """Tensors are int64 on the device.
 
     slots, counts: [R], each request's slot and tokens.  request_of, offsets: [T], a token's request and place in it.
-    known: [T], token ids, -1 where the slot has it.  query_start: see ForwardBatch.
+    known: [T], token ids, -1 where the slot has it.  A uniform step says nothing of counts, request_of, offsets, known
+    and following, and of sample_of where nothing is drawn.  query_start: see ForwardBatch.
     sampled_slots, first, drafts: [S], slot, row of the last known token, number of drafts.
     where: [S, drafts + 1], which of the N rows holds each; past a request's drafts, its last.
     wanted: [N], rows of the batch; None for all.  sample_of: [N], of the S.
@@ -69,11 +70,14 @@ class Step:
         starts = slots.starts.index_select(0, self.slots)
         tables = slots.tables[:, : self.num_blocks].index_select(0, self.slots)
         if self.uniform:
-            width = slots.tokens.shape[1]
-            positions = starts.unsqueeze(1) + slots.numbers[:width]
-            mapping = tables.gather(1, positions // block_size) * block_size + positions % block_size
+            positions = starts.unsqueeze(1)
+            if self.max_query > 1:
+                positions = positions + slots.numbers[: self.max_query]
+            columns = positions // block_size
+            # block * size + position % size, in fewer operations
+            mapping = torch.add(positions, tables.gather(1, columns).sub_(columns), alpha=block_size)
             ids = slots.tokens.index_select(0, self.slots)
-            return ids.view(-1), positions.view(-1), mapping.view(-1), tables, starts + width
+            return ids.view(-1), positions.view(-1), mapping.view(-1), tables, starts + self.max_query
         positions = starts[self.request_of] + self.offsets
         mapping = tables[self.request_of, positions // block_size] * block_size + positions % block_size
         held = slots.tokens[self.slots[self.request_of], self.offsets.clamp(max=slots.tokens.shape[1] - 1)]
@@ -191,23 +195,24 @@ def build_uniform(
 
     num_blocks: that none has more than; None: whatever they may have.
     """
-    width, device, count = slots.tokens.shape[1], places.device, places.shape[0]
-    rows = torch.arange(count * width, device=device)
+    width, count = slots.tokens.shape[1], places.shape[0]
+    rows = slots.numbers[: count * width]
     none = rows[:0]
+    query_start = slots.numbers[: count * width + 1 : width].contiguous()
     return Step(
         slots=places,
-        counts=torch.full_like(places, width),
-        request_of=rows // width,
-        offsets=rows % width,
-        known=torch.full_like(rows, -1),
-        query_start=torch.arange(count + 1, device=device) * width,
+        counts=none,
+        request_of=none,
+        offsets=none,
+        known=none,
+        query_start=query_start,
         sampled_slots=places,
-        first=rows[::width],
-        drafts=torch.full_like(places, width - 1),
+        first=query_start[:-1],
+        drafts=slots.all_drafts[:count],
         where=rows.view(count, width),
         wanted=None,
-        sample_of=rows // width,
-        following=rows,
+        sample_of=rows // width if drawn else none,
+        following=none,
         random=rows if drawn else None,
         ends=none,
         behind=none,

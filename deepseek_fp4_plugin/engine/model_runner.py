@@ -146,12 +146,18 @@ class ModelRunner:
         hidden = self.model(batch, self.cache)
         logits = self.model.lm_head(hidden if step.wanted is None else hidden[step.wanted])
         best = ops.argmax(logits)
+        if self.drafter is None:  # nothing is computed in between
+            return *cut(partial(self._choose_and_advance, step, rows, batch), logits, best), hidden, logits
         verified = Verified(*cut(partial(self._choose, step, rows, batch), logits, best))
-        drafts: list[Tensor] = []
-        if self.drafter is not None:
-            starts = self.slots.numbers[: len(step.sampled_slots) + 1]
-            drafts = self.drafter.propose(batch, hidden, verified, starts, step.dp_sampled)
+        starts = self.slots.numbers[: len(step.sampled_slots) + 1]
+        drafts = self.drafter.propose(batch, hidden, verified, starts, step.dp_sampled)
         return *cut(partial(self._advance, step, batch, verified), *drafts), hidden, logits
+
+    def _choose_and_advance(
+        self, step: Step, rows: Sequence[PlanRow], batch: ForwardBatch, raw: Tensor, best: Tensor
+    ) -> Results:
+        """Both in one cut."""
+        return self._advance(step, batch, self._choose(step, rows, batch, raw, best))
 
     def _choose(self, step: Step, rows: Sequence[PlanRow], batch: ForwardBatch, raw: Tensor, best: Tensor) -> Verified:
         """Target tokens, verified drafts, and from where drafting goes on.  best: int64 [N], argmax of `raw`."""
@@ -171,10 +177,11 @@ class ModelRunner:
         else:
             emitted, greatest = targets[step.where], greatest[step.where]
         if self.drafter is None:
-            accepted, last = self.slots.zeros[: len(own)], step.first
+            accepted, last = step.drafts, step.first  # all zero
         else:
             drafts = slots.tokens.index_select(0, own)[:, 1:]
-            drafts = drafts.masked_fill(slots.numbers[: self.num_drafts] >= step.drafts.unsqueeze(1), -1)
+            if not step.uniform:
+                drafts = drafts.masked_fill(slots.numbers[: self.num_drafts] >= step.drafts.unsqueeze(1), -1)
             relaxed = None
             if step.relaxed_topk > 1:
                 relaxed = self._passes_relaxed(step, logits, drafts)
@@ -182,7 +189,11 @@ class ModelRunner:
             if step.relaxed_topk > 1:
                 slots.thinking[own] = thinking_after(slots.thinking[own], emitted, accepted, slots.think_ids[own])
             last = step.first + accepted
-        newest = batch.positions.index_select(0, last) + 1
+        if step.uniform and self.drafter is None:
+            assert batch.context_lens is not None
+            newest = batch.context_lens
+        else:
+            newest = batch.positions.index_select(0, last) + 1
         self._times.append(time.perf_counter())
         return Verified(emitted, accepted, greatest, *self._draft_inputs(step, batch, emitted, last, newest))
 
@@ -214,7 +225,8 @@ class ModelRunner:
     ) -> tuple[Tensor, ...]:
         """Verified's next_ids and all behind it."""
         if self.drafter is None:
-            return (last[:0], last, newest, *[last[:0]] * 4)
+            none = last[:0]
+            return none, last, newest, none, none, none, none
         ids = emitted.flatten()
         tables = batch.block_tables
         if step.wanted is not None:
@@ -241,8 +253,11 @@ class ModelRunner:
             newest = verified.emitted.gather(1, verified.accepted.unsqueeze(1))
             tokens = torch.cat([newest, *[draft.unsqueeze(1) for draft in drafts]], 1)
         slots.tokens.index_copy_(0, own, tokens)
-        slots.starts[slots.dummy :].zero_()
-        return torch.cat((verified.emitted, verified.accepted.unsqueeze(1), tokens[:, 1:]), 1), verified.greatest
+        slots.dummy_start.zero_()
+        parts = [verified.emitted, verified.accepted.unsqueeze(1)]
+        if drafts:
+            parts.append(tokens[:, 1:])
+        return torch.cat(parts, 1), verified.greatest
 
     def _prompt_logprobs(self, rows: Sequence[PlanRow], hidden: Tensor, result: "PendingResult") -> None:
         """Of known tokens behind those computed."""
@@ -285,12 +300,13 @@ class PendingResult:
             self.done.synchronize()
         result = StepResult([[] for _ in self.rows], [[] for _ in self.rows])
         width = self.num_drafts + 1
-        finite = math.isfinite(float(self.greatest.sum()))
+        greatest = self.greatest.tolist()
+        finite = math.isfinite(sum(map(sum, greatest)))
         for place, (index, values) in enumerate(zip(self.sampled, self.packed.tolist(), strict=True)):
             emitted = result.tokens[index] = values[: values[width] + 1]
             result.drafts[index] = values[width + 1 :]
             if not finite:
-                self._fail(result, index, self.greatest[place, : len(emitted)].tolist())
+                self._fail(result, index, greatest[place][: len(emitted)])
             if index in self.logprobs:
                 result.logprobs[index] = self.logprobs[index].entries(emitted)
         for index, parts in self.prompt_logprobs.items():

@@ -27,10 +27,11 @@ class Slots:
         def rows(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(count + 1, *shape, dtype=dtype, device=device)
 
-        self.numbers = torch.arange(max(count, num_drafts) + 2, device=device)  # 0, 1, ...
-        self.zeros = torch.zeros_like(self.numbers)
+        self.numbers = torch.arange((count + 1) * (1 + num_drafts) + 1, device=device)  # 0, 1, ...
+        self.all_drafts = rows().fill_(num_drafts)  # of steps that verify every draft
         self.tokens = rows(1 + num_drafts)  # the newest token, then drafts
         self.starts = rows()  # the first position to compute
+        self.dummy_start = self.starts[count:]
         self.tables = rows(max_blocks)
         self.tables[count] = dummy_block
         self.thinking = rows(dtype=torch.bool)

@@ -70,9 +70,9 @@ class _Refusing(TorchDispatchMode):
             results = work(*tensors)
 
         def again() -> None:
-            for place, value in zip(results, work(*tensors), strict=True):
-                if place.data_ptr() != value.data_ptr():
-                    place.copy_(value)
+            values = work(*tensors)
+            if values:
+                torch._foreach_copy_(results, values)  # all in one call; a tensor itself is left alone
 
         self.parts.append(again)
         self._start()
