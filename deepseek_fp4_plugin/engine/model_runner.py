@@ -85,9 +85,10 @@ class ModelRunner:
         self._times = [time.perf_counter()]
         begun = self._event()
         self.slots.apply(rows)
-        outputs = self.recorded(plan, self._kind(rows))
+        kind = self._kind(rows)
+        outputs = self.recorded(plan, kind)
         if outputs is None:
-            outputs = self._compute(self._step(plan), () if plan.uniform else rows)
+            outputs = self._compute(self._step(plan, kind), () if plan.uniform else rows)
         packed, greatest, hidden, logits = outputs
         sampled = [(i, row) for i, row in enumerate(rows) if row.sample]
         result = PendingResult(rows, [i for i, _ in sampled], self.num_drafts)
@@ -122,11 +123,11 @@ class ModelRunner:
         relaxed = max((setup.relaxed_topk for setup in setups if setup.relaxed), default=1)
         return Kind(not all(setup.sampling.greedy for setup in setups), relaxed)
 
-    def _step(self, plan: StepPlan) -> Step:
+    def _step(self, plan: StepPlan, kind: Kind) -> Step:
         dp = plan.dp_tokens, plan.dp_sampled
         if not plan.uniform or not plan.rows:
             return build(plan.rows, self.slots, self.block_size, *dp)
-        kind, blocks = self._kind(plan.rows), most_blocks(plan.rows, self.slots, self.block_size)
+        blocks = most_blocks(plan.rows, self.slots, self.block_size)
         places = to_device(np.array([row.slot for row in plan.rows], dtype=np.int64), self.device)
         return build_uniform(places, self.slots, kind.drawn, kind.relaxed_topk, *dp, blocks)
 
