@@ -150,7 +150,9 @@ def _flips(row: TaskResult) -> list[str]:
         if questions:
             named = ", ".join(f"`{q}`" for q in questions[:_LISTED])
             rest = f" and {len(questions) - _LISTED} more" if len(questions) > _LISTED else ""
-            lines.append(f"{row.title}, {what} on {len(questions)} questions: {named}{rest}.")
+            lines.append(
+                f"{row.title}, {what} on {len(questions)} question{'' if len(questions) == 1 else 's'}: {named}{rest}."
+            )
     return lines or [f"{row.title}: the same on every question."]
 
 

@@ -132,9 +132,10 @@ def repeats_for(comparison: Comparison, points: float) -> int | None:
 
 
 def questions_for(comparison: Comparison, points: float) -> int:
-    """Questions that would show it with the repeats there are."""
+    """Questions that would show it with the repeats there are; as many at least as make what none showed so rare."""
     variance = comparison.between + comparison.within / comparison.repeats
-    return max(2, math.ceil(variance * (_factor(comparison.difference.questions) / points) ** 2))
+    rare = math.log(1 - CONFIDENCE) / math.log(1 - min(points, 99.0) / 100)
+    return math.ceil(max(rare, variance * (_factor(comparison.difference.questions) / points) ** 2))
 
 
 def _points(count: float) -> str:
@@ -162,7 +163,6 @@ def verdict(
     if needed is not None and needed > comparison.repeats:
         remedy = f"{needed} repeats of each question would show {margin:g}"
     else:
-        more = max(questions_for(comparison, margin), math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - margin / 100)))
         never = "no number of repeats would" if comparison.within else "what repeats would bring is not known from one"
-        remedy = f"{never}; about {more:,} questions would show {margin:g}"
+        remedy = f"{never}; about {questions_for(comparison, margin):,} questions would show {margin:g}"
     return f"CANNOT TELL: {title} cannot show a difference below {smallest:.1f} points here ({span}); {remedy}."
