@@ -162,7 +162,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/messages",
-        responses={200: {"content": {JSON: {"schema": {"type": "object"}}, **_STREAM}}, **_ERRORS},
+        responses={200: {"content": {JSON: {"schema": {"type": "object"}}, **_STREAM}}, **_of_messages()},
         summary="Answer, in the form of Anthropic's messages",
     )
     async def messages(request: Request, body: Annotated[MessagesRequest, Body()]) -> Response:
@@ -171,7 +171,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/messages/count_tokens",
         summary="Tokens of a message's prompt",
-        responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}, **_some(400, 404, 408, 413)},
+        responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}, **_of_messages(400, 404, 408, 413)},
     )
     async def count_tokens(body: Annotated[CountTokensRequest, Body()]) -> Response:
         return Json(await run_in_threadpool(service.count_tokens, body))
@@ -248,6 +248,13 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return reference
+
+
+def _of_messages(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Anthropic's form of an error, on its own routes."""
+    schema = {"type": "object", "required": ["type", "error"]}
+    described = {status: _ERRORS[status]["description"] for status in statuses or _ERRORS}
+    return {s: {"description": text, "content": {JSON: {"schema": schema}}} for s, text in described.items()}
 
 
 def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:

