@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_fp4_plugin.evaluation.answers import code_block
+from deepseek_fp4_plugin.evaluation.answers import code_block, json_answer
 from deepseek_fp4_plugin.evaluation.task import Example, Grade, Task, Tools
 from deepseek_fp4_plugin.evaluation.tasks.gsm8k import gold_number
 
@@ -62,8 +62,6 @@ def _grade(task: Task, answered: Answered, tools: Tools) -> Grade:
         code = code_block(answered.text)
         return Grade(code == (answered.extracted or ""), code)
     (grade,) = task.grade(Example(answered.id, "", answered.gold), [answered.text], tools)
-    if answered.published is None and answered.extracted is not None:
-        return grade
     return grade
 
 
@@ -91,8 +89,6 @@ def _qwen_math(row: dict[str, Any]) -> Answered:
 
 
 def _zero_eval_math(row: dict[str, Any]) -> Answered:
-    from deepseek_fp4_plugin.evaluation.answers import json_answer
-
     text = row["output"][0]
     found = json_answer(text)
     return Answered(str(row["id"]), row["answer"], text if found is None else "\\boxed{" + found + "}")
