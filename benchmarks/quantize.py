@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
-from deepseek_fp4_plugin.quantization.convert import quantize_weight
+from deepseek_fp4_plugin.quantization.recipes.max import quantize_weight
 
 SHAPE, R1_WEIGHTS = (2048, 7168), 657.65e9
 

@@ -30,7 +30,7 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, token_batches
 from deepseek_fp4_plugin.quantization.convert import decoded
 from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
-from deepseek_fp4_plugin.quantization.recipe import Plan
+from deepseek_fp4_plugin.quantization.plan import Plan
 
 ZERO_INPUT_SCALE = 1.0  # of a projection whose every input was zero: holds block maxima of 0.1 to 2688 in full
 BATCH_TOKENS = 8192  # a layer's weights are decoded once a batch; attention's queries of R1 take 0.4 GB for so many

@@ -1,13 +1,11 @@
 """Stream a source checkpoint into an NVFP4 one: one weight, or one gate and up pair, in memory at a time.
 
-The arithmetic is numerics/nvfp4.py's, row chunk after row chunk (rows are independent once the tensor scale is known).
-What the report needs of each weight is noted before its shard is closed, so that a resumed run has it all; what was
-lost of the notes is found again by rounding those weights once more.
+The arithmetic is the recipe's. What the report needs of each weight is noted before its shard is closed, so that a
+resumed run has it all; what was lost of the notes is found again by rounding those weights once more.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,26 +16,18 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.checkpoint.scales import read_scale
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
-from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
-from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
-from deepseek_fp4_plugin.quantization.recipe import Conversion, Plan, Unit, kept_dtype, result_tensors
+from deepseek_fp4_plugin.numerics import fp8_block
+from deepseek_fp4_plugin.quantization.plan import Conversion, Plan, Unit, kept_dtype, result_tensors
+from deepseek_fp4_plugin.quantization.recipe import Recipe, Rounding
 
-_CHUNK = 2**22  # elements quantized at once: temporaries of 16 MB each
 _NOTES = "modules.jsonl"
-
-
-class Rounding(NamedTuple):
-    """Energies of a weight and of its quantization error, for SQNR; amax of the BF16 weight."""
-
-    signal: float
-    noise: float
-    amax: float
 
 
 def convert(
     reader: CheckpointReader,
     writer: CheckpointWriter,
     plan: Plan,
+    recipe: Recipe,
     input_scales: Mapping[str, Tensor],
     device: torch.device,
     progress: Callable[[int, int], None],
@@ -52,7 +42,7 @@ def convert(
     for done, unit in enumerate(plan.units):
         progress(done, len(plan.units))
         if unit.conversions[0].nvfp4:
-            _convert_nvfp4(reader, writer, unit, input_scales, device, notes)
+            _convert_nvfp4(reader, writer, unit, recipe, input_scales, device, notes)
         else:
             for conversion in unit.conversions:
                 if writer.needs(conversion.weight.name):
@@ -78,25 +68,11 @@ def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype
     return weight
 
 
-def quantize_weight(w: Tensor, scale_2: Tensor) -> tuple[NVFP4Tensor, Rounding]:
-    """`nvfp4.quantize(w, scale_2)` in chunks of rows, and the error it makes.  w: BF16 [out, in], finite."""
-    rows, cols = w.shape
-    step = max(1, _CHUNK // cols)
-    pieces, signal, noise = [], 0.0, 0.0
-    for start in range(0, rows, step):
-        chunk = w[start : start + step]
-        piece = nvfp4.quantize(chunk, scale_2)
-        pieces.append(piece)
-        signal += float(chunk.float().square().sum(dtype=torch.float64))
-        noise += float((nvfp4.dequantize(piece) - chunk.float()).square().sum(dtype=torch.float64))
-    packed, scale = torch.cat([p.packed for p in pieces]), torch.cat([p.scale for p in pieces])
-    return NVFP4Tensor(packed, scale, scale_2), Rounding(signal, noise, float(w.abs().amax()))
-
-
 def _convert_nvfp4(
     reader: CheckpointReader,
     writer: CheckpointWriter,
     unit: Unit,
+    recipe: Recipe,
     input_scales: Mapping[str, Tensor],
     device: torch.device,
     notes: "_Notes",
@@ -105,12 +81,10 @@ def _convert_nvfp4(
     noted = all(conversion.weight.module in notes.by_module for conversion in unit.conversions)
     if noted and not any(map(writer.needs, names)):
         return
-    weights = [decoded(reader, conversion, torch.bfloat16, device) for conversion in unit.conversions]
-    scale_2 = nvfp4.tensor_scale(torch.stack([weight.abs().amax() for weight in weights]).amax())
-    for conversion, weight in zip(unit.conversions, weights, strict=True):
-        quantized, rounding = quantize_weight(weight, scale_2)
-        module = conversion.weight.module
-        notes.add(module, rounding)
+    weights = [decoded(reader, conversion, recipe.weight_dtype, device) for conversion in unit.conversions]
+    for conversion, solution in zip(unit.conversions, recipe.solve(weights, None), strict=True):
+        module, quantized = conversion.weight.module, solution.tensor
+        notes.add(module, solution.rounding)
         writer.write(f"{module}.weight", quantized.packed)
         writer.write(f"{module}.weight_scale", quantized.scale)
         writer.write(f"{module}.weight_scale_2", quantized.scale_2)

@@ -34,7 +34,8 @@ from deepseek_fp4_plugin.quantization.calibrate import (
 from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, load_calibration
 from deepseek_fp4_plugin.quantization.convert import convert
 from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
-from deepseek_fp4_plugin.quantization.recipe import RECIPES, Plan, make_plan
+from deepseek_fp4_plugin.quantization.plan import Plan, make_plan
+from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.report import (
     DEEPSEEK_R1,
     QuantizationReport,
@@ -70,7 +71,7 @@ def quantize_checkpoint(
 
     source: a folder, a Hugging Face id, or `r1_nano`.  destination: a folder that is absent or empty; `~` and links
     are followed.
-    recipe: a name in recipe.RECIPES.  layout: a key of recipe.LAYOUTS.  kv_cache: what the config files ask for.
+    recipe: a name in recipes.RECIPES.  layout: a key of plan.LAYOUTS.  kv_cache: what the config files ask for.
     calibration, samples, tokens, seed: see calibration_data.load_calibration.  device: where layers and weights are
     computed.  progress: called with ("calibrate" or "convert", done, total).
     An interrupted run leaves `<destination>.incomplete`; the same call goes on from there and writes the same bytes.
@@ -110,7 +111,9 @@ def quantize_checkpoint(
             reader, config, plan, data, writer.work, target, lambda done, total: tell(CALIBRATE, done, total)
         )
         scales = input_scales(found, modules)
-        roundings = convert(reader, writer, plan, scales, target, lambda done, total: tell(CONVERT, done, total))
+        roundings = convert(
+            reader, writer, plan, RECIPES[recipe], scales, target, lambda done, total: tell(CONVERT, done, total)
+        )
         sqnr, worst = sqnr_by_class(plan, config, roundings)
         report = QuantizationReport(
             source=str(source),

@@ -1,167 +1,117 @@
-"""The one table of the quantizer: which modules become NVFP4, which stay, and which share a scale.
+"""What a recipe is: how scales and codes are found for weights of one input, and what it wants to know of that input.
 
-| | v1 | v2 |
-| dense MLP, routed experts, shared experts of the main model | NVFP4 | NVFP4 |
-| attention: o_proj | BF16 | NVFP4 |
-| attention: the other projections | BF16 | BF16 |
-| router, norms, embedding, head, the whole MTP layer | as they are (FP8 ones BF16) | the same |
-
-v1 is the layout of nvidia/DeepSeek-R1-0528-FP4, v2 that of its successor. gate_proj and up_proj share `weight_scale_2`
-because run-time kernels fuse them and use one. See docs/quantization.md.
+The loop (quantize.py and what it calls) owns files, memory and the forward; a recipe is a pure function with a few
+facts about itself. It never sees a file, a name or another layer, and the same arguments give the same bits on every
+call. Names, dtypes and sizes of what it returns are those of numerics/nvfp4.py, whatever the recipe.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
-from deepseek_fp4_plugin.checkpoint.findings import refuse
-from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
-from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
-from deepseek_fp4_plugin.checkpoint.writer import TensorSpec
-from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.examination import examine_weights, may_be_absent
-from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
-from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK
+from deepseek_fp4_plugin.numerics import nvfp4
+from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
 
-RECIPES = ("max",)  # how scales are found: from the largest magnitude
-_MLP = (Role.DENSE_MLP, Role.ROUTED_EXPERT, Role.SHARED_EXPERT)
-# Layout -> the projections that become NVFP4, by role; an empty tuple stands for all of the role's.
-LAYOUTS: dict[str, dict[Role, tuple[str, ...]]] = {
-    "v1": {role: () for role in _MLP},
-    "v2": {role: () for role in _MLP} | {Role.ATTENTION: ("o_proj",)},
-}
+HELD_OUT = 5  # every fifth input row is kept out of a Hessian, for a recipe to choose by
 
 
-class Conversion(NamedTuple):
-    """What happens to one weight of the source.
+class Needs(StrEnum):
+    """What `solve` reads of InputStatistics. Every recipe's `input_scale` comes from amax besides."""
 
-    source: its format there.  nvfp4: becomes NVFP4; else a linear or an FP8 weight is stored BF16, others as they are.
+    NOTHING = "nothing"
+    BLOCK_HESSIAN = "block hessian"  # the 16 x 16 blocks of the diagonal, and rows held out
+    HESSIAN = "hessian"  # all of it, and rows held out
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration knows of the input of one projection, or of the two that share it.
+
+    tokens: rows in `hessian`; 0 for an expert that saw none.
+    hessian: FP32, the mean of x x^T over tokens: [in, in], or [in / 16, 16, 16] of BLOCK_HESSIAN. An expert's is shrunk
+        to its layer's, the mean over all experts' rows: (1 - a) own + a layer, a = in / (in + tokens).
+    held_out: FP32 [n, in], rows that are in no Hessian, at most `recipe.MAX_HELD_OUT`; n is 0 where there are none.
     """
 
-    weight: Weight
-    source: WeightFormat
-    nvfp4: bool
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        if self.source is WeightFormat.FP8_BLOCK:
-            return self.weight.name, f"{self.weight.module}.weight_scale_inv"
-        return (self.weight.name,)
+    tokens: int
+    hessian: Tensor
+    held_out: Tensor
 
 
-class Unit(NamedTuple):
-    """Weights that are converted together: gate and up, which share a tensor scale, or a single one."""
-
-    conversions: tuple[Conversion, ...]
-
-    @property
-    def layer(self) -> int | None:
-        return self.conversions[0].weight.layer
+MAX_HELD_OUT = 4096
 
 
-class Plan(NamedTuple):
-    """Everything that will be written, before any value is read.
+class Rounding(NamedTuple):
+    """Energies of a weight and of its quantization error, for SQNR; amax of the weight as the recipe got it."""
 
-    units: in reading order.  tensors: of the result, in the same order.  exclude_modules: for the config files.
+    signal: float
+    noise: float
+    amax: float
+
+
+class Solution(NamedTuple):
+    """One projection's result.
+
+    choice: what it was made with, where a recipe chooses among ways (gptq falls back to local-hessian), else its name.
     """
 
-    units: tuple[Unit, ...]
-    tensors: tuple[TensorSpec, ...]
-    exclude_modules: tuple[str, ...]
+    tensor: NVFP4Tensor
+    rounding: Rounding
+    choice: str
 
 
-def becomes_nvfp4(weight: Weight, config: DeepseekV3Config, layout: str) -> bool:
-    """True when `layout` (a key of LAYOUTS) stores this weight as NVFP4; the MTP layer it never does."""
-    if not weight.linear or weight.layer is None or weight.layer >= config.num_hidden_layers:
-        return False
-    projections = LAYOUTS[layout].get(weight.role)
-    return projections is not None and (not projections or weight.module.rpartition(".")[2] in projections)
+class Recipe(Protocol):
+    """A way to quantize.
 
-
-def excluded_modules(config: DeepseekV3Config, layout: str) -> list[str]:
-    """`exclude_modules` of hf_quant_config.json: wildcards in v1, exact names in v2, the MTP layer by name in both."""
-    excluded = ["lm_head"]
-    for layer in range(config.num_hidden_layers):
-        name = f"model.layers.{layer}.self_attn"
-        if layout == "v1":
-            excluded.append(f"{name}*")
-        else:
-            queries = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-            excluded += [f"{name}.{projection}" for projection in (*queries, "kv_a_proj_with_mqa", "kv_b_proj")]
-    if config.num_nextn_predict_layers:
-        excluded.append(f"model.layers.{config.num_hidden_layers}*")
-    return sorted(excluded)
-
-
-def make_plan(reader: CheckpointReader, config: DeepseekV3Config, layout: str) -> Plan:
-    """Check every tensor of the source against the config, from headers alone, and lay out the result.
-
-    Raises CheckpointError naming a tensor that is missing, has another shape, lacks its scale, is quantized to NVFP4
-    already, has a width NVFP4 cannot hold, or has no place in the model; ValueError for an unknown layout.
+    name: what --recipe calls it.  summary: half a sentence for help and model card.
+    needs: see Needs.  sequential: its layers are observed on what the layers before became, not on the source's.
+    weight_dtype: in which the source's weights are handed over: FP32, or BF16 where ModelOpt goes through it.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
-    refuse(examine_weights(reader.folder, reader.tensors, config, read_json(reader.folder / "config.json"))[1])
-    units: list[Unit] = []
-    specs: list[TensorSpec] = []
-    for group in _groups(config):
-        conversions = []
-        for weight in group:
-            if weight.name not in reader and may_be_absent(weight, config):
-                continue
-            conversion = _conversion(reader, weight, becomes_nvfp4(weight, config, layout))
-            specs += result_tensors(conversion, reader.info(weight.name).dtype)
-            conversions.append(conversion)
-        if conversions:
-            units.append(Unit(tuple(conversions)))
-    return Plan(tuple(units), tuple(specs), tuple(excluded_modules(config, layout)))
+
+    name: str
+    summary: str
+    needs: Needs
+    sequential: bool
+    weight_dtype: torch.dtype
+
+    def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[Solution]:
+        """Quantize weights that share an input and `weight_scale_2`: gate and up, or a single one.
+
+        weights: [out, in] each in `weight_dtype`, finite, on the device to compute on.
+        inputs: on the same device; None exactly where `needs` is NOTHING.
+        """
+
+    def input_scale(self, amax: Tensor) -> Tensor:
+        """`input_scale` for inputs whose largest magnitude is `amax`, FP32 [], over all experts of the layer."""
 
 
-def result_tensors(conversion: Conversion, source_dtype: torch.dtype) -> list[TensorSpec]:
-    """The tensors a weight becomes."""
-    weight = conversion.weight
-    if not conversion.nvfp4:
-        return [TensorSpec(weight.name, kept_dtype(conversion, source_dtype), weight.shape)]
-    rows, cols = weight.shape
-    return [
-        TensorSpec(weight.name, torch.uint8, (rows, cols // 2)),
-        TensorSpec(f"{weight.module}.weight_scale", torch.float8_e4m3fn, (rows, cols // BLOCK)),
-        TensorSpec(f"{weight.module}.weight_scale_2", torch.float32, ()),
-        TensorSpec(f"{weight.module}.input_scale", torch.float32, ()),
-    ]
+def measured(w: Tensor, quantized: NVFP4Tensor) -> Rounding:
+    """The energies of `w` and of what `quantized` makes of it, summed in FP64 over chunks of rows."""
+    step = max(1, _CHUNK // w.shape[1])
+    signal = noise = 0.0
+    for start in range(0, w.shape[0], step):
+        rows = slice(start, start + step)
+        chunk = w[rows].float()
+        piece = NVFP4Tensor(quantized.packed[rows], quantized.scale[rows], quantized.scale_2)
+        signal += float(chunk.square().sum(dtype=torch.float64))
+        noise += float((nvfp4.dequantize(piece) - chunk).square().sum(dtype=torch.float64))
+    return Rounding(signal, noise, float(w.abs().amax()))
 
 
-def kept_dtype(conversion: Conversion, source_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a weight that is not quantized: BF16 for linears and FP8 ones, else the source's."""
-    if conversion.weight.linear or conversion.source is WeightFormat.FP8_BLOCK:
-        return torch.bfloat16
-    return source_dtype
+def block_diagonal(rows: Tensor) -> Tensor:
+    """The sum over rows of the 16 x 16 diagonal blocks of x x^T: FP32 [n, in] to [in / 16, 16, 16]."""
+    blocks = rows.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    return blocks.transpose(1, 2) @ blocks
 
 
-def _groups(config: DeepseekV3Config) -> Iterator[list[Weight]]:
-    """Weights in reading order, each gate_proj together with its up_proj."""
-    waiting = None
-    for weight in weights(config):
-        if weight.module.endswith(".gate_proj"):
-            waiting = weight
-        elif waiting is not None:
-            yield [waiting, weight]
-            waiting = None
-        else:
-            yield [weight]
+def shrunk(own: Tensor, layer: Tensor, tokens: int, in_features: int) -> Tensor:
+    """An expert's mean Hessian drawn to its layer's, the more the fewer tokens it saw."""
+    a = in_features / (in_features + tokens)
+    return own * (1 - a) + layer * a
 
 
-def _conversion(reader: CheckpointReader, weight: Weight, nvfp4: bool) -> Conversion:
-    source = detect_format(reader, weight.module) if weight.name.endswith(".weight") else WeightFormat.PLAIN
-    if source is WeightFormat.NVFP4:
-        raise CheckpointError(
-            f"{weight.name} in {reader.folder} is NVFP4 already; quantize the FP8 or BF16 original instead"
-        )
-    if nvfp4 and weight.shape[1] % BLOCK:
-        raise CheckpointError(
-            f"{weight.name} in {reader.folder} has {weight.shape[1]} inputs, which NVFP4 cannot hold: "
-            f"its blocks are {BLOCK} wide"
-        )
-    return Conversion(weight, source, nvfp4)
+_CHUNK = 2**22  # elements decoded at once: temporaries of 16 MB each

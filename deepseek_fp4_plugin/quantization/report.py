@@ -17,8 +17,8 @@ from deepseek_fp4_plugin.checkpoint.writer import TensorSpec
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Weight, weights
 from deepseek_fp4_plugin.numerics.fp8_block import BLOCK as FP8_BLOCK
-from deepseek_fp4_plugin.quantization.convert import Rounding
-from deepseek_fp4_plugin.quantization.recipe import Conversion, Plan, becomes_nvfp4, result_tensors
+from deepseek_fp4_plugin.quantization.plan import Conversion, Plan, becomes_nvfp4, result_tensors
+from deepseek_fp4_plugin.quantization.recipe import Rounding
 
 MTP = "MTP layer"
 WORST = 5

@@ -25,7 +25,7 @@ from deepseek_fp4_plugin.quantization import calibrate as calibrate_module
 from deepseek_fp4_plugin.quantization.calibrate import calibrate, cold_experts, input_scales, zero_inputs
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, load_calibration, token_batches
 from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
-from deepseek_fp4_plugin.quantization.recipe import make_plan
+from deepseek_fp4_plugin.quantization.plan import make_plan
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 from tests.ranks import on_mesh
 

@@ -13,9 +13,12 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 from deepseek_fp4_plugin.numerics.error import first_mismatch, sqnr_db
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
-from deepseek_fp4_plugin.quantization import convert as convert_module
-from deepseek_fp4_plugin.quantization.convert import Rounding, convert, quantize_weight
-from deepseek_fp4_plugin.quantization.recipe import make_plan
+from deepseek_fp4_plugin.quantization.convert import convert
+from deepseek_fp4_plugin.quantization.plan import make_plan
+from deepseek_fp4_plugin.quantization.recipe import Rounding
+from deepseek_fp4_plugin.quantization.recipes import RECIPES
+from deepseek_fp4_plugin.quantization.recipes import max as max_module
+from deepseek_fp4_plugin.quantization.recipes.max import quantize_weight
 from deepseek_fp4_plugin.quantization.report import Bytes, sizes, sqnr_by_class
 from tests.tiny import write_checkpoint
 
@@ -32,7 +35,7 @@ def convert_to(source, folder, layout="v1", progress=lambda done, total: None):
     scales = {module: torch.tensor(float(i + 1)) for i, module in enumerate(modules)}
     writer = CheckpointWriter(folder, plan.tensors, {}, 200_000)
     try:
-        roundings = convert(reader, writer, plan, scales, torch.device("cpu"), progress)
+        roundings = convert(reader, writer, plan, RECIPES["max"], scales, torch.device("cpu"), progress)
         writer.finish({"config.json": (source / "config.json").read_bytes()})
     finally:
         writer.close()
@@ -47,7 +50,7 @@ def converted(tiny_fp8, tmp_path_factory):
 
 def test_chunks_of_rows_equal_the_whole(monkeypatch):
     w = torch.randn(37, 64).bfloat16()
-    monkeypatch.setattr(convert_module, "_CHUNK", 64 * 5)
+    monkeypatch.setattr(max_module, "_CHUNK", 64 * 5)
     scale_2 = nvfp4.tensor_scale(w.abs().amax())
     quantized, rounding = quantize_weight(w, scale_2)
     for expected, actual in zip(nvfp4.quantize(w), quantized, strict=True):

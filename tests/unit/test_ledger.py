@@ -11,7 +11,7 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Role, weights
 from deepseek_fp4_plugin.models.ledger import CACHE, Step, decode_step, expected_share, rank_bytes, seconds
 from deepseek_fp4_plugin.parallel.mesh import Mesh
-from deepseek_fp4_plugin.quantization.recipe import becomes_nvfp4
+from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1, planned_sizes
 
 

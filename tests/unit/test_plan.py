@@ -1,4 +1,4 @@
-"""The recipe's table against R1's published counts, and what the plan refuses from headers alone."""
+"""The plan's table against R1's published counts, and what the plan refuses from headers alone."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Role, weights
-from deepseek_fp4_plugin.quantization.recipe import becomes_nvfp4, excluded_modules, make_plan
+from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4, excluded_modules, make_plan
 from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1, planned_sizes
 from tests.tiny import CONFIG, tiny_config, write_checkpoint
 
