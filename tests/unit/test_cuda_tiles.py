@@ -123,3 +123,13 @@ def test_the_benchmark_s_shapes_have_cuts():
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
     assert "dense down 7168 x 18432, 64 rows: Geometry(" in result.stdout
     assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
+
+
+def test_the_whole_model_s_steps_fit():
+    """The dry mode of benchmarks/shard.py computes R1's exact shapes: dense and expert layers, the MTP module."""
+    script = Path(__file__).parents[2] / "benchmarks" / "shard.py"
+    arguments = ["--dry", "--layers", "4", "--batch", "1", "128", "--context", "1024"]
+    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
+    cells = result.stdout.splitlines()
+    assert len(cells) == 18 and all("shapes fit" in cell for cell in cells)
+    assert any(cell.startswith("ep8dp   prefill batch 1    context 8192   drafts 3") for cell in cells)
