@@ -13,7 +13,7 @@ from deepseek_fp4_plugin.layers.weight_source import IN, UNCUT, Cut, WeightSourc
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Weight, weights
 from deepseek_fp4_plugin.parallel.mesh import Mesh
-from deepseek_fp4_plugin.quantization.recipe import becomes_nvfp4
+from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 
 BF16 = torch.bfloat16
 _E2M1_RMS = 2.93  # of a random code's value

@@ -41,7 +41,7 @@ from deepseek_fp4_plugin.models.inventory import Role, Weight
 from deepseek_fp4_plugin.models.ledger import CACHE, FormatOf, Line, Step, decode_step, expected_share, seconds
 from deepseek_fp4_plugin.parallel.collectives import Group
 from deepseek_fp4_plugin.parallel.mesh import Mesh
-from deepseek_fp4_plugin.quantization.recipe import becomes_nvfp4
+from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 
 RANKS, BLOCK, PROMPT = 8, 64, 8192
