@@ -39,10 +39,12 @@ from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.report import (
     DEEPSEEK_R1,
     QuantizationReport,
+    module_figures,
     planned_sizes,
     sizes,
     sqnr_by_class,
 )
+from deepseek_fp4_plugin.quantization.report_page import report_files
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, parts done, parts in all
@@ -127,6 +129,7 @@ def quantize_checkpoint(
             size=sizes(reader, config, plan),
             sqnr_db=sqnr,
             worst=worst,
+            modules=module_figures(plan, config, roundings, found.rows),
             quantized_modules=len(modules),
             cold_experts=len(cold_experts(found, modules)),
             zero_inputs=tuple(zero_inputs(found, modules)),
@@ -190,7 +193,7 @@ def _refuse_changed(reader: CheckpointReader, fingerprint: str, work: Path) -> N
 
 
 def _files(folder: Path, plan: Plan, report: QuantizationReport, config: DeepseekV3Config) -> dict[str, str | bytes]:
-    """Everything but weights: the source's small files, the config files, the card."""
+    """Everything but weights: the source's small files, the config files, the card, the report."""
     files: dict[str, str | bytes] = {}
     for path in sorted(folder.iterdir()):
         ours = path.name in _WRITTEN or path.name.endswith(".index.json") or path.name.startswith(".")
@@ -205,7 +208,7 @@ def _files(folder: Path, plan: Plan, report: QuantizationReport, config: Deepsee
     original = with_mtp_layers(original, config.num_nextn_predict_layers)
     files["config.json"] = _json({**original, "quantization_config": nvfp4_config_section(quant_config)})
     files["README.md"] = model_card(source_facts(report.source, folder), report, config, __version__)
-    return files
+    return files | report_files(report)
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -1,6 +1,10 @@
-"""What a quantization did: bytes before and after by module class, error by class, the worst modules."""
+"""What a quantization did: bytes before and after by module class, error by class, every module's figures.
+
+The table on the screen, the model card, and the report that lies beside the weights (report_page.py) all read this.
+"""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -22,6 +26,7 @@ from deepseek_fp4_plugin.quantization.recipe import Rounding
 
 MTP = "MTP layer"
 WORST = 5
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 # DeepSeek-R1's shape, for the line that a result is compared with.
 DEEPSEEK_R1 = DeepseekV3Config(
@@ -67,11 +72,31 @@ class ModuleError(NamedTuple):
     sqnr_db: float
 
 
+class ModuleFigures(NamedTuple):
+    """One NVFP4 weight. kind: its module class.  expert: None where it is no routed expert's.
+
+    amax: the largest magnitude before.  tokens: input rows that calibration sent through it.
+    """
+
+    module: str
+    kind: str
+    layer: int
+    expert: int | None
+    sqnr_db: float
+    amax: float
+    tokens: int
+
+    @property
+    def projection(self) -> str:
+        return self.module.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Everything that the table, the JSON file and the model card say of one run.
+    """Everything that the tables, the report beside the weights and the model card say of one run.
 
     size: module class -> bytes.  sqnr_db: module class -> decibels over all its weights.  worst: lowest SQNR first.
+    modules: every NVFP4 weight, in reading order.
     cold_experts: expert projections that saw no calibration token.  zero_inputs: modules that saw nothing but zeros.
     r1: the same arithmetic on DeepSeek-R1.
     """
@@ -87,6 +112,7 @@ class QuantizationReport:
     size: dict[str, Bytes]
     sqnr_db: dict[str, float]
     worst: tuple[ModuleError, ...]
+    modules: tuple[ModuleFigures, ...]
     quantized_modules: int
     cold_experts: int
     zero_inputs: tuple[str, ...]
@@ -109,14 +135,16 @@ class QuantizationReport:
         read = {
             "size": {name: Bytes(*count) for name, count in state["size"].items()},
             "worst": tuple(ModuleError(*module) for module in state["worst"]),
+            "modules": tuple(ModuleFigures(*module) for module in state["modules"]),
             "zero_inputs": tuple(state["zero_inputs"]),
             "r1": Bytes(*state["r1"]),
         }
         return cls(**{**state, **read})
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; infinite SQNR becomes null."""
+        """A JSON object; infinite SQNR becomes null. Single modules are in the report beside the weights."""
         content = asdict(self)
+        del content["modules"]
         content["size"] = {name: _bytes_json(count) for name, count in self.size.items()}
         content["total"], content["without_mtp"] = _bytes_json(self.total), _bytes_json(self.without_mtp)
         content["r1"] = _bytes_json(self.r1)
@@ -191,22 +219,43 @@ def planned_sizes(config: DeepseekV3Config, layout: str) -> Bytes:
     return total
 
 
+def module_figures(
+    plan: Plan, config: DeepseekV3Config, roundings: Mapping[str, Rounding], tokens: Mapping[str, int]
+) -> tuple[ModuleFigures, ...]:
+    """Of every NVFP4 weight. tokens: module -> input rows seen, as the observers counted them."""
+    found = []
+    for unit in plan.units:
+        for conversion in unit.conversions:
+            if conversion.nvfp4:
+                weight, module = conversion.weight, conversion.weight.module
+                assert weight.layer is not None
+                rounding, expert = roundings[module], _EXPERT.search(module)
+                found.append(
+                    ModuleFigures(
+                        module,
+                        class_of(weight, config),
+                        weight.layer,
+                        int(expert[1]) if expert else None,
+                        _sqnr(rounding.signal, rounding.noise),
+                        rounding.amax,
+                        tokens.get(module, 0),
+                    )
+                )
+    return tuple(found)
+
+
 def sqnr_by_class(
     plan: Plan, config: DeepseekV3Config, roundings: Mapping[str, Rounding]
 ) -> tuple[dict[str, float], tuple[ModuleError, ...]]:
     """SQNR of every class that has NVFP4 weights, and the worst modules."""
     energy: dict[str, tuple[float, float]] = {}
-    modules = []
-    for unit in plan.units:
-        for conversion in unit.conversions:
-            if conversion.nvfp4:
-                rounding = roundings[conversion.weight.module]
-                name = class_of(conversion.weight, config)
-                signal, noise = energy.get(name, (0.0, 0.0))
-                energy[name] = (signal + rounding.signal, noise + rounding.noise)
-                modules.append(ModuleError(conversion.weight.module, _sqnr(rounding.signal, rounding.noise)))
-    modules.sort(key=lambda module: (module.sqnr_db, module.module))
-    return {name: _sqnr(*pair) for name, pair in energy.items()}, tuple(modules[:WORST])
+    modules = module_figures(plan, config, roundings, {})
+    for module in modules:
+        rounding = roundings[module.module]
+        signal, noise = energy.get(module.kind, (0.0, 0.0))
+        energy[module.kind] = (signal + rounding.signal, noise + rounding.noise)
+    worst = sorted((ModuleError(m.module, m.sqnr_db) for m in modules), key=lambda m: (m.sqnr_db, m.module))
+    return {name: _sqnr(*pair) for name, pair in energy.items()}, tuple(worst[:WORST])
 
 
 def class_of(weight: Weight, config: DeepseekV3Config) -> str:
