@@ -1,12 +1,18 @@
-"""Every CPU operation against this machine's memory and arithmetic, torch's BF16 product and the reference.
+"""Every CPU operation against this machine's memory and arithmetic, torch's products and the reference.
 
     python benchmarks/kernels.py [--json FILE] [--only NAME ...] [--rows N ...] [--repeats 15] [--threads N]
         [--path avx2]
 
 The roof of a row is the larger of two times: its bytes at the read bandwidth, its operations at the rate of torch's
-BF16 product of 2048 x 2048 x 2048. Both are measured in between the operations' turns, and all sides of a group take
-turns, so that a busy machine slows all of them; medians are printed. Every side runs for 8 ms before it is timed.
-Weights rotate over at least 512 MB, and the bandwidth is that of reading as much: no cache helps.
+product of 2048 x 2048 x 2048, in BF16 or FP32, whichever is faster here. Both are measured in between the operations'
+turns, and all sides of a group take turns, so that a busy machine slows all of them; medians are printed. Every side
+runs for 8 ms before it is timed; one that takes long has fewer turns. Weights rotate over at least 512 MB, and the
+bandwidth is that of reading as much: no cache helps.
+
+To measure a processor with AVX-512 as if it had none, mask it for torch as well:
+
+    export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+    python benchmarks/kernels.py --path avx2
 
 groups: products, experts, attention, small, threads
 """
@@ -28,6 +34,7 @@ from deepseek_fp4_plugin.kernels.cpu.extension import native
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 
 ROTATED = 512 << 20  # bytes
+A_CASE = 0.5  # seconds of a case's timed calls, after which it has no more turns than two
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 SHAPES = ((7168, 7168), (2048, 7168), (7168, 2048))  # out, in: a square one, and the two of R1's experts
 FP4_SCALE = torch.tensor(2e-3)
@@ -56,7 +63,6 @@ class Case:
     bytes: int
     flops: int
     call: Callable[[], object]
-    slow: bool = False  # measured twice only
 
 
 class Machine:
@@ -64,14 +70,21 @@ class Machine:
 
     def __init__(self) -> None:
         self.memory = torch.ones(ROTATED, dtype=torch.uint8)
-        self.left, self.right = torch.randn(2048, 2048).to(BF16), torch.randn(2048, 2048).to(BF16)
+        square = torch.randn(2048, 2048)
+        small = square[:256, :256].contiguous()  # BF16 without hardware for it takes seconds for more
+        self.dtype = min((BF16, torch.float32), key=lambda dtype: _product_seconds(small.to(dtype)))
+        self.square = square.to(self.dtype)
         self.bandwidths: list[float] = []
         self.rates: list[float] = []
 
     def measure(self, threads: int) -> None:
-        self.rates.append(2 * 2048**3 / settled(lambda: self.left @ self.right, 1))
+        self.rates.append(2 * 2048**3 / settled(lambda: self.square @ self.square, 1))
         rest()
         self.bandwidths.append(ROTATED / settled(lambda: native.read(self.memory.data_ptr(), ROTATED, threads), 1))
+
+
+def _product_seconds(square: Tensor) -> float:
+    return settled(lambda: square @ square, 10)
 
 
 def rest() -> None:
@@ -98,17 +111,19 @@ def run_group(cases: list[Case], repeats: int, threads: int) -> list[Row]:
     machine = Machine()
     torch.set_num_threads(threads)
     seconds: list[list[float]] = [[] for _ in cases]
-    times = [max(1, int(8e-3 / max(timed(case.call, 1), 1e-7))) for case in cases]
+    first = [timed(case.call, 1) for case in cases]
     for turn in range(repeats):
         machine.measure(threads)
         for index, case in enumerate(cases):
-            if turn < 2 or not case.slow:
-                if "torch" in cases[index - 1].operation:
-                    rest()
-                measure = timed if case.slow else settled
-                seconds[index].append(measure(case.call, times[index]))
+            if turn * max(first[index], 8e-3) > A_CASE and turn > 1:
+                continue
+            if "torch" in cases[index - 1].operation:
+                rest()
+            measure = timed if first[index] > A_CASE else settled
+            seconds[index].append(measure(case.call, max(1, int(8e-3 / max(first[index], 1e-7)))))
     bandwidth, rate = statistics.median(machine.bandwidths), statistics.median(machine.rates)
-    print(f"\nread bandwidth {bandwidth / 1e9:.1f} GB/s, torch BF16 {rate / 1e9:.0f} GFLOP/s, {threads} threads")
+    product = str(machine.dtype).removeprefix("torch.")
+    print(f"\nread bandwidth {bandwidth / 1e9:.1f} GB/s, torch {product} {rate / 1e9:.0f} GFLOP/s, {threads} threads")
     print(f"{'operation':<22}{'shape':<22}{'rows':>5}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of roof':>9}")
     rows = []
     for case, own in zip(cases, seconds, strict=True):
@@ -156,22 +171,25 @@ def products(shape: tuple[int, int]) -> list[Case]:
         first = random_weight(weight_format, out, width)
         return [first] + [random_weight(weight_format, out, width) for _ in range(ROTATED // weight_bytes(first))]
 
-    def add(name: str, rows: int, part: WeightTensors, call: Callable[[Tensor], object], slow: bool = False) -> None:
-        x = torch.randn(rows, width).to(BF16)
-        moved = weight_bytes(part) + 2 * rows * (out + width)
-        flops = 2 * rows * out * width
-        cases.append(Case(name, f"{out} x {width}", rows, moved, flops, lambda: call(x), slow))
+    def add(name: str, rows: int, moved: int, call: Callable[[Tensor], object], dtype: torch.dtype = BF16) -> None:
+        x = torch.randn(rows, width).to(dtype)
+        moved += dtype.itemsize * rows * (out + width)
+        cases.append(Case(name, f"{out} x {width}", rows, moved, 2 * rows * out * width, lambda: call(x)))
 
     nvfp4, fp8, plain = (weights(f) for f in (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK, WeightFormat.PLAIN))
     w4a16, w4a4 = rotating(nvfp4, "cpu"), rotating(nvfp4, "cpu", "fp4")
-    w8a16, law = rotating(fp8, "cpu"), rotating(nvfp4, "reference")
+    w8a16, w16a16, law = rotating(fp8, "cpu"), rotating(plain, "cpu"), rotating(nvfp4, "reference")
     bf16 = itertools.cycle([part.weight for part in plain])
+    fp32 = itertools.cycle([part.weight.float() for part in plain[: -(-len(plain) // 2)]])
+    linear = torch.nn.functional.linear
     for rows in (1, 2, 4, 8, 16, 64, 512):
-        add("w4a16", rows, nvfp4[0], lambda x: cpu.linear(x, next(w4a16)))
-        add("w4a4", rows, nvfp4[0], lambda x: cpu.linear(x, next(w4a4)))
-        add("w8a16", rows, fp8[0], lambda x: cpu.linear(x, next(w8a16)))
-        add("torch bf16", rows, plain[0], lambda x: torch.nn.functional.linear(x, next(bf16)))
-    add("reference w4a16", 1, nvfp4[0], lambda x: reference.linear(x, next(law)), slow=True)
+        add("w4a16", rows, weight_bytes(nvfp4[0]), lambda x: cpu.linear(x, next(w4a16)))
+        add("w4a4", rows, weight_bytes(nvfp4[0]), lambda x: cpu.linear(x, next(w4a4)))
+        add("w8a16", rows, weight_bytes(fp8[0]), lambda x: cpu.linear(x, next(w8a16)))
+        add("bf16", rows, weight_bytes(plain[0]), lambda x: cpu.linear(x, next(w16a16)))
+        add("torch bf16", rows, weight_bytes(plain[0]), lambda x: linear(x, next(bf16)))
+        add("torch fp32", rows, 2 * weight_bytes(plain[0]), lambda x: linear(x, next(fp32)), torch.float32)
+    add("reference w4a16", 1, weight_bytes(nvfp4[0]), lambda x: reference.linear(x, next(law)))
     return cases
 
 
@@ -232,7 +250,7 @@ def attention() -> list[Case]:
                 flops = 2 * rows * heads * context * (2 * latent + rope)
                 shape = f"context {context}"
                 cases.append(Case(f"mla {name}", shape, rows, size, flops, lambda f=attend: f(cpu)))
-                cases.append(Case(f"mla {name}, torch", shape, rows, size, flops, lambda f=attend: f(decoded), True))
+                cases.append(Case(f"mla {name}, torch", shape, rows, size, flops, lambda f=attend: f(decoded)))
     return cases
 
 

@@ -75,6 +75,46 @@ inline void weighted_sum_rows(
   for (; d + 32 * B <= latent; d += 32 * B) weighted_sum_block<M, B, FAR>(p, p_stride, entry, keys, d, latent, total);
   for (; d < latent; d += 32) weighted_sum_block<M, 1, FAR>(p, p_stride, entry, keys, d, latent, total);
 }
+#elif defined(__AVX2__)
+// The same for latent % 16 == 0 and BF16 entries: M rows, B vectors of 16 dimensions at a time.
+template <int M, int B>
+inline void weighted_sum_block(
+    const float* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t d, int64_t latent,
+    float* total) {
+  __m256 even[M][B] = {}, odd[M][B] = {};
+  for (int64_t key = 0; key < keys; key++) {
+    UNROLL for (int i = 0; i < B; i++) {
+      const __m256i halves = load_bytes(entry[key] + d + i * 16);
+      const __m256 values[2] = {even_halves(halves), odd_halves(halves)};
+      UNROLL for (int m = 0; m < M; m++) {
+        const __m256 weight = _mm256_broadcast_ss(p + m * p_stride + key);
+        even[m][i] = _mm256_fmadd_ps(values[0], weight, even[m][i]);
+        odd[m][i] = _mm256_fmadd_ps(values[1], weight, odd[m][i]);
+      }
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++)
+    UNROLL for (int i = 0; i < B; i++) {
+      const __m256 low = _mm256_unpacklo_ps(even[m][i], odd[m][i]), high = _mm256_unpackhi_ps(even[m][i], odd[m][i]);
+      float* to = total + m * latent + d + i * 16;
+      _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    }
+}
+
+inline void weighted_sums(
+    const float* p, int64_t p_stride, const uint16_t* const* entry, int64_t keys, int64_t rows, int64_t latent,
+    float* total) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    for (int64_t d = 0; d < latent; d += 16)
+      weighted_sum_block<4, 1>(p + r * p_stride, p_stride, entry, keys, d, latent, total + r * latent);
+  for (; r < rows; r++) {
+    int64_t d = 0;
+    for (; d + 64 <= latent; d += 64) weighted_sum_block<1, 4>(p + r * p_stride, p_stride, entry, keys, d, latent, total + r * latent);
+    for (; d < latent; d += 16) weighted_sum_block<1, 1>(p + r * p_stride, p_stride, entry, keys, d, latent, total + r * latent);
+  }
+}
 #endif
 
 struct Piece {  // of one request: rows [row, row + rows) of the batch's (query, head) rows, keys [key, key + keys)
@@ -111,14 +151,19 @@ inline void soften(float* s, int64_t visible, int64_t keys, float scale, float* 
   *total = sum(sums);
 }
 
-// Entries as the products take them: E4M3 ones are decoded first where products take BF16.
-inline Format entry_format([[maybe_unused]] bool fp8) {
+// Entries are summed up as BF16 where their latents are so many times as long; E4M3 ones are then decoded first.
 #if defined(__AVX512BF16__)
-  return PLAIN;
+constexpr int64_t SUMMED = 32;
+#elif defined(__AVX2__)
+constexpr int64_t SUMMED = 16;
 #else
-  return fp8 ? FP8_BLOCK : PLAIN;
+constexpr int64_t SUMMED = 0;
 #endif
+inline bool are_summed([[maybe_unused]] int64_t latent) {
+  if constexpr (SUMMED > 0) return latent % SUMMED == 0;
+  return false;
 }
+inline Format entry_format(bool fp8) { return fp8 && SUMMED == 0 ? FP8_BLOCK : PLAIN; }
 
 inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& piece, float* out, float* largest, float* total) {
   const int64_t width = a.latent + a.rope, padded = ceil_div(width, 128) * 128;
@@ -142,17 +187,13 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
   float* floats = reinterpret_cast<float*>(entry + SPLIT);
   [[maybe_unused]] uint16_t* decoded = reinterpret_cast<uint16_t*>(floats + SPLIT * padded);
 
-#if defined(__AVX512BF16__)
-  const bool halves = a.latent % 32 == 0;
-#else
-  const bool halves = false;
-#endif
+  const bool halves = are_summed(a.latent);
   const int64_t* table = a.block_tables + piece.request * a.table_stride;
   for (int64_t key = 0; key < keys;) {
     const int64_t block = table[(piece.key + key) / a.block_size], at = (piece.key + key) % a.block_size;
     const int64_t count = a.block_size - at < keys - key ? a.block_size - at : keys - key;
     v.values = a.cache + (block * a.block_size + at) * cached_bytes;
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
     if (a.fp8) {
       for (int64_t i = 0; i < count; i++) decode_e4m3(v.values + i * width, width, decoded + (key + i) * width);
       v.values = reinterpret_cast<const uint8_t*>(decoded + key * width);
@@ -182,7 +223,7 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
     int64_t visible = position + 1 - piece.key;
     visible = visible < 0 ? 0 : visible > keys ? keys : visible;
     soften(s + r * SPLIT, visible, keys, a.scale, largest + r, total + r);
-    if (halves) {
+    if (halves && SUMMED == 32) {
       for (int64_t i = 0; i < keys; i++) p[r * SPLIT + i] = to_bf16(s[r * SPLIT + i]);
       if (even > keys) p[r * SPLIT + keys] = 0;
     }
@@ -196,6 +237,8 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
     for (; r < piece.rows; r++) weighted_sum_rows<1>(p + r * SPLIT, SPLIT, entries, even, a.latent, out + r * a.latent);
     return;
   }
+#elif defined(__AVX2__)
+  if (halves) return weighted_sums(s, SPLIT, reinterpret_cast<const uint16_t* const*>(entry), keys, piece.rows, a.latent, out);
 #endif
   weighted_sum(s, reinterpret_cast<const float* const*>(entry), keys, piece.rows, a.latent, out);
 }

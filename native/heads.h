@@ -97,6 +97,37 @@ inline bool absorbs_fp8(const View& v, const HeadArgs& a) {
   const bool even = a.rows % 2 == 0 && (!v.scale || (v.block_rows % 2 == 0 && a.first % 2 == 0 && v.out / a.heads % 2 == 0));
   return v.format == FP8_BLOCK && v.in % 32 == 0 && even;
 }
+#elif defined(__AVX2__)
+// total[t * v.in + d] = sum over n of x[t * rows + n] * weight[row + n][d]: rows of the weight are BF16, or become it.
+// Those of an FP8 weight that share scales are summed up together, and their sums scaled.
+inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float* x, int64_t tokens, float* total) {
+  const int64_t height = v.format == FP8_BLOCK && v.scale ? v.block_rows : rows;
+  uint8_t* memory = static_cast<uint8_t*>(scratch(SCRATCH_PANEL, rows * (v.in * 2 + 8) + tokens * v.in * 4));
+  const uint16_t** entry = reinterpret_cast<const uint16_t**>(memory);
+  float* part = reinterpret_cast<float*>(entry + rows);
+  uint16_t* decoded = reinterpret_cast<uint16_t*>(part + tokens * v.in);
+  const bool scaled = v.format == FP8_BLOCK && v.scale;
+  if (scaled) __builtin_memset(total, 0, tokens * v.in * 4);
+  for (int64_t n = 0; n < rows;) {
+    const int64_t block = scaled ? ((row + n) / height + 1) * height - row : rows, stop = block < rows ? block : rows;
+    for (int64_t i = n; i < stop; i++) {
+      const uint8_t* from = v.values + (row + i) * v.row_bytes;
+      uint16_t* to = decoded + i * v.in;
+      if (v.format != PLAIN) fetch_bytes(address(from) + v.ahead, v.row_bytes);
+      if (v.format == NVFP4) decode_nvfp4_row(from, v.scale + (row + i) * v.scale_cols, v.in, to);
+      else if (v.format == FP8_BLOCK) decode_e4m3(from, v.in, to);
+      entry[i - n] = v.format == PLAIN ? reinterpret_cast<const uint16_t*>(from) : to;
+    }
+    weighted_sums(x + n, rows, entry, stop - n, tokens, v.in, scaled ? part : total);
+    for (int64_t t = 0; t < tokens && scaled; t++)
+      for (int64_t d = 0; d < v.in;) {
+        const int64_t end = (d / v.block_cols + 1) * v.block_cols, last = end < v.in ? end : v.in;
+        const float scale = block_scale(v, row + n, d / v.block_cols);
+        for (; d < last; d++) total[t * v.in + d] += part[t * v.in + d] * scale;
+      }
+    n = stop;
+  }
+}
 #endif
 
 // Rows are added up, so that the weight is read as it lies.
@@ -123,6 +154,13 @@ inline void absorb(const HeadArgs& a) {
       const uint16_t** entry = reinterpret_cast<const uint16_t**>(total + a.tokens * v.in);
       for (int64_t n = 0; n < a.rows; n++) entry[n] = reinterpret_cast<const uint16_t*>(v.values) + (row + n) * v.in;
       weighted_sums<true>(x, a.token_stride, entry, a.rows, a.tokens, v.in, total);
+    } else
+#elif defined(__AVX2__)
+    if (v.in % SUMMED == 0) {
+      float* values = static_cast<float*>(scratch(SCRATCH_INPUT, a.tokens * a.rows * 4));
+      for (int64_t t = 0; t < a.tokens; t++)
+        for (int64_t n = 0; n < a.rows; n++) values[t * a.rows + n] = from_bf16(x[t * a.token_stride + n]);
+      absorb_halves(v, row, a.rows, values, a.tokens, total);
     } else
 #endif
     {

@@ -68,7 +68,9 @@ inline float block_scale(const View& v, int64_t row, int64_t column_block) {
 
 // How prepared activations are laid out. Rows are padded with zeros to a multiple of 256 elements.
 //   FLOATS   FP32, natural order (FP4 activations: code value times block scale)
-//   NIBBLES  (AVX2) FLOATS, of each 16 elements 0 2 4 6 1 3 5 7 8 10 12 14 9 11 13 15
+//   PAIRS    (AVX2) FLOATS, of each 16 elements the even ones, then the odd ones
+//   QUARTERS (AVX2) FLOATS, of each 64 elements the blocks of 16 0 and 2 together, then 1 and 3: elements 0 4 8 12 of both,
+//            then 2 6 10 14, then 1 5 9 13, then 3 7 11 15
 //   HALVES   BF16, natural order
 //   QUADS    (AVX-512) BF16; of each 256 elements, for i = 0 .. 3: elements i and i + 4 of every block of 16, then for
 //            i = 8 .. 11 the same
@@ -77,11 +79,12 @@ inline float block_scale(const View& v, int64_t row, int64_t column_block) {
 //            1 3 5 7, then 8 10 12 14, then 9 11 13 15; FP32 block scales; int32 -12 times the sum of a block's codes
 //   In QUADS and CODES block b of a chunk is lane lane_of(b), where two shuffles of a weight's 128 bytes put it.
 constexpr int64_t lane_of(int64_t block) { return (block & 1) | (block & 8) >> 2 | (block & 6) << 1; }
-enum Layout { FLOATS, NIBBLES, HALVES, QUADS, UNPACKED, CODES };
+enum Layout { FLOATS, PAIRS, QUARTERS, HALVES, QUADS, UNPACKED, CODES };
 constexpr int64_t CODES_BYTES = 384, CODES_SCALE = 256, CODES_SUM = 320;
 
 constexpr int64_t CHUNK = 256;  // elements
-inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : layout == FLOATS || layout == NIBBLES ? 1024 : 512; }
+inline bool is_fp32(Layout layout) { return layout == FLOATS || layout == PAIRS || layout == QUARTERS; }
+inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : is_fp32(layout) ? 1024 : 512; }
 
 // Prepared activations, chunk after chunk of 256 elements, in each chunk row after row: a product reads them in this
 // order. Row r's part of chunk c at at(r) + c * step.
@@ -173,12 +176,27 @@ inline void prepare_codes(const float* x, int64_t n, float input_scale, [[maybe_
   }
 }
 
-inline void order_nibbles(float* x) {
-  for (int64_t i = 0; i < CHUNK; i += 8) {
-    const float from[8] = {x[i], x[i + 2], x[i + 4], x[i + 6], x[i + 1], x[i + 3], x[i + 5], x[i + 7]};
-    __builtin_memcpy(x + i, from, sizeof(from));
+#if defined(__AVX2__)
+// A chunk of FP32 from its natural order.
+inline void split_pairs(const float* x, float* out) {
+  for (int64_t i = 0; i < CHUNK; i += 16) {
+    const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+    const __m256d even = (__m256d)_mm256_shuffle_ps(a, b, 0x88), odd = (__m256d)_mm256_shuffle_ps(a, b, 0xdd);
+    _mm256_storeu_ps(out + i, (__m256)_mm256_permute4x64_pd(even, 0xd8));
+    _mm256_storeu_ps(out + i + 8, (__m256)_mm256_permute4x64_pd(odd, 0xd8));
   }
 }
+
+inline void split_quarters(const float* x, float* out) {
+  for (int64_t block = 0; block < CHUNK / 16; block++) {
+    __m128 r[4];
+    for (int i = 0; i < 4; i++) r[i] = _mm_loadu_ps(x + block * 16 + i * 4);
+    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+    float* to = out + block / 4 * 64 + block % 2 * 32 + block % 4 / 2 * 4;
+    for (int i = 0; i < 4; i++) _mm_storeu_ps(to + (i % 2 * 2 + i / 2) * 8, r[i]);
+  }
+}
+#endif
 
 // n <= CHUNK BF16 activations into one chunk of a layout.
 inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, Layout layout, uint8_t* out) {
@@ -189,14 +207,18 @@ inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, La
     x = padded;
   }
   uint16_t* o = reinterpret_cast<uint16_t*>(out);
-  if (layout == FLOATS || layout == NIBBLES || layout == CODES) {
+  if (is_fp32(layout) || layout == CODES) {
     const bool codes = weight.format == NVFP4 && weight.input_scale > 0;
     float values[CHUNK];
     for (int64_t i = 0; i < CHUNK; i += W) store(values + i, load_bf16(x + i));
-    if (!codes || n < CHUNK) __builtin_memset(out, 0, chunk_bytes(layout));
+    if (codes && n < CHUNK) __builtin_memset(out, 0, chunk_bytes(layout));
     if (codes) prepare_codes(values, n, weight.input_scale, layout, out);
-    else __builtin_memcpy(out, values, sizeof(values));
-    if (layout == NIBBLES) order_nibbles(reinterpret_cast<float*>(out));
+    else if (layout == FLOATS) __builtin_memcpy(out, values, sizeof(values));
+#if defined(__AVX2__)
+    if (codes && layout != CODES) __builtin_memcpy(values, out, sizeof(values));
+    if (layout == PAIRS) split_pairs(values, reinterpret_cast<float*>(out));
+    if (layout == QUARTERS) split_quarters(values, reinterpret_cast<float*>(out));
+#endif
   } else if (layout == QUADS) {
 #if defined(__AVX512VNNI__)
     split_quads(x, o);

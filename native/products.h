@@ -4,5 +4,5 @@
 #include "few_rows_avx512.h"
 #include "panels_avx512.h"
 #else
-#include "dot_generic.h"
+#include "panels_generic.h"
 #endif

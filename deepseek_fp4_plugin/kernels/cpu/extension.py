@@ -41,6 +41,14 @@ def require_bf16(*tensors: Tensor) -> None:
             raise ValueError(f"the CPU kernels take BF16, not {tensor.dtype}")
 
 
+_FEW_ROWS = 16
+
+
+def platform_is_faster(rows: int) -> bool:
+    """Whether so many rows by BF16 weights are better left to torch: only with AVX-512 has it hardware for them."""
+    return rows > _FEW_ROWS and native.path() == "avx512"
+
+
 @contextmanager
 def use_path(name: str):
     """Run the block on another path; for tests and measurements. Raises ValueError for one this processor lacks."""

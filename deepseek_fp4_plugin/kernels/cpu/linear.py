@@ -1,8 +1,8 @@
 """y = x W^T on the checkpoint's bytes.
 
 Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; FP4
-activations give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights) a row's result does
-not depend on the others.
+activations give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights with AVX-512) a row's result
+does not depend on the others.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cpu import addresses
-from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
+from deepseek_fp4_plugin.kernels.cpu.extension import native, platform_is_faster, require_bf16
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
 _FORMATS = {WeightFormat.PLAIN: 0, WeightFormat.FP8_BLOCK: 1, WeightFormat.NVFP4: 2}
-_FEW_ROWS = 16  # up to this many rows of BF16 weights our product beats the platform's
+_FEW_ROWS = 16  # up to this many rows of FP32 weights our product beats the platform's
 
 
 class NativeWeight(NamedTuple):
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     """x: BF16 [rows, in].  Returns BF16 [rows, out]; `expert` picks one of a stack."""
     require_bf16(x)
     rows = x.shape[0]
-    if weight.format is WeightFormat.PLAIN and rows > _FEW_ROWS:
+    if weight.format is WeightFormat.PLAIN and platform_is_faster(rows):
         values = [part.weight if expert is None else part.weight[expert] for part in weight.data.parts]
         return torch.cat([torch.nn.functional.linear(x, value) for value in values], -1)
     if x.stride(1) != 1:
@@ -62,9 +62,10 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See kernels/reference/linear.py. A few BF16 rows by BF16 or FP32 weights here, more by the platform."""
+    """See kernels/reference/linear.py. BF16 rows by BF16 or FP32 weights; many by whichever is faster, it or torch."""
     rows, (out, width) = x.shape[0], weight.shape
-    if rows > _FEW_ROWS or not weight.is_contiguous() or x.shape[1] != width:
+    faster = platform_is_faster(rows) if weight.dtype is torch.bfloat16 else rows > _FEW_ROWS
+    if faster or not weight.is_contiguous() or x.shape[1] != width:
         return reference.plain_linear(x, weight)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(rows, out, dtype=weight.dtype)

@@ -6,10 +6,8 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cpu.addresses import dense
-from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
+from deepseek_fp4_plugin.kernels.cpu.extension import native, platform_is_faster, require_bf16
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
-
-_FEW_ROWS = 16
 
 
 def experts_mlp(
@@ -28,7 +26,7 @@ def experts_mlp(
 def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
     """See kernels/reference/moe.py: the grouped kernel with one expert."""
     require_bf16(x)
-    if gate_up.format is WeightFormat.PLAIN and x.shape[0] > _FEW_ROWS:  # these products are the platform's
+    if gate_up.format is WeightFormat.PLAIN and platform_is_faster(x.shape[0]):
         return reference.gated_mlp(x, gate_up, down)
     return _run(x.contiguous(), None, None, gate_up, down)
 
