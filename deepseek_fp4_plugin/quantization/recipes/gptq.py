@@ -1,0 +1,180 @@
+"""`gptq`: rounding and block scales chosen together, each column's error handed on to the columns still to come.
+
+GPTQ rounds column after column and moves the rest of the row so that the output changes least, which the inputs' second
+moments H tell. Usually it finds the blocks' scales already there. Here each block of 16 columns is rounded under every
+scale of a window, error handed on within the block each time, and the scale of smallest loss is kept: scales see the
+weights that GPTQ made, and GPTQ rounds under scales that suit it. Blocks are taken by falling energy of their inputs, so
+that the costly ones have all others to lean on; columns stay in their blocks, and the format does not change.
+
+With H = R R^T, R upper triangular, GPTQ's matrix is U = R^-1. Source: Frantar et al., arXiv 2210.17323.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.numerics import e2m1, nvfp4
+from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
+from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Needs, Solution
+from deepseek_fp4_plugin.quantization.recipes import local_hessian
+from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, output_error
+from deepseek_fp4_plugin.quantization.recipes.scale_search import (
+    MAX_CODE,
+    MIN_CODE,
+    encoded,
+    max_codes,
+    roomy_input_scale,
+    search,
+    shared_scale,
+    solutions,
+    step_of,
+)
+
+OFFSETS = range(-2, 8)
+DAMPING = 0.05  # of the mean diagonal, added to the diagonal
+_GROUP = 8  # blocks whose errors reach the columns behind them in one product
+_CHUNK = 2**18  # weights times scales that are rounded at once
+
+
+class Gptq:
+    """Taken for a projection where it beats `local-hessian` on input rows that neither saw, which is taken elsewhere."""
+
+    name = "gptq"
+    summary = "rounding and scales of smallest output error together, where held-out inputs confirm it"
+    needs = Needs.HESSIAN
+    sequential = True
+    weight_dtype = torch.float32
+
+    def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[Solution]:
+        assert inputs is not None
+        scale_2, stacked = shared_scale(weights), torch.cat(list(weights))
+        safe = search(stacked, scale_2, local_hessian.OFFSETS, diagonal_blocks(inputs.hessian))
+        ways = {local_hessian.LocalHessian.name: safe}
+        if inputs.held_out.shape[0]:  # without a row to judge by, the bolder way has nothing to show
+            ways[self.name] = quantize(stacked, scale_2, inputs.hessian)
+        found = {name: solutions(weights, tensor, [name] * len(weights)) for name, tensor in ways.items()}
+        return [
+            min((found[name][i] for name in ways), key=lambda s, w=weight: _error(w, s, inputs.held_out))
+            for i, weight in enumerate(weights)
+        ]
+
+    def input_scale(self, amax: Tensor) -> Tensor:
+        return roomy_input_scale(amax)
+
+
+def _error(weight: Tensor, solution: Solution, rows: Tensor) -> float:
+    return output_error(nvfp4.dequantize(solution.tensor) - weight, rows) if rows.shape[0] else 0.0
+
+
+def quantize(w: Tensor, scale_2: Tensor, hessian: Tensor, offsets: Sequence[int] = OFFSETS) -> NVFP4Tensor:
+    """NVFP4 of `w` with a small output error on inputs of the given second moments.
+
+    w: FP32 [rows, cols] or [experts, rows, cols], finite.  scale_2: FP32 [] or [experts].
+    hessian: FP32 [(experts,) cols, cols], mean of x x^T.  Raises ValueError when it holds NaN or infinity.
+    """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moments of the inputs hold NaN or infinity")
+    stacked = w if w.ndim == 3 else w.unsqueeze(0)
+    experts, _, cols = stacked.shape
+    moments = hessian.reshape(experts, cols, cols)
+    columns = _order(moments)  # [experts, cols]
+    factor = _factor(_permuted(moments, columns))
+    scales = scale_2.expand(experts)
+    work = stacked.gather(-1, columns.unsqueeze(1).expand_as(stacked))
+    rounded, code = _round(work, scales, factor, offsets)
+    back = columns.argsort(-1)
+    rounded = rounded.gather(-1, back.unsqueeze(1).expand_as(rounded))
+    block_back = back[:, ::BLOCK] // BLOCK
+    code = code.gather(-1, block_back.unsqueeze(1).expand_as(code)).to(torch.uint8)
+    return encoded(rounded.reshape(w.shape), code.reshape(*w.shape[:-1], -1), scale_2)
+
+
+def _order(hessian: Tensor) -> Tensor:
+    """Column indices [experts, cols], whole blocks by falling energy of their inputs."""
+    energy = hessian.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, BLOCK)).sum(-1)
+    blocks = energy.argsort(dim=-1, descending=True, stable=True)
+    return (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=hessian.device)).flatten(-2)
+
+
+def _permuted(hessian: Tensor, columns: Tensor) -> Tensor:
+    rows = hessian.gather(-2, columns.unsqueeze(-1).expand_as(hessian))
+    return rows.gather(-1, columns.unsqueeze(-2).expand_as(hessian))
+
+
+def _factor(hessian: Tensor) -> Tensor:
+    """U upper triangular with U^T U the inverse of the damped Hessian.
+
+    Inputs that were never anything but zero get the mean diagonal, so that their weights are rounded as they stand.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
+    damped = hessian + torch.diag_embed(torch.where(diagonal > 0, DAMPING * mean, mean))
+    lower = torch.linalg.cholesky(damped.flip((-2, -1)))
+    identity = torch.eye(hessian.shape[-1], device=hessian.device).expand_as(hessian)
+    return torch.linalg.solve_triangular(lower.flip((-2, -1)), identity, upper=True)
+
+
+def _round(work: Tensor, scale_2: Tensor, factor: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rounded weights FP32 [experts, rows, cols] and scale codes int32 [experts, rows, blocks]; `work` is used up."""
+    experts, rows, cols = work.shape
+    codes = torch.empty(experts, rows, cols // BLOCK, dtype=torch.int32, device=work.device)
+    for start in range(0, cols, _GROUP * BLOCK):
+        stop = min(cols, start + _GROUP * BLOCK)
+        errors = torch.zeros(experts, rows, stop - start, device=work.device)
+        for first in range(start, stop, BLOCK):
+            last = first + BLOCK
+            panel = work[..., first:last]
+            corner = factor[:, first:last, first:last]
+            code, rounded, error = _round_block(panel, scale_2, corner, offsets)
+            codes[..., first // BLOCK] = code
+            errors[..., first - start : last - start] = error
+            work[..., first:last] = rounded
+            if last < stop:
+                work[..., last:stop] -= error @ factor[:, first:last, last:stop]
+        if stop < cols:
+            work[..., stop:] -= errors @ factor[:, start:stop, stop:]
+    return work, codes
+
+
+def _round_block(
+    panel: Tensor, scale_2: Tensor, corner: Tensor, offsets: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block of 16 columns under the best of its scales: codes [experts, rows], weights and errors [..., 16]."""
+    base = max_codes(panel, scale_2.unsqueeze(-1))
+    tried = torch.tensor(offsets, device=panel.device).unsqueeze(-1)
+    code = (base.unsqueeze(-2) + tried).clamp_(MIN_CODE, MAX_CODE)  # [experts, scales, rows]
+    rows = panel.shape[1]
+    height = max(1, _CHUNK // (panel.shape[0] * len(offsets) * BLOCK))
+    best = []
+    for row in range(0, rows, height):
+        some = code[..., row : row + height]
+        _, loss = _hand_on(panel[:, row : row + height], step_of(some, scale_2[:, None, None]), corner)
+        best.append(some.gather(-2, loss.argmin(-2, keepdim=True)).squeeze(-2))
+    chosen = torch.cat(best, -1)
+    step = step_of(chosen, scale_2.unsqueeze(-1))
+    error, _ = _hand_on(panel, step.unsqueeze(1), corner)
+    error = error.squeeze(2).movedim(0, -1)
+    # What the columns had become, less what rounding took, is a grid value up to FP32 noise: rounding removes that.
+    rounded = e2m1.round_to_values((panel - error @ corner.triu()) / step.unsqueeze(-1)) * step.unsqueeze(-1)
+    return chosen, rounded, error
+
+
+def _hand_on(panel: Tensor, step: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a block column by column.
+
+    panel: [experts, rows, 16].  step: [experts, scales, rows].  corner: [experts, 16, 16], the block's part of U.
+    Returns errors [16, experts, scales, rows], each divided by U's diagonal, and their loss [experts, scales, rows].
+    """
+    columns = panel.movedim(-1, 0).unsqueeze(2)
+    rest = columns.expand(BLOCK, *step.shape).contiguous()
+    loss = torch.zeros_like(step)
+    for i in range(BLOCK):
+        at = rest[i]
+        at.sub_(e2m1.round_to_values(at / step).mul_(step)).div_(corner[:, i, i, None, None])
+        loss.addcmul_(at, at)
+        if i + 1 < BLOCK:
+            rest[i + 1 :].addcmul_(at, corner[:, i, i + 1 :].T[:, :, None, None], value=-1)
+    return rest, loss
+
