@@ -3,13 +3,14 @@
 GPTQ rounds column after column and moves the rest of the row so that the output changes least, which the inputs' second
 moments H tell. Usually it finds the blocks' scales already there. Here each block of 16 columns is rounded under every
 scale of a window, error handed on within the block each time, and the scale of smallest loss is kept: scales see the
-weights that GPTQ made, and GPTQ rounds under scales that suit it. Blocks are taken by falling energy of their inputs, so
-that the costly ones have all others to lean on; columns stay in their blocks, and the format does not change.
+weights that GPTQ made, and GPTQ rounds under scales that suit it. Blocks are taken by falling energy of their inputs,
+so that the costly ones have all others to lean on; columns stay in their blocks, and the format does not change.
 
 With H = R R^T, R upper triangular, GPTQ's matrix is U = R^-1. Source: Frantar et al., arXiv 2210.17323.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ _CHUNK = 2**18  # weights times scales that are rounded at once
 
 
 class Gptq:
-    """Taken for a projection where it beats `local-hessian` on input rows that neither saw, which is taken elsewhere."""
+    """Taken where it beats `local-hessian` on input rows that neither saw; elsewhere that is taken."""
 
     name = "gptq"
     summary = "rounding and scales of smallest output error together, where held-out inputs confirm it"
@@ -53,17 +54,17 @@ class Gptq:
         ways = {local_hessian.LocalHessian.name: safe}
         if inputs.held_out.shape[0]:  # without a row to judge by, the bolder way has nothing to show
             ways[self.name] = quantize(stacked, scale_2, inputs.hessian)
-        found = {name: solutions(weights, tensor, [name] * len(weights)) for name, tensor in ways.items()}
+        found = [solutions(weights, tensor, [name] * len(weights)) for name, tensor in ways.items()]
         return [
-            min((found[name][i] for name in ways), key=lambda s, w=weight: _error(w, s, inputs.held_out))
-            for i, weight in enumerate(weights)
+            min(candidates, key=partial(_held_out_error, weight, inputs.held_out))
+            for weight, *candidates in zip(weights, *found, strict=True)
         ]
 
     def input_scale(self, amax: Tensor) -> Tensor:
         return roomy_input_scale(amax)
 
 
-def _error(weight: Tensor, solution: Solution, rows: Tensor) -> float:
+def _held_out_error(weight: Tensor, rows: Tensor, solution: Solution) -> float:
     return output_error(nvfp4.dequantize(solution.tensor) - weight, rows) if rows.shape[0] else 0.0
 
 
@@ -177,4 +178,3 @@ def _hand_on(panel: Tensor, step: Tensor, corner: Tensor) -> tuple[Tensor, Tenso
         if i + 1 < BLOCK:
             rest[i + 1 :].addcmul_(at, corner[:, i, i + 1 :].T[:, :, None, None], value=-1)
     return rest, loss
-

@@ -1,8 +1,8 @@
 """What a projection's inputs tell about which rounding errors matter: their second moments.
 
-The output error of a weight error E [out, in] over inputs x is the sum of x^T E^T E x, which is trace(E H E^T) with H the
-sum of x x^T: the Hessian of the layer's squared error up to a factor. `local-hessian` reads only its 16 x 16 diagonal
-blocks, one for every column of scale blocks; `gptq` all of it.
+The output error of a weight error E [out, in] over inputs x is the sum of x^T E^T E x, which is trace(E H E^T) with H
+the sum of x x^T: the Hessian of the layer's squared error up to a factor. `local-hessian` reads only the 16 x 16 blocks
+on its diagonal, one for every column of scale blocks; `gptq` all of it.
 """
 
 import torch

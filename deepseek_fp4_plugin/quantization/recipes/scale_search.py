@@ -1,9 +1,9 @@
 """Search of block scales: of the E4M3 codes around the one that `max` writes, which makes a block's error smallest?
 
 E4M3 has eight codes an octave. A code below max's clips the block's largest value, one above rounds it to 4 instead of
-6 or leaves it finer company. The best code lies a few steps away, so that a window of ten finds what all 126 find (docs/
-quantization.md has the measured difference). The window always holds max's own code, and that is tried first: no block
-ends worse than under `max`, and a block for which nothing is better keeps its bytes.
+6 or leaves it finer company. The best code lies a few steps away, so that a window of ten finds what all 126 find
+(docs/quantization.md has the measured difference). The window always holds max's own code, and that is tried first: no
+block ends worse than under `max`, and a block for which nothing is better keeps its bytes.
 """
 
 from collections.abc import Iterator, Sequence
