@@ -48,6 +48,8 @@ class RoutedExperts(nn.Module):
         self.name, self.config, self.mesh = name, config, mesh
         self.local = mesh.experts(layer, config.n_routed_experts)
         self.replicas = mesh.placement.replicas(layer, mesh.ep.index) if mesh.placement else None
+        self.slots = torch.full((config.n_routed_experts,), -1)  # of each expert, where it is here once
+        self.slots[torch.tensor(self.local)] = torch.arange(len(self.local))
         self.observer: Observe | None = None
 
     def load(self, source: WeightSource) -> None:
@@ -66,8 +68,8 @@ class RoutedExperts(nn.Module):
     def _slots(self, ids: Tensor) -> tuple[Tensor]:
         """Where this rank's stack holds each expert, -1 for another rank's. Replicas take turns at a batch's tokens."""
         if self.replicas is None:
-            first = self.local[0]
-            return (torch.where((ids >= first) & (ids < first + len(self.local)), ids - first, -1),)
+            self.slots = self.slots.to(ids.device)
+            return (self.slots.index_select(0, ids.flatten()).view(ids.shape),)
         slots, counts = self.replicas = self.replicas[0].to(ids.device), self.replicas[1].to(ids.device)
         turn = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
         return (slots[ids, turn % counts[ids]],)

@@ -76,7 +76,7 @@ def test_experts(experts, hidden, inner, k, activations):
     gate_up = [random_part(WeightFormat.NVFP4, inner, hidden, experts) for _ in range(2)]
     down = [random_part(WeightFormat.NVFP4, hidden, inner, experts)]
     (a, c), (b, d) = both(gate_up, activations), both(down, activations)
-    for tokens in (0, 1, 2, 5, 40, 64, 200, 1100):
+    for tokens in (0, 1, 2, 5, 40, 64, 200, 1100, 2500):
         ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.empty(0, k).long()
         if tokens > 2:
             ids[1] = -1  # a token none of whose experts are here
@@ -177,7 +177,7 @@ def test_store_entries(dtype):
     ("experts", "k", "n_group", "topk_group"), [(256, 8, 8, 4), (32, 4, 8, 4), (16, 4, 1, 1), (500, 7, 5, 2)]
 )
 def test_router(experts, k, n_group, topk_group):
-    for tokens, hidden in ((0, 64), (1, 7168), (5, 256), (16, 9000), (70, 64)):
+    for tokens, hidden in ((0, 64), (1, 7168), (5, 256), (16, 9000), (70, 64), (700, 7168)):
         x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
         logits = ops.plain_linear(x, weight)
         assert error(logits, reference.plain_linear(x, weight)) <= 1e-4

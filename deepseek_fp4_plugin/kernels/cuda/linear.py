@@ -179,15 +179,17 @@ def _many_rows(x: Tensor, weight: PreparedWeight, expert: int, y: Tensor) -> Ten
     return torch.cat([(p * (s * VALUE_SCALE)).bfloat16() for p, s in zip(products, scales, strict=True)], 1)
 
 
-def decode(tiles: Tiles, expert: int, out: int, width: int) -> Tensor:
-    """BF16 [out, width]: the weights without the tensor scale, divided by VALUE_SCALE; exact."""
-    values = torch.empty(out, width, dtype=torch.bfloat16, device=tiles.data.device)
+def decode(tiles: Tiles, expert: int | None, out: int, width: int) -> Tensor:
+    """BF16 [out, width], or of all experts [experts, out, width]: the weights without the tensor scale, divided by
+    VALUE_SCALE; exact."""
+    data = tiles.data if expert is None else tiles.data[expert : expert + 1]
+    values = torch.empty(data.shape[0], out, width, dtype=torch.bfloat16, device=data.device)
     blocks = -(-tiles.groups * tiles.slabs // 8)
     kernel("nvfp4_decode.cu", "nvfp4_decode", "2P5i", (), values.device.index)(
-        (blocks, 1, 1),
+        (blocks, data.shape[0], 1),
         256,
         0,
-        tiles.data[expert].data_ptr(),
+        data.data_ptr(),
         values.data_ptr(),
         tiles.groups,
         tiles.slabs,
@@ -195,4 +197,4 @@ def decode(tiles: Tiles, expert: int, out: int, width: int) -> Tensor:
         width,
         tiles.half,
     )
-    return values
+    return values if expert is None else values[0]

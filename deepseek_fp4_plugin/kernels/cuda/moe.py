@@ -4,62 +4,37 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cuda.experts import grouped, listed
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, gated, launch, linear, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
-_FEW_CHOICES = 512  # tokens times k; the kernels' lists hold as many
-_SLICES = 4  # so many times as many are computed one list after the other
 _ONE_LAUNCH = 4  # tokens whose experts' second products and sum are one launch; more share experts' weights
+_LISTED_ROWS = 128  # rows of an expert on average, above which decoding every expert once is ahead
+_MAX_EXPERTS = 512  # of a list
 
 
 def experts_mlp(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight
 ) -> Tensor:
-    """See kernels/reference/moe.py; rounded where it rounds. Many tokens take its loop, on these products.
-
-    Up to `_SLICES` lists of choices it waits for nothing that the device computes, so that graphs hold it.
+    """See kernels/reference/moe.py; rounded where it rounds. It waits for nothing that the device computes, so that
+    graphs hold it.
     """
     tiles: Tiles = gate_up.data
-    tokens, k = expert_ids.shape
-    if tokens * k > _SLICES * _FEW_CHOICES or k > _FEW_CHOICES or not tiles.half or down.out_features % 8:
+    (tokens, k), experts = expert_ids.shape, tiles.data.shape[0]
+    if not tiles.half or tiles.half % 8 or down.out_features % 8 or experts > _MAX_EXPERTS:
         return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
-    if tokens * k > _FEW_CHOICES:
-        few = _FEW_CHOICES // k
-        parts = zip(x.split(few), expert_ids.split(few), expert_weights.split(few), strict=True)
-        return torch.cat([experts_mlp(rows, ids, weights, gate_up, down) for rows, ids, weights in parts])
-    together(x, expert_ids, expert_weights, tiles.data, down.data.data)
-    x = rounded_input(x, gate_up)
-    ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
-    h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
-    if not h.numel():
+    if not tokens * k:
         return torch.zeros_like(x)
-    launch(x, tiles, 0, h, gate_up.out_features, True, ids)
-    h = rounded_input(h, down)
-    if ids.shape[0] <= _ONE_LAUNCH and _down_groups(ids.shape[1], down.in_features):
-        return _down_and_sum(h, ids, weights, down)
-    outputs = torch.empty(ids.numel(), down.out_features, dtype=torch.bfloat16, device=x.device)
-    launch(h, down.data, 0, outputs, down.out_features, False, ids, early=True)
-    return _sum(outputs, ids, weights)
-
-
-def _sum(outputs: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """y[t] = sum over k of weight[t, k] * outputs[t * k + k], where the id is not below 0."""
-    tokens, k = ids.shape
-    y = torch.empty(tokens, outputs.shape[1], dtype=torch.bfloat16, device=outputs.device)
-    kernel("combine.cu", "combine", "4P2i", (), y.device.index)(
-        (-(-y.shape[1] // 1024), tokens, 1),
-        128,
-        0,
-        outputs.data_ptr(),
-        ids.data_ptr(),
-        weights.data_ptr(),
-        y.data_ptr(),
-        y.shape[1],
-        k,
-    )
-    return y
+    together(x, expert_ids, expert_weights, tiles.data, down.data.data)
+    ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
+    if tokens <= _ONE_LAUNCH and _down_groups(k, down.in_features):
+        h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
+        launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, ids)
+        return _down_and_sum(rounded_input(h, down), ids, weights, down)
+    many = listed if tokens * k <= _LISTED_ROWS * experts else grouped
+    return many(x, ids, weights, gate_up, down)
 
 
 def _down_and_sum(h: Tensor, ids: Tensor, weights: Tensor, down: PreparedWeight) -> Tensor:

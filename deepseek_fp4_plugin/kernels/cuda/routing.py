@@ -7,12 +7,18 @@ from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 
 _FEW_ROWS = 16
+_MANY_ROWS = 512  # from here BF16 products of the weights' three parts are ahead of FP32 ones
 _MAX_EXPERTS, _MAX_GROUPS = 512, 32
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See kernels/reference/linear.py. A few BF16 rows by FP32 weights here, the rest by the library."""
+    """See kernels/reference/linear.py. A few BF16 rows by FP32 weights here, the rest by the library: many of them by
+    the three BF16 numbers that each weight is the sum of, with exact products and FP32 sums.
+    """
     fp32 = x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and weight.is_contiguous()
+    if fp32 and x.shape[0] >= _MANY_ROWS:
+        products = torch.mm(x, _three_parts(weight).T, out_dtype=torch.float32)
+        return products.unflatten(1, (3, -1)).sum(1)
     aligned = x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0 and weight.data_ptr() % 16 == 0
     if not (fp32 and aligned and 0 < x.shape[0] <= _FEW_ROWS and weight.shape[1] % 4 == 0):
         return reference.plain_linear(x, weight)
@@ -31,6 +37,15 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
         x.stride(0),
     )
     return y
+
+
+def _three_parts(weight: Tensor) -> Tensor:
+    """FP32 [out, in] to BF16 [3 * out, in], smallest first, whose sum it is: 24 bits are three times 8."""
+    parts = [weight.bfloat16()]
+    for _ in range(2):
+        weight = weight - parts[-1]
+        parts.append(weight.bfloat16())
+    return torch.cat(parts[::-1])
 
 
 def route(

@@ -1,8 +1,40 @@
-// The weighted sum over each token's experts.
+// What lies around the experts' products: SiLU of rows that are in the order of experts, and each token's weighted sum.
 #include "device.cuh"
 
+struct ActivateParameters {
+    const u16* gate_up;      // [rows][2 * width], gate then up, without the tensor scales
+    const float* row_scale;  // [experts][scale_stride]: of gate, and 8 further of up
+    const short* experts;    // [rows], of each; `count` and above: not here
+    u16* y;                  // [rows][width]
+    int width, scale_stride, count;  // width a multiple of 8
+};
+
+__device__ inline float half_of(const Quad& q, int i) {
+    u32 word = i < 2 ? q.x : i < 4 ? q.y : i < 6 ? q.z : q.w;
+    return from_bf16((u16)(word >> (i % 2 * 16)));
+}
+
+extern "C" __global__ void __launch_bounds__(128) activate(const __grid_constant__ ActivateParameters p) {
+    int column = ((int)blockIdx.y * 128 + (int)threadIdx.x) * 8, row = (int)blockIdx.x;
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    int expert = p.experts[row];
+    if (column >= p.width || expert >= p.count) return;
+    float gate_scale = p.row_scale[(u64)expert * p.scale_stride], up_scale = p.row_scale[(u64)expert * p.scale_stride + 8];
+    const u16* from = p.gate_up + (u64)row * 2 * p.width + column;
+    Quad gate = load_quad(from), up = load_quad(from + p.width);
+    u32 out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float low = round_bf16(silu(half_of(gate, 2 * i) * gate_scale)), high = round_bf16(silu(half_of(gate, 2 * i + 1) * gate_scale));
+        out[i] = pack_bf16(low * half_of(up, 2 * i) * up_scale, high * half_of(up, 2 * i + 1) * up_scale);
+    }
+    *(Quad*)(p.y + (u64)row * p.width + column) = Quad{out[0], out[1], out[2], out[3]};
+}
+
 struct Parameters {
-    const u16* outputs;      // [tokens * k][width], of each choice
+    const u16* outputs;      // [.][width], of each choice
+    const int* places;       // [tokens * k], rows of `outputs`; null: in order
     const long long* ids;    // [tokens * k], below 0: not here, and its outputs were not written
     const float* weights;    // [tokens * k]
     u16* y;                  // [tokens][width]
@@ -17,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant_
     float sums[8] = {};
     for (int i = first; i < first + p.k; i++) {
         if (p.ids[i] < 0) continue;
-        Quad q = load_quad(p.outputs + (u64)i * p.width + column);
+        Quad q = load_quad(p.outputs + (u64)(p.places ? p.places[i] : i) * p.width + column);
         u32 words[4] = {q.x, q.y, q.z, q.w};
         float weight = p.weights[i];
 #pragma unroll

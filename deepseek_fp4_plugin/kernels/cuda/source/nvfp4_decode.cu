@@ -3,8 +3,8 @@
 #include "nvfp4.cuh"
 
 struct Parameters {
-    const u8* tiles;  // [groups][slabs][1152]
-    u16* values;      // [out][width]
+    const u8* tiles;  // [experts][groups][slabs][1152], an expert for each block of the grid's second axis
+    u16* values;      // [experts][out][width]
     int groups, slabs, out, width;
     int half;  // 0, or outputs of gate where gate and up take turns of 8
 };
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_cons
     long long slab = (long long)blockIdx.x * 8 + (threadIdx.x >> 5);
     if (slab >= (long long)p.groups * p.slabs) return;
     int group = (int)(slab / p.slabs), input = (int)(slab % p.slabs) * SLAB_INPUTS + quarter * 16;
-    const u8* at = p.tiles + slab * SLAB_BYTES;
+    const u8* at = p.tiles + ((u64)blockIdx.y * p.groups * p.slabs + slab) * SLAB_BYTES;
     u32 scales = *(const u32*)(at + SCALES_OFFSET + lane * 4);
 #pragma unroll
     for (int tile = 0; tile < 2; tile++) {
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_cons
             int even_input = input - (odd ? 16 : 0) + tile * 64;
             if (n >= limit) continue;
             if (p.half && row) n += p.half;
-            u16* to = p.values + (u64)n * p.width + even_input + (odd ? 8 : 0);
+            u16* to = p.values + ((u64)blockIdx.y * p.out + n) * p.width + even_input + (odd ? 8 : 0);
             if (even_input < p.width) *(Quad*)to = odd ? theirs : low;
             if (even_input + 16 < p.width) *(Quad*)(to + 16) = odd ? high : theirs;
         }
