@@ -48,7 +48,7 @@ def _products(
     early: the kernel ahead waited for `work` before it let this one begin.
     """
     team = team_of(tiles.slabs)
-    columns = next((c for c in (1, 2) if shape[0] <= (8, 192)[c - 1]), 4)
+    columns = next((c for c in (1, 2) if shape[0] <= (8, 384)[c - 1]), 4)
     held = 0 if team > 1 or tiles.slabs > 4 else 2 * tiles.slabs
     defines = (("ROWS8", columns), ("GROUPS", _GROUPS), ("GATED", int(gated)), ("HELD", held), ("EARLY", int(early)))
     own = kernel("nvfp4_experts.cu", "nvfp4_experts", "6P8i", defines, x.device.index)
@@ -104,7 +104,21 @@ def _grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, d
     sorted_ids, order = torch.where(ids < 0, experts, ids).flatten().to(torch.int16).sort(stable=True)
     numbers = torch.arange(experts, dtype=torch.int16, device=x.device)
     ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)
-    rows = rounded_input(x, gate_up)[order // k]
+    x = rounded_input(x, gate_up)
+    rows = torch.empty(len(order), x.shape[1], dtype=torch.bfloat16, device=x.device)
+    kernel("combine.cu", "gather", "4P4i", (), x.device.index)(
+        (len(order), 1, 1),
+        256,
+        0,
+        x.data_ptr(),
+        order.data_ptr(),
+        sorted_ids.data_ptr(),
+        rows.data_ptr(),
+        x.shape[1],
+        x.stride(0),
+        experts,
+        k,
+    )
     gate_and_up = _by_group(rows, gate_up, ends)
     h = torch.empty(len(order), tiles.half, dtype=torch.bfloat16, device=x.device)
     kernel("combine.cu", "activate", "4P3i", (), x.device.index)(

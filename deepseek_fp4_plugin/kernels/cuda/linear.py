@@ -184,7 +184,7 @@ def decode(tiles: Tiles, expert: int | None, out: int, width: int) -> Tensor:
     VALUE_SCALE; exact."""
     data = tiles.data if expert is None else tiles.data[expert : expert + 1]
     values = torch.empty(data.shape[0], out, width, dtype=torch.bfloat16, device=data.device)
-    blocks = -(-tiles.groups * tiles.slabs // 8)
+    blocks = -(-tiles.groups * tiles.slabs // 32)
     kernel("nvfp4_decode.cu", "nvfp4_decode", "2P5i", (), values.device.index)(
         (blocks, data.shape[0], 1),
         256,

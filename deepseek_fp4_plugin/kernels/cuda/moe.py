@@ -33,8 +33,9 @@ def experts_mlp(
         h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
         launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, ids)
         return _down_and_sum(rounded_input(h, down), ids, weights, down)
-    many = listed if tokens * k <= _LISTED_ROWS * experts else grouped
-    return many(x, ids, weights, gate_up, down)
+    # Which of two FP4 numbers a hidden value becomes follows from its last bit, which `grouped` rounds differently.
+    few = tokens * k <= _LISTED_ROWS * experts or down.activations == "fp4"
+    return (listed if few else grouped)(x, ids, weights, gate_up, down)
 
 
 def _down_and_sum(h: Tensor, ids: Tensor, weights: Tensor, down: PreparedWeight) -> Tensor:

@@ -1,6 +1,24 @@
 // What lies around the experts' products: SiLU of rows that are in the order of experts, and each token's weighted sum.
 #include "device.cuh"
 
+struct GatherParameters {
+    const u16* x;          // [tokens][stride]
+    const long long* order;  // [rows], choices in the order of experts
+    const short* experts;  // [rows], of each; `count` and above: not here
+    u16* y;                // [rows][width]
+    int width, stride, count, k;  // width a multiple of 8
+};
+
+// Rows in the order of experts; those that are not here stay as they were.
+extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__ GatherParameters p) {
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    int row = (int)blockIdx.x;
+    if (p.experts[row] >= p.count) return;
+    const u16* from = p.x + p.order[row] / p.k * p.stride;
+    for (int i = (int)threadIdx.x * 8; i < p.width; i += 256 * 8) *(Quad*)(p.y + (u64)row * p.width + i) = load_quad(from + i);
+}
+
 struct ActivateParameters {
     const u16* gate_up;      // [rows][2 * width], gate then up, without the tensor scales
     const float* row_scale;  // [experts][scale_stride]: of gate, and 8 further of up

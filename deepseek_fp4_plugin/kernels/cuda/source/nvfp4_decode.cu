@@ -18,18 +18,13 @@ __device__ inline Quad exchange(Quad mine) {
                 __shfl_xor_sync(~0u, mine.w, 1)};
 }
 
-extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_constant__ Parameters p) {
-    let_next_kernel_begin();
-    wait_for_kernels_before();  // the scratch memory may still be read
-    int lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
-    long long slab = (long long)blockIdx.x * 8 + (threadIdx.x >> 5);
-    if (slab >= (long long)p.groups * p.slabs) return;
+// A slab's values, where outputs and inputs are not filled up.
+__device__ inline void store(const Parameters& p, u16* values_at, long long slab, int lane, const Quad (&tiles)[2], u32 scales) {
+    int g = lane >> 2, quarter = lane & 3;
     int group = (int)(slab / p.slabs), input = (int)(slab % p.slabs) * SLAB_INPUTS + quarter * 16;
-    const u8* at = p.tiles + ((u64)blockIdx.y * p.groups * p.slabs + slab) * SLAB_BYTES;
-    u32 scales = *(const u32*)(at + SCALES_OFFSET + lane * 4);
 #pragma unroll
     for (int tile = 0; tile < 2; tile++) {
-        Quad q = load_weights(at + tile * TILE_BYTES + lane * 16);
+        Quad q = tiles[tile];
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             u32 scale = block_scale(scales, 2 * tile + row);
@@ -41,9 +36,32 @@ extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_cons
             int even_input = input - (odd ? 16 : 0) + tile * 64;
             if (n >= limit) continue;
             if (p.half && row) n += p.half;
-            u16* to = p.values + ((u64)blockIdx.y * p.out + n) * p.width + even_input + (odd ? 8 : 0);
+            u16* to = values_at + (u64)n * p.width + even_input + (odd ? 8 : 0);
             if (even_input < p.width) *(Quad*)to = odd ? theirs : low;
             if (even_input + 16 < p.width) *(Quad*)(to + 16) = odd ? high : theirs;
         }
     }
+}
+
+constexpr int TURNS = 4;  // slabs of a warp, asked for together
+
+extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_constant__ Parameters p) {
+    let_next_kernel_begin();
+    wait_for_kernels_before();  // the scratch memory may still be read
+    int lane = threadIdx.x & 31;
+    long long slabs = (long long)p.groups * p.slabs, first = ((long long)blockIdx.x * 8 + (threadIdx.x >> 5)) * TURNS;
+    const u8* tiles = p.tiles + (u64)blockIdx.y * slabs * SLAB_BYTES;
+    u16* to = p.values + (u64)blockIdx.y * p.out * p.width;
+    Quad q[TURNS][2] = {};
+    u32 scales[TURNS] = {};
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        if (first + i >= slabs) break;
+        const u8* at = tiles + (first + i) * SLAB_BYTES;
+        scales[i] = *(const u32*)(at + SCALES_OFFSET + lane * 4);
+        q[i][0] = load_weights(at + lane * 16), q[i][1] = load_weights(at + TILE_BYTES + lane * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; i++)
+        if (first + i < slabs) store(p, to, first + i, lane, q[i], scales[i]);
 }

@@ -21,7 +21,16 @@ struct Parameters {
     int groups, slabs, team, out, k;
 };
 
-constexpr int WARPS = 8, STAGES = 4, OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
+#ifndef STAGES
+#define STAGES 4
+#endif
+#ifndef BLOCKS
+#define BLOCKS (ROWS8 <= 2 ? 2 : 1)
+#endif
+#ifndef INTERLEAVE
+#define INTERLEAVE 0
+#endif
+constexpr int WARPS = 8, OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
 constexpr int STAGE_BYTES = GROUPS * SLAB_BYTES;
 
 __device__ inline int load_early_int(const int* pointer) {
@@ -46,7 +55,11 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
     constexpr int DEPTH = COLUMNS == 1 ? 4 : 2, STRIDE = 8 * COLUMNS + 1;
     constexpr bool HOLDS = HELD > 0 && COLUMNS == 1;
     int lane = t.lane, g = lane >> 2, quarter = lane & 3;
-    int begin = t.index * p.slabs / t.team, count = (t.index + 1) * p.slabs / t.team - begin;
+#if INTERLEAVE
+    int begin = t.index, step = t.team, count = (p.slabs - t.index + t.team - 1) / t.team;
+#else
+    int begin = t.index * p.slabs / t.team, step = 1, count = (t.index + 1) * p.slabs / t.team - begin;
+#endif
     int sets = (p.groups + GROUPS - 1) / GROUPS;
 
     int ask_item = t.lo, ask_slab = 0, ask_chunks = 0, ask_present = 0, ask_stage = 0;
@@ -64,7 +77,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
             u32 at = t.ring + ask_stage * STAGE_BYTES, barrier = t.barrier + 8 * ask_stage;
             barrier_expect(barrier, ask_present * SLAB_BYTES);
             for (int i = 0; i < ask_present; i++)
-                bulk_copy(at + i * SLAB_BYTES, ask_from + ((u64)i * p.slabs + ask_slab) * SLAB_BYTES, SLAB_BYTES, barrier);
+                bulk_copy(at + i * SLAB_BYTES, ask_from + ((u64)i * p.slabs + ask_slab * step) * SLAB_BYTES, SLAB_BYTES, barrier);
         }
         if (++ask_stage == STAGES) ask_stage = 0;
         if (++ask_slab == count) {
@@ -80,15 +93,15 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
 #endif
 
     u32 stage = 0, parity = 0;
-    int turn = 0, found = -1;  // the place in `order` whose rows are below
+    float scale = 0.0f;  // of output `lane`: one number for each of an expert's parts
+    int turn = 0, known = -1, found = -1;  // the expert of `scale`; the place in `order` whose rows are below
     const u16* row[COLUMNS];   // a lane's first activation of each of its rows, and how many lie from it to the last
     int last[COLUMNS], choice[COLUMNS];
     Quad held[HOLDS ? HELD : 1][1][2] = {};
     for (int item = t.lo; item < t.hi; item++) {
         int slot = item / sets, group = (item - slot * sets) * GROUPS;
         int expert = table[2 * slot], first = table[2 * slot + 1], end = table[2 * slot + 3];
-        float scale = 0.0f;  // of output `lane`
-        if (group * 16 + lane < p.groups * 16) scale = p.row_scale[((u64)expert * p.groups + group) * 16 + lane];
+        if (expert != known) known = expert, scale = p.row_scale[(u64)expert * p.groups * 16 + (lane & 15)];
         for (int row0 = first; row0 < end; row0 += 8 * COLUMNS, turn ^= 1) {
             if (found != row0) {
                 found = row0;
@@ -97,7 +110,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                 for (int c = 0; c < COLUMNS; c++) {
                     int r = row0 + 8 * c + g;
                     choice[c] = r < end ? load_early_int(p.order + r) : 0;
-                    last[c] = r < end ? min(p.width - input, count * SLAB_INPUTS) : 0;
+                    last[c] = r < end ? min(p.width - input, ((count - 1) * step + 1) * SLAB_INPUTS) : 0;
                     row[c] = p.x + (u64)(choice[c] / p.k) * p.x_stride + input;
                 }
                 if (HOLDS) {
@@ -142,8 +155,8 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                     }
                 };
 #pragma unroll
-                for (int d = 0; d < DEPTH; d++) ask(x[d], d * 64);
-                int offset = DEPTH * 64;
+                for (int d = 0; d < DEPTH; d++) ask(x[d], d / 2 * step * SLAB_INPUTS + d % 2 * 64);
+                int offset = DEPTH / 2 * step * SLAB_INPUTS;
                 for (int slab = 0; slab < count; slab += DEPTH / 2) {
 #pragma unroll
                     for (int d = 0; d < DEPTH; d++) {
@@ -151,8 +164,8 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                         if (!(d & 1)) barrier_wait(t.barrier + 8 * stage, parity);
                         multiply(d & 1, x[d]);
                         if (d & 1) used();
-                        ask(x[d], offset);
-                        offset += 64;
+                        ask(x[d], offset + d % 2 * 64);
+                        if (d & 1) offset += step * SLAB_INPUTS;
                     }
                 }
             }
@@ -194,7 +207,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS8 <= 2 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     nvfp4_experts(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(8) u64 barriers[WARPS * STAGES];

@@ -1,0 +1,113 @@
+"""Every CUDA kernel on small, odd shapes under NVIDIA's compute-sanitizer: memory faults, and races in shared memory.
+
+    python benchmarks/cuda_sanitizer.py [--tool memcheck racecheck] [--program compute-sanitizer]
+
+Needs a GPU and the compute-sanitizer of a CUDA toolkit. Ends with status 1 where the tool reports an error.
+"""
+
+import argparse
+import subprocess
+import sys
+
+import torch
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import cuda, ops
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
+
+BF16, DEVICE = torch.bfloat16, torch.device("cuda")
+
+
+def prepared(*sizes: int, parts: int = 1) -> PreparedWeight:
+    """sizes: (experts,) out, in."""
+    *lead, out, width = sizes
+    made = []
+    for _ in range(parts):
+        packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
+        scale = torch.randint(40, 90, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        made.append(WeightTensors(WeightFormat.NVFP4, packed, scale, torch.full(lead, 1e-2)))
+    weight = ops.prepare(made, DEVICE, BF16)
+    assert weight.backend is cuda
+    return weight
+
+
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, BF16)
+
+
+def products() -> None:
+    for out, width, rows in (
+        (48, 256, 3),
+        (130, 1040, 9),
+        (512, 2048, 1),
+        (256, 7168, 20),
+        (64, 512, 70),
+        (96, 144, 200),
+    ):
+        for parts in (1, 2):
+            ops.linear(values(rows, width), prepared(out, width, parts=parts))
+        ops.gated_mlp(values(rows, width), prepared(out, width, parts=2), prepared(width, out))
+
+
+def experts() -> None:
+    """A few tokens, lists with one and with several columns of rows, and all decoded at once."""
+    for count, hidden, inner, k in ((8, 512, 256, 4), (4, 272, 144, 2)):
+        gate_up, down = prepared(count, inner, hidden, parts=2), prepared(count, hidden, inner)
+        for tokens in (1, 12, 100, 500, 700):
+            ids = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)])
+            ids[0, 1] = -1
+            weights = torch.rand(tokens, k)
+            ops.experts_mlp(values(tokens, hidden), ids.to(DEVICE), weights.to(DEVICE), gate_up, down)
+
+
+def attention() -> None:
+    for dtype in (BF16, torch.float8_e4m3fn):
+        for contexts, query, heads, latent, rope in (((70, 300), 2, 16, 512, 64), ((130,), 4, 16, 128, 32)):
+            requests, blocks = len(contexts), 10
+            q = values(requests * query, heads, latent + rope)
+            cache = values(requests * blocks, 32, latent + rope).to(dtype)
+            tables = torch.randperm(requests * blocks, device=DEVICE).view(requests, blocks)
+            starts = torch.arange(requests + 1, device=DEVICE) * query
+            lengths = torch.tensor(contexts, device=DEVICE)
+            latents, rotated = q[..., :latent], q[..., latent:]
+            ops.absorbed_attention(latents, rotated, cache, tables, starts, lengths, query, max(contexts), 0.1)
+        entries = values(3, 160)
+        ops.store_entries(
+            torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE), entries
+        )
+
+
+def small() -> None:
+    x, angle = values(3, 256), torch.randn(3, 16, device=DEVICE)
+    ops.rms_norm(x, values(256), 1e-6)
+    for rows in (3, 600):
+        logits = ops.plain_linear(values(rows, 256), torch.randn(32, 256, device=DEVICE))
+        ops.route(logits, torch.zeros(32, device=DEVICE), 4, 8, 4, True, 1.0)
+    ops.rotary(values(3, 4, 32), angle, angle)
+    ops.latent_entries(values(3, 160), values(128), 1e-6, angle, angle)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tool", nargs="+", default=["memcheck", "racecheck"])
+    parser.add_argument("--program", default="compute-sanitizer")
+    parser.add_argument("--run", action="store_true", help="the kernels alone, as the tool runs them")
+    options = parser.parse_args()
+    if options.run:
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            for group in (products, experts, attention, small):
+                group()
+                torch.cuda.synchronize()
+                print(f"{group.__name__}: done", flush=True)
+        return
+    codes = []
+    for tool in options.tool:
+        print(tool, flush=True)
+        command = [options.program, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--run"]
+        codes.append(subprocess.run(command, check=False).returncode)
+    raise SystemExit(1 if any(codes) else 0)
+
+
+if __name__ == "__main__":
+    main()
