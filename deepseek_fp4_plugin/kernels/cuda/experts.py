@@ -1,6 +1,7 @@
 """Routed experts of more than a few tokens: by a list of the experts that were chosen, or all decoded at once."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from deepseek_fp4_plugin.kernels.cuda.linear import decode, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
-_GROUPS, _WARPS, _STAGES = 2, 8, 4  # as source/nvfp4_experts.cu has them
+_GROUPS, _WARPS = 2, 8  # groups of outputs of an item, warps of a block
 _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
 
@@ -47,15 +48,21 @@ def _products(
 
     early: the kernel ahead waited for `work` before it let this one begin.
     """
-    team = team_of(tiles.slabs)
-    columns = next((c for c in (1, 2) if shape[0] <= (8, 384)[c - 1]), 4)
-    held = 0 if team > 1 or tiles.slabs > 4 else 2 * tiles.slabs
-    defines = (("ROWS8", columns), ("GROUPS", _GROUPS), ("GATED", int(gated)), ("HELD", held), ("EARLY", int(early)))
-    own = kernel("nvfp4_experts.cu", "nvfp4_experts", "6P8i", defines, x.device.index)
-    own(
-        (_multiprocessors(x.device.index) * (2 if columns <= 2 else 1), 1, 1),
+    team, fit = team_of(tiles.slabs), residence(shape[0], shape[1], tiles.data.shape[0])
+    held = 2 * tiles.slabs if tiles.slabs <= (2 if fit.blocks > 2 else 4) else 0  # as registers allow
+    defines = (
+        ("ROWS8", fit.columns),
+        ("GROUPS", _GROUPS),
+        ("GATED", int(gated)),
+        ("HELD", held),
+        ("STAGES", fit.stages),
+        ("BLOCKS", fit.blocks),
+        ("EARLY", int(early)),
+    )
+    kernel("nvfp4_experts.cu", "nvfp4_experts", "6P8i", defines, x.device.index)(
+        (_multiprocessors(x.device.index) * fit.blocks, 1, 1),
         32 * _WARPS,
-        shared_bytes(columns),
+        fit.shared,
         tiles.data.data_ptr(),
         tiles.row_scale.data_ptr(),
         x.data_ptr(),
@@ -78,10 +85,30 @@ def team_of(slabs: int) -> int:
     return next(team for team in (1, 2, 4, 8) if slabs <= 4 * team or team == 8)
 
 
-def shared_bytes(columns: int) -> int:
-    """Of a block: the warps' rings, and two sets of sums each."""
-    outputs = _GROUPS * 16
-    return _WARPS * (_STAGES * _GROUPS * SLAB_BYTES + 2 * outputs * (8 * columns + 1) * 4)
+class Residence(NamedTuple):
+    """columns: of 8 rows that a warp multiplies at a time, at most.  stages: slabs in its ring.  blocks: that a
+    multiprocessor holds."""
+
+    columns: int
+    stages: int
+    blocks: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block: the warps' rings, and two sets of sums each."""
+        return _WARPS * _GROUPS * (self.stages * SLAB_BYTES + 2 * 16 * (8 * self.columns + 1) * 4)
+
+
+def residence(tokens: int, k: int, experts: int) -> Residence:
+    """What fits the rows of an expert, about as many as it has; the kernel takes fewer columns where they are fewer."""
+    rows = expected_rows(tokens, k, experts)
+    return Residence(2, 4, 2) if rows <= 12 else Residence(4, 4, 1)
+
+
+def expected_rows(tokens: int, k: int, experts: int) -> float:
+    """Rows of each of these experts on average, where the host cannot count them. A rank may hold a few of a model's
+    experts; that a model has 16 times as many as a token takes is a safe guess."""
+    return tokens * k / max(experts, 16 * k)
 
 
 @functools.cache

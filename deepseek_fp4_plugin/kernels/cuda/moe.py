@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import reference
-from deepseek_fp4_plugin.kernels.cuda.experts import grouped, listed
+from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, grouped, listed
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, gated, launch, linear, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
@@ -34,7 +34,7 @@ def experts_mlp(
         launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, ids)
         return _down_and_sum(rounded_input(h, down), ids, weights, down)
     # Which of two FP4 numbers a hidden value becomes follows from its last bit, which `grouped` rounds differently.
-    few = tokens * k <= _LISTED_ROWS * experts or down.activations == "fp4"
+    few = expected_rows(tokens, k, experts) <= _LISTED_ROWS or down.activations == "fp4"
     return (listed if few else grouped)(x, ids, weights, gate_up, down)
 
 

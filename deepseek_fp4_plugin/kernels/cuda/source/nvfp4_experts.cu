@@ -7,6 +7,7 @@
 // ROWS8: at most so many columns of 8 rows a warp multiplies at a time; fewer where experts have few rows.
 // GROUPS: groups of 16 outputs of an item.  GATED: gate and up take turns of 8, silu(gate) * up is stored.
 // HELD: of teams of one warp, tiles of activations that stay in registers from item to item.
+// STAGES: slabs of the ring.  BLOCKS: that a multiprocessor is to hold.
 // EARLY: the kernel before waited for the work, so that weights are asked for before it ends.
 #include "nvfp4.cuh"
 
@@ -21,15 +22,6 @@ struct Parameters {
     int groups, slabs, team, out, k;
 };
 
-#ifndef STAGES
-#define STAGES 4
-#endif
-#ifndef BLOCKS
-#define BLOCKS (ROWS8 <= 2 ? 2 : 1)
-#endif
-#ifndef INTERLEAVE
-#define INTERLEAVE 0
-#endif
 constexpr int WARPS = 8, OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
 constexpr int STAGE_BYTES = GROUPS * SLAB_BYTES;
 
@@ -55,11 +47,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
     constexpr int DEPTH = COLUMNS == 1 ? 4 : 2, STRIDE = 8 * COLUMNS + 1;
     constexpr bool HOLDS = HELD > 0 && COLUMNS == 1;
     int lane = t.lane, g = lane >> 2, quarter = lane & 3;
-#if INTERLEAVE
-    int begin = t.index, step = t.team, count = (p.slabs - t.index + t.team - 1) / t.team;
-#else
-    int begin = t.index * p.slabs / t.team, step = 1, count = (t.index + 1) * p.slabs / t.team - begin;
-#endif
+    int begin = t.index * p.slabs / t.team, count = (t.index + 1) * p.slabs / t.team - begin;
     int sets = (p.groups + GROUPS - 1) / GROUPS;
 
     int ask_item = t.lo, ask_slab = 0, ask_chunks = 0, ask_present = 0, ask_stage = 0;
@@ -77,7 +65,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
             u32 at = t.ring + ask_stage * STAGE_BYTES, barrier = t.barrier + 8 * ask_stage;
             barrier_expect(barrier, ask_present * SLAB_BYTES);
             for (int i = 0; i < ask_present; i++)
-                bulk_copy(at + i * SLAB_BYTES, ask_from + ((u64)i * p.slabs + ask_slab * step) * SLAB_BYTES, SLAB_BYTES, barrier);
+                bulk_copy(at + i * SLAB_BYTES, ask_from + ((u64)i * p.slabs + ask_slab) * SLAB_BYTES, SLAB_BYTES, barrier);
         }
         if (++ask_stage == STAGES) ask_stage = 0;
         if (++ask_slab == count) {
@@ -110,7 +98,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                 for (int c = 0; c < COLUMNS; c++) {
                     int r = row0 + 8 * c + g;
                     choice[c] = r < end ? load_early_int(p.order + r) : 0;
-                    last[c] = r < end ? min(p.width - input, ((count - 1) * step + 1) * SLAB_INPUTS) : 0;
+                    last[c] = r < end ? min(p.width - input, count * SLAB_INPUTS) : 0;
                     row[c] = p.x + (u64)(choice[c] / p.k) * p.x_stride + input;
                 }
                 if (HOLDS) {
@@ -155,8 +143,8 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                     }
                 };
 #pragma unroll
-                for (int d = 0; d < DEPTH; d++) ask(x[d], d / 2 * step * SLAB_INPUTS + d % 2 * 64);
-                int offset = DEPTH / 2 * step * SLAB_INPUTS;
+                for (int d = 0; d < DEPTH; d++) ask(x[d], d * 64);
+                int offset = DEPTH * 64;
                 for (int slab = 0; slab < count; slab += DEPTH / 2) {
 #pragma unroll
                     for (int d = 0; d < DEPTH; d++) {
@@ -164,8 +152,8 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                         if (!(d & 1)) barrier_wait(t.barrier + 8 * stage, parity);
                         multiply(d & 1, x[d]);
                         if (d & 1) used();
-                        ask(x[d], offset + d % 2 * 64);
-                        if (d & 1) offset += step * SLAB_INPUTS;
+                        ask(x[d], offset);
+                        offset += 64;
                     }
                 }
             }
