@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
+from deepseek_fp4_plugin.kernels.cuda.experts import residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
 from deepseek_fp4_plugin.kernels.weights import Case, PreparedWeight, WeightTensors
@@ -43,6 +44,8 @@ SHAPES = {
     "o_proj of TP8": (7168, 2048),
     "o_proj": (7168, 16384),
 }
+# Experts of one rank of eight: how many it holds, and how much of their hidden values.
+EXPERTS = {"TP8": (256, 256), "TP8/EP2": (128, 512), "EP8": (32, 2048)}
 ATTENTION = tuple(
     itertools.product((16, 128), (1, 4), ((1, 1024), (1, 4096), (1, 32768), (4, 4096), (16, 4096), (64, 4096)))
 )
@@ -166,38 +169,41 @@ def products(bench: Bench, rows: list[int]) -> None:
 
 
 def experts(bench: Bench, rows: list[int]) -> None:
-    """One rank of TP8: 256 experts of 256 hidden values, 8 a token; alone, and from normed hidden states on."""
-    count, hidden, inner, k = 256, 7168, 256, 8
+    for name, (count, inner) in EXPERTS.items():
+        experts_of_rank(bench, rows, name, count, inner)
+        torch.cuda.empty_cache()
+
+
+def experts_of_rank(bench: Bench, rows: list[int], name: str, count: int, inner: int) -> None:
+    """A rank's `count` experts of 256, 8 a token: alone, and from normed hidden states on."""
+    total, hidden, k = 256, 7168, 8
     gate_up, down = (
         prepared([random_part(inner, hidden, count) for _ in range(2)]),
         prepared([random_part(hidden, inner, count)]),
     )
-    routers = [torch.randn(count, hidden, device=DEVICE) / hidden**0.5 for _ in range(16)]
-    bias = torch.randn(count, device=DEVICE) * 0.01
-    for tokens in (n for n in rows if n <= 64):
-        choices = [torch.stack([torch.randperm(count, device=DEVICE)[:k] for _ in range(tokens)]) for _ in range(32)]
-        active = statistics.mean(len(ids.unique()) for ids in choices)
+    routers = [torch.randn(total, hidden, device=DEVICE) / hidden**0.5 for _ in range(16)]
+    bias, here = torch.randn(total, device=DEVICE) * 0.01, torch.arange(total, device=DEVICE)
+    slots, shape = torch.where(here < count, here, -1), f"{name}: {count} of {total}, {inner} x {hidden}"
+
+    def routed(x: Tensor, router: Tensor) -> Tensor:
+        ids, own = ops.route(ops.plain_linear(x, router), bias, k, 8, 4, True, 2.5)
+        if count < total:
+            ids = slots.index_select(0, ids.flatten()).view(ids.shape)
+        return ops.experts_mlp(x, ids, own, gate_up, down)
+
+    for tokens in rows:
+        states = [torch.randn(tokens, hidden, device=DEVICE, dtype=BF16) for _ in range(32 if tokens <= 64 else 6)]
+        choices = [slots[torch.rand(tokens, total, device=DEVICE).topk(k).indices] for _ in states]
+        active = statistics.mean(len(ids[ids >= 0].unique()) for ids in choices)
+        chosen = statistics.mean(int((ids >= 0).sum()) for ids in choices)
         weights = torch.rand(tokens, k, device=DEVICE)
-        states = [torch.randn(tokens, hidden, device=DEVICE, dtype=BF16) for _ in choices]
-        size, flops = active * nvfp4_bytes(3 * inner, hidden), 6.0 * tokens * k * hidden * inner
+        size, flops = active * nvfp4_bytes(3 * inner, hidden), 6.0 * chosen * hidden * inner
         alone = [
             partial(ops.experts_mlp, x, ids, weights, gate_up, down) for ids, x in zip(choices, states, strict=True)
         ]
-        bench.add("experts", f"{k} of {count}, {inner} x {hidden}", tokens, size, flops, alone)
-
-        def routed(x: Tensor, router: Tensor) -> Tensor:
-            ids, own = ops.route(ops.plain_linear(x, router), bias, k, 8, 4, True, 2.5)
-            return ops.experts_mlp(x, ids, own, gate_up, down)
-
+        bench.add("experts", shape, tokens, size, flops, alone)
         whole = [lambda x=x, r=r: routed(x, r) for x, r in zip(states, itertools.cycle(routers), strict=False)]
-        bench.add(
-            "experts with router",
-            f"{k} of {count}, {inner} x {hidden}",
-            tokens,
-            size + 4 * count * hidden,
-            flops,
-            whole,
-        )
+        bench.add("experts with router", shape, tokens, size + 4 * total * hidden, flops, whole)
 
 
 def attention(bench: Bench, rows: list[int]) -> None:
@@ -249,6 +255,11 @@ def dry(rows: list[int]) -> Iterator[str]:
             cut = geometry(-(-out // 16), -(-width // 128), count)
             assert cut.shared <= MAX_SHARED and cut.warps_m * cut.warps_k <= (16 if cut.columns <= 2 else 8)
             yield f"{name} {out} x {width}, {count} rows: {cut}, {cut.shared} bytes of shared memory"
+    for name, (count, inner) in EXPERTS.items():
+        for tokens in rows:
+            fit, teams = residence(tokens, 8, count), [team_of(-(-width // 128)) for width in (7168, inner)]
+            assert fit.shared * fit.blocks <= MAX_SHARED
+            yield f"experts of {name}, {tokens} tokens: {fit}, teams of {teams} warps"
 
 
 def main() -> None:

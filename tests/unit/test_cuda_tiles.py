@@ -126,6 +126,10 @@ def test_the_benchmark_s_shapes_have_cuts():
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
     assert "dense down 7168 x 18432, 64 rows: Geometry(" in result.stdout
     assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
+    assert (
+        "experts of TP8/EP2, 64 tokens: Residence(columns=2, stages=4, blocks=2), teams of [8, 1] warps"
+        in result.stdout
+    )
 
 
 def test_the_whole_model_s_steps_fit():
