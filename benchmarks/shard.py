@@ -284,7 +284,11 @@ def measure(options: argparse.Namespace, config: DeepseekV3Config, group: Group)
             if not rank.fits(cell):
                 print(f"{layout:<8}{cell.what:<8}batch {cell.batch:<4} context {cell.context:<6} does not fit")
                 continue
-            took = (rank.decode if cell.what == "decode" else rank.prefill)(cell, options.steps)
+            try:
+                took = (rank.decode if cell.what == "decode" else rank.prefill)(cell, options.steps)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{layout:<8}{cell.what:<8}batch {cell.batch:<4} context {cell.context:<6} does not fit")
+                continue
             tokens = cell.batch * cell.width * rank.mesh.dp.count
             expected = expected_share(config, tokens)
             row = Row(layout, *vars(cell).values(), took, roofline(cell, rank.mesh), rank.hit(cell), expected)

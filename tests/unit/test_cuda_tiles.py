@@ -89,7 +89,6 @@ VARIANTS = [
     ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 1, "GATED": 0, "EXPERTS": 0}),
     ("nvfp4_linear.cu", {"ROWS8": 8, "GROUPS": 2, "GATED": 0, "EXPERTS": 0}),
     ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 1, "EXPERTS": 1}),
-    ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 0, "EXPERTS": 2}),
     ("nvfp4_experts_down.cu", {"GROUPS": 2}),
     ("combine.cu", {}),
     ("experts_work.cu", {}),

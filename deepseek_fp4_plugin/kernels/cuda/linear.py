@@ -119,13 +119,11 @@ def launch(
     out: int,
     gated: bool,
     ids: Tensor | None = None,
-    early: bool = False,
     cut: Geometry | None = None,
 ) -> None:
     """Few rows: y = x W^T of one expert, or with ids int64 [tokens, k] of each choice's expert, a row of y each.
 
-    With ids x has a row for each token or for each choice.  early: the kernel ahead waited for the ids before it let
-    this one begin.
+    With ids x has a row for each token.
     """
     together(x, tiles.data)
     rows, width = x.shape
@@ -133,7 +131,7 @@ def launch(
         return
     choices = 0 if ids is None else ids.numel()
     cut = cut or geometry(tiles.groups, tiles.slabs, rows if ids is None else 1, max(1, choices))
-    experts = 0 if ids is None else 2 if early else 1
+    experts = int(ids is not None)
     defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("GATED", int(gated)), ("EXPERTS", experts))
     data, row_scale = tiles.data, tiles.row_scale
     if ids is None:

@@ -7,8 +7,7 @@
 //
 // ROWS8: columns of 8 activation rows a warp multiplies at a time.  GROUPS: groups of 16 outputs a warp has.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
-// EXPERTS: the second axis of the grid is a choice (token, expert); one block does all rows of an expert. 1: the kernel
-// before may have made the choices.  2: it has not, so that weights are asked for before it ends.
+// EXPERTS: the second axis of the grid is a choice (token, expert); one block does all rows of an expert.
 #include "nvfp4.cuh"
 
 struct Parameters {
@@ -71,10 +70,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
 #if EXPERTS
     __shared__ u16 list[MAX_ROWS];
     __shared__ int chosen;
-#if EXPERTS == 1
     wait_for_kernels_before();
     let_next_kernel_begin();  // only now: the next kernel may then read the choices before it waits
-#endif
     int choice = (int)blockIdx.y;
     long long expert = load_early(p.ids + choice);
     if (expert < 0 || !find_rows(p, (int)expert, choice, list, &chosen)) return;
@@ -116,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
     }
     __syncwarp();
     for (int stage = 0; stage < STAGES; stage++) fill();
-#if EXPERTS != 1
+#if !EXPERTS
     let_next_kernel_begin();
     wait_for_kernels_before();
 #endif
