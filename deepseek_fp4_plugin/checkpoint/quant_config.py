@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
-from deepseek_fp4_plugin.checkpoint.findings import Finding, error, note, refuse, warning
+from deepseek_fp4_plugin.checkpoint.findings import Fault, Finding, error, note, refuse, warning
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -120,7 +120,11 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> tuple[QuantConfig
 
 def _read_own_file(content: dict[str, Any], path: Path, findings: list[Finding]) -> QuantConfig:
     take = _Section(content.get("quantization"), "quantization", path, findings, may_be_absent=False)
-    return QuantConfig(take.text("quant_algo"), take.text("kv_cache_quant_algo"), take.names("exclude_modules"))
+    algorithm, size = take.text("quant_algo"), take.content.get("group_size", 16)
+    if algorithm == "NVFP4" and size != 16:
+        sentence = f"{path}: quantization.group_size is {json.dumps(size)[:60]}, and NVFP4 has blocks of 16"
+        findings.append(warning("group_size", f"{sentence}; it is not used", fault=Fault.QUANT_FILES))
+    return QuantConfig(algorithm, take.text("kv_cache_quant_algo"), take.names("exclude_modules"))
 
 
 def _read_section(config: dict[str, Any], path: Path, findings: list[Finding]) -> QuantConfig:
@@ -180,14 +184,16 @@ def _disagreements(own: QuantConfig, section: QuantConfig, folder: Path) -> list
     algorithms = {name.lower() for name in (own.quant_algo, section.quant_algo) if name and name != "modelopt"}
     if len(algorithms) > 1:  # "modelopt" is config.json's name for the program where it does not name the format
         sentence = f"{HF_QUANT_CONFIG} says {own.quant_algo} and config.json {section.quant_algo}"
-        found.append(warning("quant_algo", f"{folder}: {sentence}; each weight's own tensors decide"))
+        sentence += "; each weight's own tensors decide"
+        found.append(warning("quant_algo", f"{folder}: {sentence}", fault=Fault.QUANT_FILES))
     if own.kv_cache_quant_algo != section.kv_cache_quant_algo:
         sentence = f"{HF_QUANT_CONFIG} asks for a cache in {own.kv_cache_quant_algo or 'the dtype of the model'}"
         sentence += f" and config.json for {section.kv_cache_quant_algo or 'the dtype of the model'}"
-        found.append(warning("kv_cache_quant_algo", f"{folder}: {sentence}; {HF_QUANT_CONFIG} is followed"))
+        sentence += f"; {HF_QUANT_CONFIG} is followed"
+        found.append(warning("kv_cache_quant_algo", f"{folder}: {sentence}", fault=Fault.QUANT_FILES))
     if set(own.exclude_modules) != set(section.exclude_modules):
         sentence = "the lists of unquantized modules in its two files differ; each weight's own tensors decide"
-        found.append(note("exclude_modules", f"{folder}: {sentence}"))
+        found.append(note("exclude_modules", f"{folder}: {sentence}", fault=Fault.QUANT_FILES))
     return found
 
 

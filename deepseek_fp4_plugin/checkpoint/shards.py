@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
-from deepseek_fp4_plugin.checkpoint.findings import Finding, error, note, warning
+from deepseek_fp4_plugin.checkpoint.findings import Fault, Finding, error, note, warning
 from deepseek_fp4_plugin.checkpoint.json_files import parse_object, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -142,6 +142,7 @@ def _headers(folder: Path, found: Shards) -> dict[str, dict[str, TensorInfo]]:
                 missing[0],
                 f"{folder} lacks {len(missing)} of its {len(found.names)} shards, first {missing[0]}; "
                 "download it again",
+                fault=Fault.MISSING_SHARD,
             )
         )
     headers = {}
@@ -150,7 +151,7 @@ def _headers(folder: Path, found: Shards) -> dict[str, dict[str, TensorInfo]]:
             try:
                 headers[shard] = read_header(folder / shard, shard)
             except CheckpointError as problem:
-                found.findings.append(error(shard, str(problem)))
+                found.findings.append(error(shard, str(problem), fault=Fault.DAMAGED_FILE))
     return headers
 
 
@@ -176,6 +177,8 @@ def _resolve(
             continue
         if chosen in headers and name in headers[chosen]:
             found.tensors[name] = headers[chosen][name]._replace(indexed=not indexed or name in indexed)
+        elif chosen in headers:  # an error, told of below; what else is wrong is looked for with the copy there is
+            found.tensors[name] = headers[shards[-1]][name]
         stale += [(name, shard, chosen) for shard in shards if shard != chosen]
     if stale:
         name, shard, chosen = stale[0]
@@ -189,7 +192,9 @@ def _resolve(
     if absent:
         name, shard = absent[0]
         sentence = f"{INDEX_NAME} in {folder} says {name} is in {shard}, but it is not there"
-        found.findings.append(error(name, f"{sentence}; download {shard} and the index again", len(absent)))
+        elsewhere = all(tensor in holders for tensor, _ in absent)
+        fault = Fault.WRONG_INDEX if elsewhere else Fault.MISSING_TENSOR
+        found.findings.append(error(name, f"{sentence}; download {shard} and the index again", len(absent), fault))
 
 
 def _chosen(name: str, shards: list[str], indexed: Mapping[str, str]) -> str | None:
@@ -216,7 +221,19 @@ def _unnamed_shards(folder: Path, found: Shards) -> None:
         held = f"{len(lost):,} tensors that no other shard has, first {lost[0]}" if lost else "copies only"
         how = "; add them to weight_map if they belong to the model" if lost else ""
         sentence = f"{path} is not named by {by} and not used: it holds {held}{how}"
-        found.findings.append((warning if lost else note)(path.name, sentence))
+        fault = Fault.UNNAMED_SHARD if lost else None
+        found.findings.append((warning if lost else note)(path.name, sentence, fault=fault))
+
+
+def anywhere(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of every readable shard of a folder, whether an index names it or not; of copies the last file's."""
+    found: dict[str, TensorInfo] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= read_header(path)
+        except CheckpointError:
+            continue
+    return found
 
 
 def by_module(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:

@@ -3,6 +3,7 @@
 Formats of other programs are recognised and named, so that nobody looks for a tensor that was never lost.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from deepseek_fp4_plugin.checkpoint.scales import SCALE_DTYPES, dtype_name, is_t
 from deepseek_fp4_plugin.checkpoint.shards import TensorInfo
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILED = "tiled weight_scale"  # kind of a problem
 _FP8_BLOCK = 128
 _NVFP4_BLOCK = 16
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale")
@@ -148,7 +150,7 @@ def _four_bit(group: Group, shape: tuple[int, ...]) -> Verdict:
     problems: tuple[Problem, ...] = ()
     if len(shape) == 2 and shape[1] % _NVFP4_BLOCK == 0:
         problems += _shape(group, "weight", (shape[0], shape[1] // 2))
-        problems += _shape(group, "weight_scale", (shape[0], shape[1] // _NVFP4_BLOCK))
+        problems += _scale_order(group, (shape[0], shape[1] // _NVFP4_BLOCK))
     else:
         problems += (Problem("NVFP4 width", "weight", f"is NVFP4, which cannot hold shape {list(shape)}"),)
     for suffix in ("weight_scale_2", "input_scale"):
@@ -158,6 +160,20 @@ def _four_bit(group: Group, shape: tuple[int, ...]) -> Verdict:
     for suffix in ("weight_scale", "weight_scale_2", "input_scale"):
         problems += _dtype(group, suffix)
     return Verdict(WeightFormat.NVFP4, problems)
+
+
+def _scale_order(group: Group, shape: tuple[int, int]) -> tuple[Problem, ...]:
+    """Whether block scales have their shape, or as many numbers as in the tensor cores' order of 128 x 4."""
+    tiled = -(-shape[0] // 128) * 128 * -(-shape[1] // 4) * 4
+    problems = _shape(group, "weight_scale", shape)
+    if (
+        problems
+        and group["weight_scale"].dtype == torch.float8_e4m3fn
+        and math.prod(group["weight_scale"].shape) == tiled
+    ):
+        text = f"{problems[0].text}; so many there are in the tensor cores' 128 x 4 order, which no checkpoint keeps"
+        return (Problem(TILED, "weight_scale", text),)
+    return problems
 
 
 def _scale_missing(group: Group, suffix: str) -> Problem:

@@ -60,13 +60,21 @@ class _Kind:
 
 def look_at(checkpoint: str) -> "Examination":
     """Raises CheckpointError for what is no local folder."""
-    from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
-    from deepseek_fp4_plugin.checkpoint.hub import EMBEDDED, resolve
     from deepseek_fp4_plugin.models.examination import examine
 
+    return examine(local_folder(checkpoint, "inspect"))
+
+
+def local_folder(checkpoint: str, command: str) -> Path:
+    """Raises CheckpointError for what is neither a folder here nor the embedded model: nothing is downloaded."""
+    from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+    from deepseek_fp4_plugin.checkpoint.hub import EMBEDDED, resolve
+
     if not Path(checkpoint).expanduser().is_dir() and checkpoint != EMBEDDED:
-        raise CheckpointError(f"{checkpoint} is not a folder here; inspect looks at local checkpoints (or {EMBEDDED})")
-    return examine(resolve(checkpoint))
+        raise CheckpointError(
+            f"{checkpoint} is not a folder here; {command} looks at local checkpoints (or {EMBEDDED})"
+        )
+    return resolve(checkpoint)
 
 
 def _findings(examination: "Examination") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
-from deepseek_fp4_plugin.checkpoint.findings import Finding, Severity, error, note, refuse, warning
+from deepseek_fp4_plugin.checkpoint.findings import Fault, Finding, Severity, error, note, refuse, warning
 from deepseek_fp4_plugin.checkpoint.quant_config import (
     QuantConfig,
     WeightFormat,
@@ -22,9 +22,10 @@ from deepseek_fp4_plugin.checkpoint.quant_config import (
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.scales import dtype_name
 from deepseek_fp4_plugin.checkpoint.shards import Shards, TensorInfo, by_module, scan
-from deepseek_fp4_plugin.checkpoint.weight_rules import PLAIN_DTYPES, Problem, judge, read_of
+from deepseek_fp4_plugin.checkpoint.weight_rules import PLAIN_DTYPES, TILED, Problem, judge, read_of
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.config_reading import MTP_FIELDS
+from deepseek_fp4_plugin.models.declarations import declared_findings
 from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def examine(folder: Path) -> Examination:
         whole = not any(finding.severity is Severity.ERROR for finding in shards.findings)
         config, more = examine_weights(folder, shards.tensors, config, raw, whole)
         findings += more
+        findings += declared_findings(folder, shards.tensors, config, quantization)
     findings.sort(key=lambda finding: list(Severity).index(finding.severity))
     return Examination(folder, config, quantization, shards, tuple(findings))
 
@@ -115,6 +117,18 @@ def examine_weights(
     return config, findings
 
 
+def _fault_of(problem: Problem) -> Fault | None:
+    if problem.kind == "missing":
+        return Fault.MISSING_TENSOR
+    if problem.kind in ("no weight_scale", "no weight_scale_2"):
+        return Fault.NO_SCALE
+    if problem.kind == TILED:
+        return Fault.TILED_SCALES
+    if problem.kind in ("scale shape", "shape of weight_scale"):
+        return Fault.SCALE_SIZE
+    return None
+
+
 def _unreadable_here(weight: Weight, weight_format: WeightFormat | None) -> tuple[Problem, ...]:
     """Formats that are read for linears only."""
     whole_only = weight.role in (Role.EMBEDDING, Role.HEAD, Role.NORM, Role.ROUTER)
@@ -144,7 +158,7 @@ class _Problems:
             sentence = f"{name} in {self.folder} {problem.text.replace('{module}', module)}"
         else:
             sentence = f"{self.folder} has no tensor {name}; the checkpoint is incomplete, download it again"
-        self._count(problem.kind, error(name, sentence))
+        self._count(problem.kind, error(name, sentence, fault=_fault_of(problem)))
 
     def add_plain(self, weight: Weight, info: TensorInfo | None) -> None:
         """Of a tensor that is never quantized, such as the router's bias."""
@@ -188,7 +202,8 @@ def _mtp_layers(
         return config, [finding], {name for layer in mtp for name in layers[layer]}
     if declared and last not in layers:
         sentence = f"{where} counts {declared} MTP layer{'s' if declared > 1 else ''} ({field}), but no tensor of"
-        finding = warning(field, f"{sentence} model.layers.{last} is here; the checkpoint is used without")
+        sentence += f" model.layers.{last} is here; the checkpoint is used without"
+        finding = warning(field, sentence, fault=Fault.MTP_ABSENT)
         return replace(config, num_nextn_predict_layers=0), [finding] if given and whole else [], set()
     if declared > 1:
         sentence = f"{where}: {field} is {declared}, and this program computes one MTP layer"
@@ -197,7 +212,7 @@ def _mtp_layers(
     findings = []
     if not given and last in mtp:
         sentence = f"{where} does not say {field}; model.layers.{last} is taken as the MTP layer that it looks like"
-        findings.append(warning(field, sentence))
+        findings.append(warning(field, sentence, fault=Fault.MTP_UNCOUNTED))
     unread = {layer: layers[layer] for layer in sorted({*mtp, *({last} & layers.keys())}) if layer >= last + declared}
     if unread:
         findings.append(_unread_mtp(folder, unread, declared))
@@ -218,7 +233,8 @@ def _unread_mtp(folder: Path, unread: Mapping[int, list[str]], declared: int) ->
     sentence = f"the {sum(map(len, unread.values()))} tensors of {names} in {folder}, {kind}, are not used"
     advice = "one is computed here" if declared else "set it to 1 to keep the layer"
     finding = f"{sentence}: config.json counts {declared} ({MTP_FIELDS[0]}); {advice}"
-    return warning(f"model.layers.{min(unread)}", finding, unused=True)
+    fault = None if declared else Fault.MTP_UNCOUNTED
+    return warning(f"model.layers.{min(unread)}", finding, unused=True, fault=fault)
 
 
 def _unplaced(folder: Path, unread: Sequence[str], formats: Mapping[str, WeightFormat | None]) -> list[Finding]:
@@ -233,7 +249,8 @@ def _unplaced(folder: Path, unread: Sequence[str], formats: Mapping[str, WeightF
             findings.append(note(names[0], sentence, len(names), unused=True))
         else:
             sentence = f"{folder} has {len(names)} tensors this model has no place for, first {names[0]}; "
-            findings.append(error(names[0], sentence + "does config.json belong to these weights?"))
+            sentence += "does config.json belong to these weights?"
+            findings.append(error(names[0], sentence, fault=Fault.OTHER_MODEL))
     return findings
 
 

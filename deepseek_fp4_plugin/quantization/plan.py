@@ -105,7 +105,7 @@ def make_plan(reader: CheckpointReader, config: DeepseekV3Config, layout: str) -
     refuse(examine_weights(reader.folder, reader.tensors, config, read_json(reader.folder / "config.json"))[1])
     units: list[Unit] = []
     specs: list[TensorSpec] = []
-    for group in _groups(config):
+    for group in paired_weights(config):
         conversions = []
         for weight in group:
             if weight.name not in reader and may_be_absent(weight, config):
@@ -139,7 +139,7 @@ def kept_dtype(conversion: Conversion, source_dtype: torch.dtype) -> torch.dtype
     return source_dtype
 
 
-def _groups(config: DeepseekV3Config) -> Iterator[list[Weight]]:
+def paired_weights(config: DeepseekV3Config) -> Iterator[list[Weight]]:
     """Weights in reading order, each gate_proj together with its up_proj."""
     waiting = None
     for weight in weights(config):

@@ -22,6 +22,7 @@ from deepseek_fp4_plugin.checkpoint.writer import (
     refuse_taken,
 )
 from deepseek_fp4_plugin.models.config import DeepseekV3Config, with_mtp_layers
+from deepseek_fp4_plugin.models.declarations import absent_code
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import checked_device
 from deepseek_fp4_plugin.quantization.calibrate import (
@@ -156,12 +157,7 @@ def _refuse_in_the_way(source: Path, destination: Path) -> None:
 
 def _note_absent_code(folder: Path) -> None:
     """Say which files `auto_map` names and the source lacks: they decide whether others can open the result."""
-    named = read_json(folder / "config.json").get("auto_map")
-    entries = list(named.values()) if isinstance(named, dict) else []
-    classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
-    # `owner/name--file.Class` is read from that repository of the hub.
-    files = {f"{name.partition('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name}
-    for file in sorted(file for file in files if not (folder / file).is_file()):
+    for file in absent_code(folder, read_json(folder / "config.json")):
         _log.warning(
             "auto_map in %s names %s, which is not there: trust_remote_code=True will fail on the result until that "
             "file of the original is copied into it",

@@ -15,7 +15,7 @@ FLOOR = {
     "models": 3,
     "quantization": 4, "engine": 4,
     "llm": 5,
-    "serving": 6, "evaluation": 6, "doctor": 6,
+    "serving": 6, "evaluation": 6, "doctor": 6, "checkup": 6, "planner": 6,
     "cli": 7,
 }  # fmt: skip
 # Sideways on one floor: these neighbours lean on each other in one direction.
