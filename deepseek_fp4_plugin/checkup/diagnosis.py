@@ -11,6 +11,7 @@ from deepseek_fp4_plugin.checkpoint.shards import Shards, anywhere
 from deepseek_fp4_plugin.checkup.consequences import CONSEQUENCES, RUNTIMES, mending
 from deepseek_fp4_plugin.checkup.text_files import examine_text_files
 from deepseek_fp4_plugin.checkup.values import Values, examine_values
+from deepseek_fp4_plugin.models.declarations import declared_findings
 from deepseek_fp4_plugin.models.examination import Examination, examine
 
 
@@ -75,6 +76,7 @@ def diagnose(folder: Path, source: Path | None = None, everything: bool = False)
     findings = [finding for finding in examination.findings if not _published(finding)]
     values = None
     if folder.is_dir() and examination.config is not None:
+        findings += declared_findings(folder, examination.shards.tensors, examination.config, examination.quantization)
         findings += examine_text_files(folder, read_json(folder / "config.json"))
         reader = CheckpointReader(folder, Shards(examination.shards.names, examination.shards.tensors, []))
         values = examine_values(reader, examination.config, original, everything)

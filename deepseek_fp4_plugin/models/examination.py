@@ -25,7 +25,6 @@ from deepseek_fp4_plugin.checkpoint.shards import Shards, TensorInfo, by_module,
 from deepseek_fp4_plugin.checkpoint.weight_rules import PLAIN_DTYPES, TILED, Problem, judge, read_of
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.config_reading import MTP_FIELDS
-from deepseek_fp4_plugin.models.declarations import declared_findings
 from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,6 @@ def examine(folder: Path) -> Examination:
         whole = not any(finding.severity is Severity.ERROR for finding in shards.findings)
         config, more = examine_weights(folder, shards.tensors, config, raw, whole)
         findings += more
-        findings += declared_findings(folder, shards.tensors, config, quantization)
     findings.sort(key=lambda finding: list(Severity).index(finding.severity))
     return Examination(folder, config, quantization, shards, tuple(findings))
 
