@@ -25,6 +25,7 @@ from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
 from deepseek_fp4_plugin.engine.executor import Executor, InProcessExecutor
 from deepseek_fp4_plugin.engine.launch import start_executor
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
+from deepseek_fp4_plugin.engine.pace import PromptPace, least_chunk
 from deepseek_fp4_plugin.engine.request import GenerationError, RequestError
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Logprob
@@ -219,6 +220,10 @@ class LLM:
         """Longest prompt and answer together that one request may have."""
         return self._engine.engine.max_request_tokens
 
+    def check_length(self, text: str) -> None:
+        """Raises RequestError for a prompt that is too long however it is tokenized, long before it would be."""
+        self._admission.check_length(text)
+
     def memory_use(self) -> dict[str, int]:
         """Bytes of the weights and of the latent cache."""
         facts = self._executor.facts
@@ -265,6 +270,9 @@ def _engine(config: EngineConfig, executor: Executor, tokenizer: Tokenizer | Non
     if tokenizer is not None and tokenizer.think_start_id is not None and tokenizer.think_end_id is not None:
         think_ids = (tokenizer.think_start_id, tokenizer.think_end_id)
 
+    shape = facts.model_config
+    least = least_chunk(shape.kv_lora_rank, shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim)
+
     def scheduler() -> Scheduler:
         reuse, lookahead = config.kv_cache_config.enable_block_reuse, 1 if facts.num_drafts else 0
         return Scheduler(
@@ -274,6 +282,7 @@ def _engine(config: EngineConfig, executor: Executor, tokenizer: Tokenizer | Non
             facts.max_seq_len,
             facts.num_drafts,
             think_ids,
+            None if config.max_prompt_seconds is None else PromptPace(config.max_prompt_seconds, least),
         )
 
     schedulers = [scheduler() for _ in range(executor.num_schedulers)]

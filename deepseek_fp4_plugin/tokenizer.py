@@ -18,9 +18,12 @@ import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_fp4_plugin.token_bound import TokenBound
+
 _OTHER_FORMS = ("tiktoken.model", "tokenizer.model", "spiece.model", "vocab.json")  # none of them is read
 TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 THINK_START, THINK_END = "<think>", "</think>"
+_SHORT_TEXT = 4096  # characters; they are tokenized sooner than another thread takes over
 _TURN_STARTS = ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>")  # the assistant's own words follow
 
 
@@ -132,16 +135,33 @@ class Tokenizer:
         return token in self._special
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. add_special_tokens: with BOS in front, if tokenizer_config.json or tokenizer.json says so."""
+        """Token ids. add_special_tokens: with BOS in front, if tokenizer_config.json or tokenizer.json says so.
+
+        Other threads run while a long text is tokenized.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start} (a lone surrogate)") from None
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= _SHORT_TEXT:
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        else:  # the only call of the library that does not hold the interpreter meanwhile
+            ids = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if add_special_tokens and self._add_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             ids = [self.bos_id, *ids]
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens `text` has at the least, found without tokenizing it; 0 where nothing can be said."""
+        return 0 if self._bound is None else self._bound.fewest(text.encode("utf-8", "replace"))
+
+    @functools.cached_property
+    def _bound(self) -> TokenBound | None:
+        """None where tokens need not spell the whole text."""
+        if not _spells_everything(self.backend):
+            return None
+        return TokenBound(map(self.token_bytes, self.backend.get_vocab(with_added_tokens=True).values()))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text. Bytes that are no UTF-8 become U+FFFD; an id without a token has no text."""
@@ -246,6 +266,32 @@ def _add(backend: tokenizers.Tokenizer, token: tokenizers.AddedToken, index: int
         raise ValueError(
             f"{CONFIG_NAME} says that token {token.content!r} has id {index}; in {TOKENIZER_NAME} it is {found}"
         )
+
+
+def _spells_everything(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the tokens' bytes, joined, are the text's: nothing is rewritten, left out or swallowed.
+
+    Bytes that the vocabulary lacks may be left out one by one; a token for all unknown ones would swallow several.
+    """
+    unknown = getattr(backend.model, "unk_token", None)
+    swallow = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    parts = _parts(backend.normalizer) + _parts(backend.pre_tokenizer)
+    return unknown is None and not swallow and all(_keeps_text(part) for part in parts)
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """What a normalizer or pre-tokenizer is made of, as tokenizer.json describes it."""
+    if component is None:
+        return []
+    described = json.loads(component.__getstate__())
+    if described["type"] != "Sequence":
+        return [described]
+    return described.get("pretokenizers", described.get("normalizers"))
+
+
+def _keeps_text(part: Mapping[str, Any]) -> bool:
+    """ByteLevel writes bytes as symbols, which token_bytes turns back; the other two only cut."""
+    return part["type"] in ("ByteLevel", "Digits", "Split") and part.get("behavior") != "Removed"
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deepseek_fp4_plugin.config import SamplingParams, SchedulingParams, SpeculativeConfig
 from deepseek_fp4_plugin.engine.async_engine import RequestHandle
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput, StopStrings
-from deepseek_fp4_plugin.engine.request import Request, RequestError, Stopping
+from deepseek_fp4_plugin.engine.request import Request, RequestError, Stopping, too_long
 from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -88,12 +88,24 @@ class Admission:
             self._next_id += 1
         return RequestHandle(output, requests, detokenizers, streaming, params.include_stop_str_in_output)
 
+    def check_length(self, text: str) -> None:
+        """Raises RequestError for a prompt that cannot fit, however it is tokenized. Any thread."""
+        limit = self.max_request_tokens
+        if self.tokenizer is not None and len(text.encode("utf-8", "replace")) >= limit:
+            fewest = self.tokenizer.fewest_tokens(text)
+            if fewest >= limit:
+                raise RequestError(too_long(f"at least {fewest}", limit))
+
     def _prompt(self, prompt: str | Sequence[int], params: SamplingParams) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this LLM has no tokenizer; give the prompt as token ids")
+            if params.truncate_prompt_tokens is None:
+                self.check_length(prompt)
             text, ids = prompt, self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
         else:
+            if params.truncate_prompt_tokens is None and len(prompt) >= self.max_request_tokens:
+                raise RequestError(too_long(str(len(prompt)), self.max_request_tokens))
             text, ids = None, list(prompt)
             if not all(isinstance(token, int) for token in ids):
                 raise RequestError("a prompt is a string or a list of token ids (integers)")

@@ -22,6 +22,8 @@ from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
 
+_WHOLE = 32  # steps after which the reader of a whole answer looks, so that its end is little work
+
 
 class EngineDeadError(RuntimeError):
     """The engine stopped because of an error of its own; nothing more will come from it."""
@@ -51,8 +53,7 @@ class AsyncEngine:
         for request in handle.requests:
             self.engine.check(request)
         handle.engine = self
-        if handle.streaming and self.stream_interval > 1:
-            handle._enough = self.stream_interval * len(handle.requests)
+        handle._enough = (self.stream_interval if handle.streaming else _WHOLE) * len(handle.requests)
 
         def start() -> None:
             for request in handle.requests:
@@ -144,7 +145,7 @@ class AsyncEngine:
             if isinstance(waiter, threading.Event):
                 waiter.set()
             elif waiter is not None:
-                loops.setdefault(waiter[0], []).append(handle)
+                loops.setdefault(waiter.get_loop(), []).append(handle)
         for loop, handles in loops.items():
             try:
                 loop.call_soon_threadsafe(_wake, handles)
@@ -160,8 +161,9 @@ class AsyncEngine:
 
 def _wake(handles: list["RequestHandle"]) -> None:
     for handle in handles:
-        if isinstance(handle._waiter, tuple):
-            handle._waiter[1].set()
+        waiter = handle._waiter
+        if isinstance(waiter, asyncio.Future) and not waiter.done():
+            waiter.set_result(None)
 
 
 class RequestHandle:
@@ -185,7 +187,7 @@ class RequestHandle:
         self._detokenizers, self._include_stop = detokenizers, include_stop
         self._emissions: collections.deque[tuple[float, Emission]] = collections.deque()
         self._enough, self._urgent = 1, False  # emissions that are worth a look; one that is in any case
-        self._waiter: threading.Event | tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._waiter: threading.Event | asyncio.Future[None] | None = None
         self.failure: GenerationError | None = None
         output.metrics.arrival = time.perf_counter()
 
@@ -270,10 +272,9 @@ class RequestHandle:
     async def _wait_async(self) -> None:
         if self._ready():
             return
-        event = asyncio.Event()
-        self._waiter = (asyncio.get_running_loop(), event)
+        future = self._waiter = asyncio.get_running_loop().create_future()
         if not self._ready():
-            await event.wait()
+            await future
         self._waiter = None
 
     def _take(self) -> bool:

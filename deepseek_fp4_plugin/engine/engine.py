@@ -9,7 +9,14 @@ from typing import Any
 
 from deepseek_fp4_plugin.engine.distribution import Balance, Distributor
 from deepseek_fp4_plugin.engine.executor import Executor
-from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request, RequestError, SpeculationCounts
+from deepseek_fp4_plugin.engine.request import (
+    Emission,
+    GenerationError,
+    Request,
+    RequestError,
+    SpeculationCounts,
+    too_long,
+)
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import StepPlan
 
@@ -93,10 +100,7 @@ class LLMEngine:
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if prompt >= limit:
-            raise RequestError(
-                f"the prompt has {prompt} tokens and at most {limit - 1} fit (max_seq_len and the cache allow {limit} "
-                "with the answer); shorten it or raise max_seq_len / kv_cache_config.max_tokens"
-            )
+            raise RequestError(too_long(str(prompt), limit))
         if request.dp_rank is not None and not 0 <= request.dp_rank < len(self.schedulers):
             raise RequestError(
                 f"attention_dp_rank={request.dp_rank} is none of the {len(self.schedulers)} attention-data-parallel "
@@ -183,10 +187,15 @@ class LLMEngine:
             stats.expert_load = results[0].expert_load
         ended = time.perf_counter()
         stats.update_seconds += ended - came
+        seconds = ended - max(began, self._ended)
+        for scheduler, plan in zip(self.schedulers, plans, strict=True):
+            if scheduler.pace is not None and plan.rows:
+                prompts = [len(row.tokens) for row in plan.rows if row.tokens]
+                scheduler.pace.took(sum(prompts), len(plan.rows) - len(prompts), seconds)
         self._iterations.append(
             {
                 "iteration": stats.steps,
-                "seconds": ended - max(began, self._ended),
+                "seconds": seconds,
                 "requests": sum(len(plan.rows) for plan in plans),
                 "running": self._total("running"),
                 "waiting": self._total("waiting") + self._distributor.num_waiting,

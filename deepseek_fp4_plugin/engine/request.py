@@ -14,6 +14,14 @@ class RequestError(ValueError):
     """A request that cannot be served as asked; the others go on."""
 
 
+def too_long(tokens: str, limit: int) -> str:
+    """Of a prompt that does not fit."""
+    return (
+        f"the prompt has {tokens} tokens and at most {limit - 1} fit (max_seq_len and the cache allow {limit} "
+        "with the answer); shorten it or raise max_seq_len / kv_cache_config.max_tokens"
+    )
+
+
 class GenerationError(RuntimeError):
     """A request that could not be finished; the others went on.
 

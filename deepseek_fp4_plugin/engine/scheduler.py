@@ -16,6 +16,7 @@ import time
 from collections import deque
 
 from deepseek_fp4_plugin.engine.block_manager import BlockManager
+from deepseek_fp4_plugin.engine.pace import PromptPace
 from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request, Share
 from deepseek_fp4_plugin.engine.step_plan import NOT_FINITE, PlanRow, Setup, StepPlan, StepResult
 
@@ -24,6 +25,7 @@ class Scheduler:
     """max_batch_size: running requests.  max_num_tokens: tokens a step.  max_seq_len: prompt + output.
 
     num_drafts: K, drafts after each step (0: no MTP).  think_ids: (start, end) of the thinking phase, if any.
+    pace: how many of a step's tokens may be of prompts; None: all.
     """
 
     def __init__(
@@ -34,8 +36,9 @@ class Scheduler:
         max_seq_len: int,
         num_drafts: int = 0,
         think_ids: tuple[int, int] | None = None,
+        pace: PromptPace | None = None,
     ):
-        self.blocks = blocks
+        self.blocks, self.pace = blocks, pace
         self.max_batch_size, self.max_num_tokens, self.max_seq_len = max_batch_size, max_num_tokens, max_seq_len
         self.num_drafts, self.think_ids = num_drafts, think_ids
         # The MTP recurrence writes K - 1 positions behind the last draft of a step.
@@ -103,13 +106,14 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan a step. `update` must be called with its result, in the order of the plans, or else `withdraw`."""
         budget = self.max_num_tokens
+        prompts = budget if self.pace is None else min(budget, self.pace.allowance)  # of these, for prompts
         rows: list[PlanRow] = []
         shares: list[Share] = []
         preemptions, index = self.num_preemptions, 0
         self._short_of_blocks = False
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            start, count = self._next_tokens(request, budget)
+            start, count = self._next_tokens(request, budget if request.decoding else min(budget, prompts))
             if count > 0 and not self._reserve(request, start + count):
                 if not any(self._under_way):
                     break  # the request itself was the last, and gave way
@@ -119,17 +123,20 @@ class Scheduler:
                 rows.append(self._row(request, start, count))
                 shares.append(self._share(request, rows[-1]))
                 budget -= count
+                prompts -= len(rows[-1].tokens)
             index += 1
         admitting = self.num_preemptions == preemptions  # else the victim would take its blocks straight back
         admitting = admitting and not self._short_of_blocks
-        while admitting and budget > 0 and self.num_waiting and len(self.running) < self.max_batch_size:
+        prompts = min(prompts, budget)
+        while admitting and prompts > 0 and self.num_waiting and len(self.running) < self.max_batch_size:
             request = self._next_waiting()
-            count = self._admit(request, budget)
+            count = self._admit(request, prompts)
             if count == 0:
                 break
             rows.append(self._row(request, request.num_computed, count))
             shares.append(self._share(request, rows[-1]))
             budget -= count
+            prompts -= count
         self._under_way.append(shares)
         return StepPlan(rows, self.max_num_tokens - budget, uniform=all(map(self._is_uniform, shares, rows)))
 

@@ -1,11 +1,11 @@
 """The routes. Each turns a validated body into calls of `LLM`, and what comes back into OpenAI's form."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.llm import LLM
 from deepseek_fp4_plugin.serving import protocol
+from deepseek_fp4_plugin.serving.aside import Aside
+from deepseek_fp4_plugin.serving.bodies import RefusedBody, body_route
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest, error_form
 from deepseek_fp4_plugin.serving.middleware import AccessLog, ApiKeys, BodyLimits
 from deepseek_fp4_plugin.serving.options import ServerOptions
@@ -20,7 +23,6 @@ from deepseek_fp4_plugin.serving.pages import page
 from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 from deepseek_fp4_plugin.serving.service import Service
-from deepseek_fp4_plugin.serving.streaming import to_json
 
 JSON = "application/json"
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -59,7 +61,8 @@ def error_response(request: Request, error: ApiError) -> Response:
 
 def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
     """The ASGI application of one loaded model. `model` is what the command line called it."""
-    service = Service(llm, options, model)
+    aside = Aside()
+    service = Service(llm, options, model, aside)
     middleware = [Middleware(AccessLog, metrics=service.metrics)]
     if options.allowed_origins:
         middleware.append(
@@ -77,9 +80,11 @@ def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
         middleware=middleware,
     )  # fmt: skip
     app.state.service = service
+    app.router.route_class = body_route(aside)
     _add_error_handlers(app)
     _add_generation_routes(app, service)
-    _add_information_routes(app, service)
+    _add_token_routes(app, service, aside)
+    _add_information_routes(app, service, aside)
     _add_pages(app)
     _name_models(app, service.names)
     _answer_head(app)
@@ -105,6 +110,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         return error_response(request, error)
+
+    @app.exception_handler(RefusedBody)
+    async def refused(request: Request, error: RefusedBody) -> Response:
+        return error_response(request, error.error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -168,24 +177,29 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     async def messages(request: Request, body: Annotated[MessagesRequest, Body()]) -> Response:
         return await service.message(body, request.state.log)
 
+
+def _add_token_routes(app: FastAPI, service: Service, aside: Aside) -> None:
+    async def counted(work: Callable[[Any], Any], body: Any) -> Response:
+        return await aside.native(lambda: Json(work(body)))
+
     @app.post(
         "/v1/messages/count_tokens",
         summary="Tokens of a message's prompt",
         responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}, **_of_messages(400, 404, 408, 413)},
     )
     async def count_tokens(body: Annotated[CountTokensRequest, Body()]) -> Response:
-        return Json(await run_in_threadpool(service.count_tokens, body))
+        return await counted(service.count_tokens, body)
 
     @app.post("/tokenize", responses={200: {"model": protocol.TokenizeResponse}, **_some(400, 404, 408, 413)})
     async def tokenize(body: Annotated[protocol.TokenizeRequest, Body()]) -> Response:
-        return Json(await run_in_threadpool(service.tokenize, body))
+        return await counted(service.tokenize, body)
 
     @app.post("/detokenize", responses={200: {"model": protocol.DetokenizeResponse}, **_some(400, 404, 408, 413)})
     async def detokenize(body: Annotated[protocol.DetokenizeRequest, Body()]) -> Response:
-        return Json(await run_in_threadpool(service.detokenize, body))
+        return await counted(service.detokenize, body)
 
 
-def _add_information_routes(app: FastAPI, service: Service) -> None:
+def _add_information_routes(app: FastAPI, service: Service, aside: Aside) -> None:
     @app.get("/health", response_class=Response, responses=_some(503), summary="200 while requests can be answered")
     async def health() -> Response:
         service.check_health()
@@ -220,7 +234,7 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
 
     for path in ("/metrics", "/prometheus/metrics"):
         app.add_api_route(
-            path, _metrics_route(service), summary="Prometheus metrics", response_class=Response,
+            path, _metrics_route(service, aside), summary="Prometheus metrics", response_class=Response,
             operation_id=path.strip("/").replace("/", "_"),
             responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
         )  # fmt: skip
@@ -231,9 +245,11 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
         return Json(service.iteration_stats())
 
 
-def _metrics_route(service: Service) -> Any:
+def _metrics_route(service: Service, aside: Aside) -> Any:
     async def metrics() -> Response:
-        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            await aside.python(service.metrics.exposition), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     return metrics
 

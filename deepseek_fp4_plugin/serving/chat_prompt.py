@@ -45,11 +45,10 @@ class ChatPrompt:
         messages: list[Message],
         tools: list[Tool] | None = None,
         add_generation_prompt: bool = True,
-        add_special_tokens: bool = False,
         kwargs: dict[str, Any] | None = None,
         effort: str | None = None,
-    ) -> list[int]:
-        """Token ids. `effort` none: the prompt ends in an empty think block.
+    ) -> str:
+        """The prompt. `effort` none: it ends in an empty think block.
 
         Raises ApiError 400 for messages or variables that the template cannot honour.
         """
@@ -81,7 +80,7 @@ class ChatPrompt:
         if effort == "none" and add_generation_prompt and self.tokenizer.think_end_id is not None:
             text = text.rstrip("\n")
             text += ("" if text.endswith(THINK) else THINK) + f"\n\n{END_THINK}\n\n"
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return text
 
 
 def tools_text(tools: list[dict[str, Any]]) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 from starlette.responses import Response
 
 from deepseek_fp4_plugin.llm import CompletionOutput, EngineDeadError, GenerationError, RequestHandle, RequestOutput
+from deepseek_fp4_plugin.serving.aside import Aside
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.logprobs import DraftedTokens, TokenTexts
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.middleware import send_error
 from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
-from deepseek_fp4_plugin.serving.streaming import DONE, ChoiceParser, Delta, event, merge, to_json, until_disconnect
+from deepseek_fp4_plugin.serving.streaming import DONE, ChoiceParser, Delta, event, merge, until_disconnect
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +108,14 @@ class Answer(Response):
         model: str,
         texts: TokenTexts,
         metrics: Metrics,
+        aside: Aside,
         parser: Callable[[], ChoiceParser] | None = None,
         prompt_texts: list[str] | None = None,
         think_end_id: int | None = None,
     ) -> None:
         super().__init__()
         self.job, self.model, self.texts, self.metrics, self.parser = job, model, texts, metrics, parser
+        self.aside = aside
         self.prompt_texts = prompt_texts  # for echo
         self.think_end_id = think_end_id  # to count reasoning tokens
         self.chat = parser is not None
@@ -135,7 +139,7 @@ class Answer(Response):
             for prompt, output in enumerate(outputs):
                 self.job.seen(prompt, output)
                 _check(output)
-            body = to_json(self._body(list(outputs)))
+            body = await self._written(list(outputs))
         except Exception as error:
             for prompt, handle in enumerate(self.job.handles):
                 self.job.seen(prompt, handle.output)
@@ -144,6 +148,14 @@ class Answer(Response):
         headers = [*_JSON_HEADERS, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    async def _written(self, outputs: list[RequestOutput]) -> bytes:
+        """The body. Tables over many tokens are made beside the event loop."""
+        request = self.job.request
+        plain = request.logprobs in (None, False) and request.prompt_logprobs is None
+        if (plain and not request.return_accepted_drafts) or self.job.usage()["total_tokens"] < 256:
+            return to_json(self._body(outputs))
+        return await self.aside.python(lambda: to_json(self._body(outputs)))
 
     def _body(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         choices, reasoning = [], 0

@@ -8,9 +8,10 @@ from typing import Any
 from deepseek_fp4_plugin.llm import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.serving.blocks import Block, Blocks, Change
 from deepseek_fp4_plugin.serving.generation import Answer
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.messages_protocol import error_body
 from deepseek_fp4_plugin.serving.protocol import ApiError
-from deepseek_fp4_plugin.serving.streaming import ChoiceParser, to_json
+from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 
 
 class MessagesAnswer(Answer):

@@ -4,10 +4,11 @@ Types are strict: "0.5" is not a number. Fields that exist elsewhere and have no
 the one value that asks for nothing, so that a client which always sends them works and any other value is a clear 400.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 
 MAX_LOGPROBS = 20
 
@@ -123,7 +124,7 @@ class _Body(_Strict):
         # JSON can spell half a surrogate pair; no tokenizer can read it and no answer can repeat it.
         try:
             if isinstance(body, dict):
-                json.dumps(body, ensure_ascii=False).encode()
+                to_json(body, errors="strict")
         except UnicodeEncodeError:
             raise ValueError("a text holds half a surrogate pair, which is no Unicode") from None
         return body

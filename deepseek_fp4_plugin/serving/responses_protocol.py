@@ -4,11 +4,11 @@ What the model cannot have (hosted tools) or this server does not keep (items by
 bookkeeping that cannot change the text is accepted, as in chats.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.protocol import Int, _Body, _Strict, bad_request
 
 # ---------------------------------------------------------------------------- items
@@ -243,4 +243,4 @@ def _text(content: Text) -> str:
 
 def size_of(messages: list[dict[str, Any]]) -> int:
     """Bytes of a conversation as JSON."""
-    return len(json.dumps(messages, ensure_ascii=False).encode())
+    return len(to_json(messages))

@@ -19,6 +19,7 @@ import uvicorn
 from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.llm import LLM
 from deepseek_fp4_plugin.serving.app import create_app
+from deepseek_fp4_plugin.serving.aside import take_short_turns
 from deepseek_fp4_plugin.serving.connection import limited_connection
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.restart import Restarter
@@ -37,6 +38,7 @@ def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
     and OSError with a clear sentence for what cannot be served.
     """
     _configure_logging(options.log_level)
+    take_short_turns()
     listener = _listen(options)
     try:
         began = time.perf_counter()

@@ -3,11 +3,10 @@
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
@@ -16,6 +15,7 @@ from deepseek_fp4_plugin.llm import LLM, RequestHandle
 from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_protocol
 from deepseek_fp4_plugin.serving.admission import Admission
 from deepseek_fp4_plugin.serving.answer_form import asked_form, lark_rule
+from deepseek_fp4_plugin.serving.aside import Aside
 from deepseek_fp4_plugin.serving.call_check import CallCheck
 from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_arguments, call_grammar, tools_of
 from deepseek_fp4_plugin.serving.generation import Answer, Job
@@ -41,19 +41,24 @@ from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_B
 
 logger = logging.getLogger(__name__)
 
-# Longer texts are tokenized on a worker thread, so that others' streams do not wait.
-_SHORT_TEXT = 4096
+# Longer texts, and chats of more parts, are rendered and tokenized beside the event loop.
+_SHORT_TEXT, _FEW_PARTS = 4096, 16
+
+
+def _is_long(parts: Sequence[Any]) -> bool:
+    """Whether work on these texts or objects may take longer than streams should wait."""
+    return len(parts) > _FEW_PARTS or sum(len(str(part)) for part in parts) > _SHORT_TEXT
 
 
 class Service:
     """One per application. Methods run on the event loop's thread unless they say otherwise."""
 
-    def __init__(self, llm: LLM, options: ServerOptions, model: str) -> None:
+    def __init__(self, llm: LLM, options: ServerOptions, model: str, aside: Aside) -> None:
         if llm.tokenizer is None:
             raise ValueError(
                 f"{model} has no tokenizer.json, and a server needs one; copy it from the original checkpoint"
             )
-        self.llm, self.options, self.tokenizer = llm, options, llm.tokenizer
+        self.llm, self.options, self.tokenizer, self.aside = llm, options, llm.tokenizer, aside
         local = Path(model).name if Path(model).exists() else model
         self.names = options.served_model_name or (local,)
         self.root, self.created = local, int(time.time())  # no path of this machine
@@ -96,22 +101,22 @@ class Service:
             banned.append(self.marker_ids[CALLS_BEGIN])
         answer = None
         if tools and form is not None and choice == "auto":
-            answer = await run_in_threadpool(self._answer_rule, *form)
-        grammar = call_grammar(tools, choice, request.parallel_tool_calls, self.marker_ids, answer)
+            answer = await self.aside.native(self._answer_rule, *form)
+        grammar = None
+        if tools:
+            rules = tools, choice, request.parallel_tool_calls, self.marker_ids, answer
+            grammar = await self.aside.python(call_grammar, *rules)
         params = sampling_params(request, self.defaults, self.vocab_size, grammar, extra_stops, banned)
         if not self._noted_system and any(m.role in ("system", "developer") for m in request.messages):
             self._noted_system = True
             logger.info("a request has a system prompt: accepted, but DeepSeek advises to put all instructions into "
                         "the user's message for R1 models (noted once)")  # fmt: skip
-        long = sum(len(str(message.content)) for message in request.messages) > _SHORT_TEXT
-        render = (request.messages, tools, request.add_generation_prompt, request.add_special_tokens,
-                  request.chat_template_kwargs, request.reasoning_effort)  # fmt: skip
-        ids = await run_in_threadpool(self.prompts.render, *render) if long else self.prompts.render(*render)
+        ids = await self._chat_ids(request, tools)
         try:
             job = await self._start(request, [ids], params, log)
         except ApiError as error:
             if grammar is not None and error.param == "tools":  # which of them was it?
-                await run_in_threadpool(self._check_tools, tools, choice)
+                await self.aside.native(self._check_tools, tools, choice)
             raise
         opened = self._opens_think(ids)
 
@@ -126,7 +131,38 @@ class Service:
             )
 
         think_end = self.tokenizer.think_end_id if self.options.reasoning_parser else None
-        return answered(job, request.model, self.texts, self.metrics, parser, think_end_id=think_end)
+        return answered(job, request.model, self.texts, self.metrics, self.aside, parser, think_end_id=think_end)
+
+    async def _chat_ids(self, request: ChatCompletionRequest, tools: list[Tool]) -> list[int]:
+        """The prompt's tokens. A text that cannot fit is refused before it is tokenized."""
+        arguments = (request.messages, tools, request.add_generation_prompt, request.chat_template_kwargs,
+                     request.reasoning_effort)  # fmt: skip
+        if _is_long([*(message.content for message in request.messages), *tools]):
+            text = await self.aside.python(self.prompts.render, *arguments)
+        else:
+            text = self.prompts.render(*arguments)
+        (ids,) = await self._encode([text], request.add_special_tokens, request.truncate_prompt_tokens)
+        return ids
+
+    async def _encode(
+        self, prompts: list[str] | list[list[int]], add_special_tokens: bool, truncate: int | None
+    ) -> list[list[int]]:
+        """Tokens of texts that may fit. Raises ApiError for one that cannot."""
+
+        def encode() -> list[list[int]]:
+            ids = []
+            for prompt in prompts:
+                if isinstance(prompt, str):
+                    if truncate is None:
+                        self.llm.check_length(prompt)
+                    prompt = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+                ids.append(prompt)
+            return ids
+
+        try:
+            return await self.aside.native(encode) if _is_long(prompts) else encode()
+        except ValueError as error:
+            raise bad_request(str(error)) from None
 
     async def respond(self, request: ResponsesRequest, log: dict[str, Any]) -> Response:
         """A response: its conversation so far is what it goes on from, and its input."""
@@ -136,23 +172,32 @@ class Service:
         messages = [*before, *as_messages(request.input)]
         answered = functools.partial(ResponsesAnswer, asked=request, messages=messages, store=self.responses)
         try:
-            return await self.chat(as_chat(responses_protocol.chat_fields(request, messages)), log, answered)
+            chat = await self._chat_of(messages, lambda: responses_protocol.chat_fields(request, messages))
+            return await self.chat(chat, log, answered)
         except ApiError as error:
             raise error.renamed(responses_protocol.CHAT_NAMES) from None
 
     async def message(self, request: MessagesRequest, log: dict[str, Any]) -> Response:
         """A message in Anthropic's form."""
         try:
-            return await self.chat(as_chat(messages_protocol.chat_fields(request)), log, MessagesAnswer)
+            chat = await self._chat_of(request.messages, lambda: messages_protocol.chat_fields(request))
+            return await self.chat(chat, log, MessagesAnswer)
         except ApiError as error:
             raise error.renamed(messages_protocol.CHAT_NAMES) from None
+
+    async def _chat_of(self, messages: Sequence[Any], fields: Callable[[], dict[str, Any]]) -> ChatCompletionRequest:
+        """A request of another form, with these messages, as a chat's."""
+        if _is_long(messages):
+            return await self.aside.python(lambda: as_chat(fields()))
+        return as_chat(fields())
 
     def count_tokens(self, request: CountTokensRequest) -> dict[str, Any]:
         """Of the prompt that a message would have. Any thread."""
         self.check_model(request.model)
         chat = as_chat(messages_protocol.chat_fields(request))
         tools, _ = tools_of(chat, self.options.tool_parser)
-        return {"input_tokens": len(self.prompts.render(chat.messages, tools, effort=chat.reasoning_effort))}
+        text = self.prompts.render(chat.messages, tools, effort=chat.reasoning_effort)
+        return {"input_tokens": len(self.tokenizer.encode(text, add_special_tokens=False))}
 
     def _answer_rule(self, field: str, form: GuidedDecodingParams) -> str:
         """The Lark rule of an answer beside calls. Raises ApiError where it cannot be enforced. Any thread."""
@@ -181,10 +226,7 @@ class Service:
         params = sampling_params(request, self.defaults, self.vocab_size)
         given: Any = request.prompt
         prompts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-        long = sum(len(prompt) for prompt in prompts) > _SHORT_TEXT
-        encode = self._encode_prompts
-        args = (prompts, request.add_special_tokens)
-        ids = await run_in_threadpool(encode, *args) if long else encode(*args)
+        ids = await self._encode(prompts, request.add_special_tokens, request.truncate_prompt_tokens)
         job = await self._start(request, ids, params, log)
         echoed = None
         if request.echo:
@@ -193,13 +235,7 @@ class Service:
                 else self.tokenizer.decode(ids_, skip_special_tokens=request.skip_special_tokens)
                 for prompt, ids_ in zip(prompts, [h.output.prompt_token_ids for h in job.handles], strict=True)
             ]  # fmt: skip
-        return Answer(job, request.model, self.texts, self.metrics, prompt_texts=echoed)
-
-    def _encode_prompts(self, prompts: list[Any], add_special_tokens: bool) -> list[list[int]]:
-        return [
-            self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        return Answer(job, request.model, self.texts, self.metrics, self.aside, prompt_texts=echoed)
 
     def _opens_think(self, ids: list[int]) -> bool:
         """Whether the prompt ends inside a think block: a template that writes `<think>` for the model."""
@@ -233,8 +269,8 @@ class Service:
                 )  # fmt: skip
 
         try:
-            if params.guided_decoding is not None:  # compiling a grammar may take a while
-                await run_in_threadpool(submit)
+            if params.guided_decoding is not None or sum(map(len, prompts)) > _SHORT_TEXT:
+                await self.aside.native(submit)
             else:
                 submit()
         except BaseException as error:
@@ -267,8 +303,8 @@ class Service:
         if (request.prompt is None) == (request.messages is None):
             raise bad_request("give either prompt or messages")
         if request.messages is not None:
-            ids = self.prompts.render(request.messages, None, request.add_generation_prompt,
-                                      bool(request.add_special_tokens))  # fmt: skip
+            text = self.prompts.render(request.messages, None, request.add_generation_prompt)
+            ids = self.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
         else:
             assert request.prompt is not None
             ids = self.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)

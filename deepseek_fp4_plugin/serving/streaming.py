@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.reasoning import ReasoningParser, Split
 from deepseek_fp4_plugin.serving.tool_calls import ToolCallDelta, ToolCallParser
 
@@ -121,11 +121,6 @@ class ChoiceParser:
             message["tool_calls"] = calls
             message["content"] = delta.content or None
         return message
-
-
-def to_json(value: Any) -> bytes:
-    """Compact UTF-8; half surrogate pairs, which no text from a client may smuggle in, become `?`."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
 
 
 def event(value: dict[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ MOST = 2**31 - 1  # what fits the 32-bit counts of kernels and time-outs; more i
 Count = Annotated[Int, Field(ge=1, le=MOST)]
 TokenId = Annotated[Int, Field(ge=0, le=MOST)]
 Penalty = Annotated[Real, Field(ge=-1e6, le=1e6)]  # logits are FP32: beyond, they would not stay finite
+Seconds = Annotated[Real, Field(gt=0, le=MOST)]
 Share = Annotated[Real, Field(gt=0, le=1)]
 ANY = object()  # in a table of upstream names: every value is taken, and none changes anything here
 

@@ -6,7 +6,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from deepseek_fp4_plugin.settings.choices import ANY, Bool, Choices, Count, Flag, Int, did_you_mean, differ, refuse
+from deepseek_fp4_plugin.settings.choices import (
+    ANY,
+    Bool,
+    Choices,
+    Count,
+    Flag,
+    Int,
+    Seconds,
+    did_you_mean,
+    differ,
+    refuse,
+)
 from deepseek_fp4_plugin.settings.device import CudaGraphConfig, KvCacheConfig, MoeConfig
 from deepseek_fp4_plugin.settings.files import merge, nest, read_settings
 from deepseek_fp4_plugin.settings.parallel import AttentionDpConfig, check_sizes
@@ -32,6 +43,8 @@ class EngineConfig(Choices):
     by; auto is fp4 where the device has FP4 tensor cores, else bf16.  max_batch_size, max_num_tokens: requests and
     tokens in one step.  max_seq_len: prompt and answer; None is the model's own.  max_new_tokens: of requests that do
     not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.
+    max_prompt_seconds: that prompt tokens may add to a step, by how long the last steps took; None: as long as
+    max_num_tokens take.
     disable_overlap_scheduler: on a GPU, await each step before the next is planned.  seed: of the seeds of requests
     that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
     that has started it).
@@ -60,6 +73,9 @@ class EngineConfig(Choices):
     ] = None
     max_batch_size: Annotated[Count, Flag("Requests in one step.")] = 2048
     max_num_tokens: Annotated[Count, Flag("Tokens in one step.")] = 8192
+    max_prompt_seconds: Annotated[
+        Seconds | None, Flag("Seconds that prompts may add to a step [0.25].", metavar="S", serve_only=True)
+    ] = 0.25
     max_seq_len: Annotated[Count | None, Flag("Tokens of prompt and answer; left out, the model's own.")] = None
     max_new_tokens: Count | None = 32
     kv_cache_config: KvCacheConfig = KvCacheConfig()
