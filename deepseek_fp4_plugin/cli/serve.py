@@ -41,7 +41,7 @@ def _accepted_flags(command: Any) -> Any:
 _SERVER = (
     "host", "port", "served_model_name", "reasoning_parser", "tool_parser", "allowed_origins", "sampling_defaults",
     "max_queue", "max_body_bytes", "body_timeout", "request_timeout", "stall_timeout", "drain_timeout",
-    "restart_on_failure", "log_level",
+    "restart_on_failure", "vllm_metrics", "log_level",
 )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ _SERVER = (
 @click.option("--stall-timeout", type=float, metavar="S", help="Seconds a client may leave its stream unread [60].")
 @click.option("--drain-timeout", type=float, metavar="S", help="Seconds for running answers after SIGTERM [30].")
 @click.option("--restart-on-failure", is_flag=True, default=None, help="Start the engine again when a worker is lost.")
+@click.option("--vllm-metrics", is_flag=True, default=None, help="Metrics under vLLM's names as well.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
 @engine_flags
 @_accepted_flags

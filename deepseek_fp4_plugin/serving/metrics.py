@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from deepseek_fp4_plugin.llm import EngineStats
+from deepseek_fp4_plugin.serving.vllm_metrics import vllm_families
 
 PREFIX = "deepseek_fp4_"
 _TTFT = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -18,10 +19,13 @@ _TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 
 
 class Metrics:
-    """A registry of its own, so that two servers in one process do not share counts."""
+    """A registry of its own, so that two servers in one process do not share counts.
 
-    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
-        self.registry = CollectorRegistry()
+    model: the label `model_name` of every sample.  vllm_names: everything that vLLM has too also under its name.
+    """
+
+    def __init__(self, engine_stats: Callable[[], EngineStats], model: str = "", vllm_names: bool = False) -> None:
+        self.registry, self.model, self.vllm_names = CollectorRegistry(), model, vllm_names
         self.responses = Counter(
             PREFIX + "http_responses", "HTTP responses", ["method", "route", "status"], registry=self.registry
         )
@@ -62,8 +66,23 @@ class Metrics:
         self.registry.register(_EngineCollector(engine_stats))  # type: ignore[arg-type]
 
     def exposition(self) -> bytes:
-        """The text format."""
-        return generate_latest(self.registry)
+        """The text format. Any thread."""
+        return generate_latest(self)  # type: ignore[arg-type]
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, as a registry gives them."""
+        families = list(self.registry.collect())
+        for family in families:
+            yield _labelled(family, model_name=self.model)
+        if self.vllm_names:
+            for family in vllm_families(families, PREFIX):
+                yield _labelled(family, model_name=self.model, engine="0")
+
+
+def _labelled(family: Metric, **labels: str) -> Metric:
+    labelled = Metric(family.name, family.documentation, family.type, family.unit)
+    labelled.samples = [sample._replace(labels={**sample.labels, **labels}) for sample in family.samples]
+    return labelled
 
 
 class _EngineCollector:

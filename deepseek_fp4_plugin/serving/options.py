@@ -33,6 +33,7 @@ class ServerOptions:
     stall_timeout: float = 60.0  # seconds that a client may leave its stream unread
     drain_timeout: float = 30.0  # seconds for running answers after SIGTERM
     restart_on_failure: bool = False  # start the engine again when it has stopped
+    vllm_metrics: bool = False  # /metrics has vLLM's names too
     log_level: str = "info"
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class Service:
         self.names = options.served_model_name or (local,)
         self.root, self.created = local, int(time.time())  # no path of this machine
         self._noted_system = False
-        self.metrics = Metrics(llm.get_stats)
+        self.metrics = Metrics(llm.get_stats, self.names[0], options.vllm_metrics)
         self.admission = Admission(llm.config.max_batch_size, options.max_queue, self.metrics)
         self.prompts = ChatPrompt(self.tokenizer, options.chat_template)
         self.responses = ResponseStore()

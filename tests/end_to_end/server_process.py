@@ -1,6 +1,7 @@
 """A real server process for tests: `deepseek-fp4 serve` on a free port, its log kept."""
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -99,8 +100,9 @@ class Server:
             time.sleep(0.005)
 
     def gauges(self) -> dict[str, float]:
-        """Every sample of /metrics, by name and labels."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        """Every sample of /metrics, by name and labels, of which the model's name is left out."""
+        text = re.sub(r',?model_name="[^"]*"', "", httpx.get(f"{self.url}/metrics", timeout=30).text).replace("{}", "")
+        lines = text.splitlines()
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
 
 
