@@ -101,7 +101,9 @@ class LLM:
     def _start(self, executor: Executor) -> None:
         """An engine over the workers, and what makes its requests."""
         self._executor, config = executor, self.config
-        self.model_config = executor.facts.model_config
+        self.model_config, longest = executor.facts.model_config, executor.facts.max_seq_len
+        if config.max_seq_len is not None and config.max_seq_len > longest:
+            logger.warning(f"max_seq_len={config.max_seq_len} ignored: the model's own is {longest}, and that is used")
         engine = _engine(config, executor, self.tokenizer)
         self._admission = Admission(
             self.tokenizer,

@@ -22,12 +22,19 @@ if TYPE_CHECKING:
     from deepseek_fp4_plugin.config import EngineConfig
     from deepseek_fp4_plugin.llm import LLM, RequestHandle, RequestOutput
 
+_CONTINUATION = 64  # tokens that a text is continued by: it need not end by itself
+
 
 @click.command(cls=Command, short_help="Continue prompts.")
 @click.argument("model", type=ModelName())
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Prompts, one a line.")
-@click.option("--max-new-tokens", "--max-tokens", type=int, default=64, show_default=True, help="Of each answer.")
+@click.option(
+    "--max-new-tokens",
+    "--max-tokens",
+    type=int,
+    help=f"Of each answer [{_CONTINUATION}; with --chat until it ends or the context is full].",
+)
 @click.option("--chat", is_flag=True, help="Take each prompt as a user's message, through the chat template.")
 @sampling_flags
 @engine_flags
@@ -36,7 +43,7 @@ def generate(
     model: str,
     prompts: tuple[str, ...],
     prompt_file: Path | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     chat: bool,
     json_path: str | None,
     **flags: Any,
@@ -58,6 +65,8 @@ def generate(
         if sys.stdin.isatty():
             raise click.UsageError("no prompt; give one, --prompt-file, or text on standard input")
         texts = [sys.stdin.read().rstrip("\n")]
+    if max_new_tokens is None and not chat:
+        max_new_tokens = _CONTINUATION
     params = sampling_params(flags, max_tokens=max_new_tokens)
     with load(engine_config(model, flags)) as llm:
         inputs: list[Any] = list(texts)
@@ -78,6 +87,8 @@ def generate(
             raise
         outputs = [handle.output for handle in handles]
         screen.note(summary(outputs, time.perf_counter() - began))
+        if cut := _cut(outputs, max_new_tokens):
+            screen.note(cut)
         if json_path is not None:
             screen.write_json(json_path, [_record(t, h) for t, h in zip(texts, handles, strict=True)])
     return 1 if failed else 0
@@ -100,6 +111,17 @@ def summary(outputs: "list[RequestOutput]", seconds: float) -> str:
     if drafted:
         text += f", {1 + accepted / max(steps, 1):.2f} tokens a step ({accepted} of {drafted} drafts accepted)"
     return text
+
+
+def _cut(outputs: "list[RequestOutput]", limit: int | None) -> str:
+    """What is said of answers that did not end by themselves; nothing where all did."""
+    cut = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "length"]
+    if not cut:
+        return ""
+    of = f"{len(cut)} of {len(outputs)} answers were" if len(outputs) > 1 else "the answer was"
+    if limit is not None and all(len(answer.token_ids) >= limit for answer in cut):
+        return f"{of} cut after {limit} tokens; --max-new-tokens takes more"
+    return f"{of} cut where the context was full; --max-seq-len, up to the model's own, takes more"
 
 
 def _lines(path: Path | None) -> list[str]:

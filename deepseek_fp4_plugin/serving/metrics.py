@@ -24,7 +24,9 @@ class Metrics:
     model: the label `model_name` of every sample.  vllm_names: everything that vLLM has too also under its name.
     """
 
-    def __init__(self, engine_stats: Callable[[], EngineStats], model: str = "", vllm_names: bool = False) -> None:
+    def __init__(
+        self, engine_stats: Callable[[], EngineStats], model: str | None = None, vllm_names: bool = False
+    ) -> None:
         self.registry, self.model, self.vllm_names = CollectorRegistry(), model, vllm_names
         self.responses = Counter(
             PREFIX + "http_responses", "HTTP responses", ["method", "route", "status"], registry=self.registry
@@ -72,11 +74,12 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Every family, as a registry gives them."""
         families = list(self.registry.collect())
+        label = {} if self.model is None else {"model_name": self.model}
         for family in families:
-            yield _labelled(family, model_name=self.model)
+            yield _labelled(family, **label)
         if self.vllm_names:
             for family in vllm_families(families, PREFIX):
-                yield _labelled(family, model_name=self.model, engine="0")
+                yield _labelled(family, **label, engine="0")
 
 
 def _labelled(family: Metric, **labels: str) -> Metric:

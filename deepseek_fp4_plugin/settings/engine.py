@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, PrivateAttr, Strict
 
 from deepseek_fp4_plugin.settings.choices import (
     ANY,
@@ -32,6 +32,19 @@ FLAT = {
     "cuda_graph_batch_sizes": ("cuda_graph_config", "batch_sizes"),
     "cuda_graph_max_batch_size": ("cuda_graph_config", "max_batch_size"),
     "moe_backend": ("moe_config", "backend"),
+}
+
+
+# Upstream settings that nothing reads, each with the values that ask for nothing, and why another one changes nothing.
+UNREAD = {
+    "enable_chunked_prefill": ((True,), "prompts are always taken in pieces"),
+    "enable_overlap_scheduler": ((True,), "it is on where it helps; disable_overlap_scheduler turns it off"),
+    "print_iter_log": ((False,), "steps are not printed; a server's /iteration_stats has them"),
+    "num_postprocess_workers": ((0,), "text is made in the process that serves it"),
+    "gpus_per_node": ((), "orchestrator_type says where ranks run"),
+    "attn_backend": ((), "a device has one kind of attention"),
+    "sampler_type": (("auto",), "there is one sampler"),
+    "guided_decoding_backend": (("llguidance",), "grammars are llguidance's"),
 }
 
 
@@ -115,9 +128,15 @@ class EngineConfig(Choices):
         "force_dynamic_quantization": (False,),
     }
 
+    _unread: dict[str, Any] = PrivateAttr(default_factory=dict)  # of UNREAD, those given
+
     def __init__(self, **values: Any):
         super().__init__(**values)
+        self._unread = _unread(values)
         check_sizes(self.tensor_parallel_size, self.moe_expert_parallel_size, self.moe_tensor_parallel_size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EngineConfig) and dict(self) == dict(other)
 
     @classmethod
     def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +183,9 @@ class EngineConfig(Choices):
         values = read_settings(path)
         try:
             merged = merge(cls.canonical(values), cls.canonical(overrides))
-            return cls(**merged)
+            config = cls(**merged)
+            config._unread = _unread(values) | _unread(overrides)
+            return config
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -185,7 +206,7 @@ class EngineConfig(Choices):
 
     def ignored_settings(self, device: str) -> list[str]:
         """One line for each setting given that means nothing on `device` ("cpu" or "cuda")."""
-        lines = []
+        lines = [f"{name}={value} ignored: {UNREAD[name][1]}" for name, value in self._unread.items()]
         if self.enable_attention_dp and self.tensor_parallel_size == 1:
             lines.append("enable_attention_dp=True ignored: there is one rank; tensor_parallel_size says how many")
         if "attention_dp_config" in self.model_fields_set and not self.enable_attention_dp:
@@ -212,3 +233,10 @@ class EngineConfig(Choices):
                 "kv_cache_config.max_tokens limits a CPU's cache"
             )
         return lines
+
+
+def _unread(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among `values` that ask for something and that nothing reads."""
+    inner = values.get("pytorch_backend_config")
+    given = {**(inner if isinstance(inner, Mapping) else {}), **values}
+    return {name: given[name] for name, (nothing, _) in UNREAD.items() if given.get(name) not in (None, *nothing)}

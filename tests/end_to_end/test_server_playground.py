@@ -109,6 +109,54 @@ def test_an_answer_can_be_stopped(page, server):
     server.wait_idle(10)
 
 
+def test_a_new_chat_forgets_the_answer_under_way(page, server):
+    """Neither on the page nor in what is sent: the old answer is aborted, and its end changes nothing any more."""
+    bodies = []
+    page.on("request", lambda r: bodies.append(r.post_data_json) if r.url.endswith("completions") else None)
+    page.click("#toggle")
+    page.fill("#temperature", "100")  # rambles
+    page.fill("#max_tokens", "8000")
+    page.click("#toggle")
+    page.fill("#input", "Tell me everything.")
+    page.keyboard.press("Enter")
+    page.locator(".stats", has_text="tokens").wait_for(timeout=60_000)
+    page.click("#clear")
+    assert page.locator("#send").is_visible()
+    assert page.locator(".user, .assistant").count() == 0
+    server.wait_idle(10)
+    greedy(page)
+    page.fill("#input", PROBLEM)
+    page.keyboard.press("Enter")
+    page.locator("#send").wait_for(state="hidden")
+    page.locator("#send").wait_for(state="visible", timeout=60_000)
+    assert [message["content"] for message in bodies[-1]["messages"]] == [PROBLEM]
+    assert page.locator(".user").all_inner_texts() == [PROBLEM]
+    assert ANSWER in page.locator(".answer").inner_text()
+    page.fill("#input", "And again?")
+    page.keyboard.press("Enter")
+    page.locator("#send").wait_for(state="hidden")
+    assert [message["content"] for message in bodies[-1]["messages"]][::2] == [PROBLEM, "And again?"]
+    page.locator("#send").wait_for(state="visible", timeout=60_000)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("pieces", [
+    ["\n\n", "\n\nThe", " end"], ["<think>", "\n\n", "\nhm", "\n", "</think>", "\n\n", "\nThe", " end"],
+    ["<think>", "\n\n", "</think>", "\n\n", "The", " end"], ["  \n", "The end"], ["The end"],
+])  # fmt: skip
+def test_no_answer_begins_with_empty_lines(page, drafts, pieces):
+    page.set_checked("#drafts", drafts)
+    answer, thought = page.evaluate("""(pieces) => {
+        const a = new Answer();
+        document.getElementById('log').append(a.element);
+        for (const text of pieces) a.add({ delta: { content: text }, tokens: [{ text, accepted_draft: false }] });
+        a.finish();
+        return [a.text.textContent, a.thinkText.textContent];
+    }""", pieces)  # fmt: skip
+    assert answer == "The end"
+    assert thought.strip("\n") == ("hm" if "\nhm" in pieces else "") and not thought.startswith("\n")
+
+
 def test_in_chinese_by_keyboard(page):
     page.locator("#language").focus()
     page.keyboard.press("Enter")

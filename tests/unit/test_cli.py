@@ -139,6 +139,32 @@ def test_generate_from_standard_input_through_the_chat_template(capsys, model, m
     assert record["prompt"] == "hello" and record["prompt_tokens"] == len("hello") + 3  # bos, user, assistant
 
 
+def test_a_chats_answer_ends_by_itself_or_says_where_it_was_cut(capsys, model) -> None:
+    assert run(["generate", model, "--chat", "hi", "--ignore-eos", "--max-seq-len", "90"]) == 0
+    shown = capsys.readouterr().err  # 5 of the prompt
+    assert "85 tokens in" in shown and "cut where the context was full; --max-seq-len" in shown
+    assert run(["generate", model, "--chat", "hi", "--ignore-eos", "--max-new-tokens", "7"]) == 0
+    assert "the answer was cut after 7 tokens; --max-new-tokens takes more" in capsys.readouterr().err
+    assert run(["generate", model, "hi", "ho", "--ignore-eos"]) == 0
+    assert "2 of 2 answers were cut after 64 tokens" in capsys.readouterr().err
+
+
+def test_a_context_longer_than_the_models_own_is_named(caplog, model) -> None:
+    with LLM(model, max_seq_len=10**9) as llm:
+        longest = llm.model_config.max_position_embeddings
+    assert f"max_seq_len=1000000000 ignored: the model's own is {longest}, and that is used" in caplog.messages
+    caplog.clear()
+    with LLM(model, max_seq_len=longest):
+        pass
+    assert not any("max_seq_len" in message for message in caplog.messages)
+
+
+def test_an_answer_that_ended_is_not_called_cut(capsys) -> None:
+    assert run(["generate", "r1_nano", "--chat", "What is 2 + 3?", "--max-seq-len", "2048", "--json", "-"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)[0]["finish_reason"] == "stop" and "cut" not in shown.err
+
+
 def test_chat_takes_a_line_a_turn(capsys, model, monkeypatch) -> None:
     seen: list[list[dict[str, str]]] = []
 
@@ -322,7 +348,7 @@ def test_flags_come_from_the_fields():
     """Every field that asks for a flag has one, under all its names, and it reaches the configuration."""
     common, served = field_flags(serve_only=False), field_flags(serve_only=True)
     assert {"tensor_parallel_size", "enable_attention_dp", "orchestrator_type", "kv_cache_dtype"} <= common.keys()
-    assert served.keys() == {"stream_interval"}
+    assert served.keys() == {"stream_interval", "max_prompt_seconds"}
 
     @click.command(cls=Command)
     @engine_flags

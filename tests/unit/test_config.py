@@ -5,8 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from deepseek_fp4_plugin.config import EngineConfig, GuidedDecodingParams, KvCacheConfig, SamplingParams
+from deepseek_fp4_plugin.settings.choices import ANY
+from deepseek_fp4_plugin.settings.engine import UNREAD
 
 CARD_YAML = """\
 moe_backend: TRTLLM
@@ -253,6 +256,31 @@ def test_settings_without_a_meaning_on_a_cpu_are_named_only_when_given(tmp_path)
     assert not any("tensor_parallel_size" in line for line in lines)
     assert not any("cuda_graph" in line or "fraction" in line for line in card.ignored_settings("cuda"))
     assert any("moe_backend" in line for line in card.ignored_settings("cuda"))
+
+
+UPSTREAM = {"attn_backend": "TRTLLM", "sampler_type": "TRTLLMSampler", "gpus_per_node": 4, "print_iter_log": True,
+            "num_postprocess_workers": 2, "guided_decoding_backend": "xgrammar", "enable_chunked_prefill": False,
+            "enable_overlap_scheduler": False}  # fmt: skip
+ASKS_NOTHING = {"guided_decoding_backend": "llguidance", "enable_chunked_prefill": True, "print_iter_log": False,
+                "num_postprocess_workers": 0, "enable_overlap_scheduler": True, "attn_backend": None,
+                "backend": "pytorch", "trust_remote_code": True}  # fmt: skip
+
+
+def test_upstream_settings_that_nothing_reads_are_named(tmp_path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump({**UPSTREAM, "max_batch_size": 4}))
+    nested = EngineConfig(pytorch_backend_config=UPSTREAM)
+    for config in (EngineConfig(**UPSTREAM), nested, EngineConfig.from_yaml(path)):
+        for device in ("cpu", "cuda"):
+            lines = config.ignored_settings(device)
+            assert all(" ignored: " in line for line in lines) and len(lines) == len(UPSTREAM)
+            assert {line.split("=")[0] for line in lines} == UPSTREAM.keys()
+    assert any(line == "attn_backend=TRTLLM ignored: a device has one kind of attention" for line in lines)
+    assert any(line.startswith("gpus_per_node=9") for line in
+               EngineConfig.from_yaml(path, gpus_per_node=9).ignored_settings("cpu"))  # fmt: skip
+    assert EngineConfig(**ASKS_NOTHING).ignored_settings("cpu") == []
+    assert nested == EngineConfig()
+    assert {name for name, values in EngineConfig.neutral.items() if values == (ANY,)} == {*UNREAD, "trust_remote_code"}
 
 
 def test_attention_data_parallelism_without_ranks_is_named() -> None:
