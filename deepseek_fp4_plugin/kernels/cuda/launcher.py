@@ -67,7 +67,7 @@ class Kernel:
         with self._lock:
             configuration.hStream = torch.cuda.current_stream().cuda_stream
             self._struct.pack_into(self._buffer, 0, *values)
-            _checked(driver.cuLaunchKernelEx(configuration, self._function, ctypes.addressof(self._parameters), 0))
+            checked(driver.cuLaunchKernelEx(configuration, self._function, ctypes.addressof(self._parameters), 0))
 
 
 @functools.cache
@@ -75,13 +75,13 @@ def kernel(file: str, name: str, layout: str, defines: tuple[tuple[str, int], ..
     """Function `name` of source/`file`, compiled with `defines`, on `device`."""
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes torch's context of this device the current one
-        module = _checked(driver.cuModuleLoadData(compiler.cubin(file, defines, architecture(device))))
-        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        module = checked(driver.cuModuleLoadData(compiler.cubin(file, defines, architecture(device))))
+        function = checked(driver.cuModuleGetFunction(module, name.encode()))
         attributes = driver.CUfunction_attribute
-        declared = _checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
+        declared = checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
         dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         shared = _BLOCK_SHARED - declared
-        _checked(driver.cuFuncSetAttribute(function, dynamic, shared))
+        checked(driver.cuFuncSetAttribute(function, dynamic, shared))
     return Kernel(function, layout, shared)
 
 
@@ -105,7 +105,8 @@ def _configuration(grid: tuple[int, int, int], threads: int, shared: int, cluste
     return configuration
 
 
-def _checked(result: tuple) -> Any:
+def checked(result: tuple) -> Any:
+    """What a call of the driver returns. Raises RuntimeError with the driver's name of an error."""
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA driver: {result[0].name}")
     return result[1] if len(result) > 1 else None
