@@ -9,6 +9,7 @@ from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.engine_core import make_engine, make_request
+from tests.tiny import tiny_config, write_checkpoint
 from tests.unit.test_sampler import chi_square, reference_support
 
 DRAWS = 20_000
@@ -16,9 +17,14 @@ PROMPT = [5, 17, 200, 31, 8, 77]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_fp8):
-    """The tiny model with a sharper head, so that drafts which repeat its favourites are often right."""
-    model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
+def model(tmp_path_factory):
+    """A small model with a sharp head, so that drafts which repeat its favourites are often right.
+
+    A hundred thousand answers are sampled here, and what they cost is the model: two layers, four experts.
+    """
+    config = tiny_config(num_hidden_layers=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    folder = write_checkpoint(tmp_path_factory.mktemp("small"), config)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype="float32")
     model.lm_head.weight = model.lm_head.weight * 4
     return model
 
