@@ -28,8 +28,9 @@ from deepseek_fp4_plugin.engine.executor import Runner
 from deepseek_fp4_plugin.engine.heartbeat import Pulse
 from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.parallel.collectives import connect
+from deepseek_fp4_plugin.parallel.collectives import Group, ProcessGroup, connect
 from deepseek_fp4_plugin.parallel.mesh import Mesh
+from deepseek_fp4_plugin.parallel.peers import join
 from deepseek_fp4_plugin.parallel.placement import ExpertPlacement, read_load
 
 logger = logging.getLogger(__name__)
@@ -170,8 +171,15 @@ def _mesh(assignment: Assignment, device: torch.device) -> Mesh:
         config.moe_tensor_parallel_size,
         config.enable_attention_dp,
         placement=_placement(config),
-        group=connect(assignment.rank, config.tensor_parallel_size, store, "gloo" if device.type == "cpu" else "nccl"),
+        group=_group(assignment.rank, config.tensor_parallel_size, store, device),
     )
+
+
+def _group(rank: int, size: int, store: torch.distributed.Store, device: torch.device) -> Group:
+    if device.type == "cpu":
+        return connect(rank, size, store)
+    group = connect(rank, size, store, "nccl")
+    return join(group, device) if isinstance(group, ProcessGroup) else group
 
 
 def _placement(config: EngineConfig) -> ExpertPlacement | None:
