@@ -18,6 +18,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "add_rms_norm",
     "argmax",
     "concat",
     "cos_sin",
@@ -106,6 +107,11 @@ def experts_mlp(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., n].  weight: [n].  Returns x's shape and dtype; statistics FP32."""
     return select.kernels(x.device, x.dtype).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, hidden: [T, n].  weight: [n].  Returns hidden + x and its norm, each as `add` and `rms_norm` give it."""
+    return select.kernels(x.device, x.dtype).add_rms_norm(x, hidden, weight, eps)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:

@@ -4,13 +4,24 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.recording import cut
+from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.parallel.collectives import Group
 
 
 def all_reduce(group: Group, x: Tensor) -> Tensor:
     """The sum of all ranks' x."""
     return x if group.size == 1 else cut(lambda y: (group.all_reduce(y),), x)[0]
+
+
+def sum_and_norm(group: Group, x: Tensor, hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """hidden plus the sum of all ranks' x, and the norm of that."""
+    if group.size > 1:
+        both = group.sum_and_norm(x, hidden, norm.weight, norm.eps)
+        if both is not None:
+            return both
+    return ops.add_rms_norm(all_reduce(group, x), hidden, norm.weight, norm.eps)
 
 
 def all_gather(group: Group, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:

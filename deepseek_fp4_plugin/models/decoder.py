@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
-from deepseek_fp4_plugin.layers.exchange import all_reduce
+from deepseek_fp4_plugin.layers.exchange import all_reduce, sum_and_norm
 from deepseek_fp4_plugin.layers.mla import MLA
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.layers.moe import MoE
@@ -42,8 +42,36 @@ class DeepseekV3DecoderLayer(nn.Module):
             part.load(source)  # type: ignore[operator]
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
-        hidden = ops.add(hidden, self.attention(self.input_layernorm(hidden), cos, sin, batch, cache))
-        return ops.add(hidden, self.feed_forward(self.post_attention_layernorm(hidden), batch))
+        """The layer by itself. hidden: [T, hidden], and so is the result."""
+        hidden, normed = self._attend(hidden, self.input_layernorm(hidden), cos, sin, batch, cache)
+        return ops.add(hidden, self.feed_forward(normed, batch))
+
+    def before(
+        self,
+        norm: RMSNorm,
+        hidden: Tensor,
+        normed: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: ForwardBatch,
+        cache: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The layer in front of another's `norm`, so that a sum, its residual and the norm behind it are one step.
+
+        hidden, and this layer's norm of it: [T, hidden].  Returns the same of the next.
+        """
+        hidden, normed = self._attend(hidden, normed, cos, sin, batch, cache)
+        return sum_and_norm(self.mesh.tp_group, self._compute(normed, batch), hidden, norm)
+
+    def _attend(
+        self, hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        partial = self.self_attn(normed, cos, sin, batch, cache)
+        return sum_and_norm(self.mesh.tp_group, partial, hidden, self.post_attention_layernorm)
+
+    def _compute(self, normed: Tensor, batch: ForwardBatch) -> Tensor:
+        mlp = self.mlp
+        return mlp(normed, batch.dp_tokens) if isinstance(mlp, MoE) else mlp(normed)
 
     def attention(self, normed: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """The attention block's whole output."""
@@ -51,9 +79,7 @@ class DeepseekV3DecoderLayer(nn.Module):
 
     def feed_forward(self, normed: Tensor, batch: ForwardBatch) -> Tensor:
         """The MLP's or the experts' whole output."""
-        mlp = self.mlp
-        y = mlp(normed, batch.dp_tokens) if isinstance(mlp, MoE) else mlp(normed)
-        return all_reduce(self.mesh.tp_group, y)
+        return all_reduce(self.mesh.tp_group, self._compute(normed, batch))
 
 
 class RotaryAngles(nn.Module):

@@ -5,6 +5,7 @@ Source: arXiv 2412.19437; equality with transformers is proven by tests/parity/t
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,13 @@ class DeepseekV3Model(nn.Module):
         """Hidden states after the final norm, [T, hidden].  cache: [layers, blocks, block_size, latent + rope]."""
         hidden = self.embed_tokens(batch.input_ids)
         cos, sin = self.rotary(batch.positions)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, batch, None if cache is None else cache[index])
-        return self.norm(hidden)
+        layers = cast("list[DeepseekV3DecoderLayer]", list(self.layers))
+        norms = [*(layer.input_layernorm for layer in layers), self.norm]
+        normed = norms[0](hidden)
+        for index, layer in enumerate(layers):
+            own = None if cache is None else cache[index]
+            hidden, normed = layer.before(norms[index + 1], hidden, normed, cos, sin, batch, own)
+        return normed
 
 
 class DeepseekV3ForCausalLM(nn.Module):

@@ -44,12 +44,23 @@ class Group(Protocol):
         """This rank's rows, [sizes[rank], ...], of the sum of all ranks' x [sum of sizes, ...]."""
         ...
 
+    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """hidden plus the sum of all ranks' x, and its RMSNorm, both [T, n], where that is one exchange; else None."""
+        ...
+
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """What x holds on rank `source`; x has the same shape and dtype everywhere."""
         ...
 
 
-class Alone:
+class Separate:
+    """A norm behind a sum is a step of its own."""
+
+    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        return None
+
+
+class Alone(Separate):
     """One rank: a collective returns its input."""
 
     rank, size = 0, 1
@@ -70,7 +81,7 @@ class Alone:
 ALONE = Alone()
 
 
-class Unconnected:
+class Unconnected(Separate):
     """Ranks without a process group: layers can be built and loaded, and a collective is refused."""
 
     def __init__(self, rank: int, size: int):
@@ -92,7 +103,7 @@ class Unconnected:
         return self._refuse()
 
 
-class ProcessGroup:
+class ProcessGroup(Separate):
     """Ranks in processes of their own, through torch.distributed."""
 
     def __init__(self, group: dist.ProcessGroup):
@@ -170,6 +181,12 @@ class Counting:
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         self._count("reduce_scatter", x)
         return self.inner.reduce_scatter(x, sizes)
+
+    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        both = self.inner.sum_and_norm(x, hidden, weight, eps)
+        if both is not None:
+            self._count("all_reduce", x)
+        return both
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         self._count("broadcast", x)

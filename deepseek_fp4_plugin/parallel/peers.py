@@ -5,6 +5,7 @@ last bit.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import cuda
-from deepseek_fp4_plugin.kernels.cuda.exchange import MOST_RANKS, SMALL, Exchange
+from deepseek_fp4_plugin.kernels.cuda.exchange import LONGEST_ROW, MOST_RANKS, SMALL, Exchange
 from deepseek_fp4_plugin.kernels.cuda.peer_memory import reaches
 from deepseek_fp4_plugin.parallel.collectives import ProcessGroup
 
@@ -44,10 +45,14 @@ class PeerGroup(ProcessGroup):
             return self.exchange.reduce_scatter(x, sizes)
         return super().reduce_scatter(x, sizes)
 
+    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        fits = x.dtype is hidden.dtype is weight.dtype is torch.bfloat16 and x.shape[1] <= LONGEST_ROW
+        if fits and self._small(x, [x.shape[0]]):
+            return self.exchange.sum_and_norm(x, hidden, weight, eps)
+        return None
+
     def _small(self, x: Tensor, sizes: Sequence[int]) -> bool:
-        row = x.dtype.itemsize
-        for size in x.shape[1:]:
-            row *= size
+        row = x.dtype.itemsize * math.prod(x.shape[1:])
         return row % 16 == 0 and 0 < max(sizes) * row <= SMALL
 
 

@@ -280,6 +280,8 @@ def test_small_operations(path):
     for shape in ((3, 7), (1, 128), (40, 1536), (2, 3, 24)):
         x, weight = torch.randn(shape).to(BF16), torch.randn(shape[-1]).to(BF16)
         assert error(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) <= TWO_STEPS
+        y, normed = cpu.add_rms_norm(x, weight.expand(shape).contiguous(), weight, 1e-6)
+        assert torch.equal(y, weight + x) and torch.equal(normed, cpu.rms_norm(y, weight, 1e-6))
     wide = torch.randn(5, 90).to(BF16)
     assert (
         error(

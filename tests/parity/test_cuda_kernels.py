@@ -152,6 +152,9 @@ def test_norms_rotary_and_entries():
     for rows, n in ((0, 256), (1, 7168), (5, 128), (3, 1536), (2, 20), (300, 512), (2, 18432)):
         x, weight = torch.randn(rows, n, device=DEVICE).to(BF16) * 3, torch.randn(n, device=DEVICE).to(BF16)
         assert error(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) <= TWO_STEPS
+        hidden = torch.randn(rows, n, device=DEVICE).to(BF16)
+        y, normed = ops.add_rms_norm(x, hidden, weight, 1e-6)
+        assert torch.equal(y, hidden + x) and error(normed, reference.rms_norm(y, weight, 1e-6)) <= TWO_STEPS
     for tokens, heads, d in ((0, 3, 8), (1, 16, 64), (7, 128, 64), (5, 3, 10)):
         q, angle = torch.randn(tokens, heads, d + 24, device=DEVICE).to(BF16)[..., 24:], torch.randn(tokens, d // 2)
         cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)

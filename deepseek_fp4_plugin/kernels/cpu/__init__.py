@@ -19,7 +19,7 @@ from deepseek_fp4_plugin.kernels.cpu.extension import NOT_BUILT, available, path
 from deepseek_fp4_plugin.kernels.cpu.limits import refuses
 from deepseek_fp4_plugin.kernels.cpu.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.cpu.moe import experts_mlp, gated_mlp
-from deepseek_fp4_plugin.kernels.cpu.norm import rms_norm
+from deepseek_fp4_plugin.kernels.cpu.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
 from deepseek_fp4_plugin.kernels.cpu.recording import Recorder
 from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
@@ -32,6 +32,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "add_rms_norm",
     "argmax",
     "available",
     "concat",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cpu.addresses import dense, rows
+from deepseek_fp4_plugin.kernels.cpu.elementwise import add
 from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
 
 
@@ -25,3 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         torch.get_num_threads(),
     )
     return y
+
+
+def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/norm.py; BF16."""
+    y = add(hidden, x)
+    return y, rms_norm(y, weight, eps)

@@ -9,7 +9,7 @@ from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
 from deepseek_fp4_plugin.kernels.cuda.linear import linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
-from deepseek_fp4_plugin.kernels.cuda.norm import latent_entries, rms_norm
+from deepseek_fp4_plugin.kernels.cuda.norm import add_rms_norm, latent_entries, rms_norm
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.routing import plain_linear, route
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
@@ -20,6 +20,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "add_rms_norm",
     "argmax",
     "available",
     "concat",

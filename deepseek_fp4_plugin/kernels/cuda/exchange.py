@@ -1,5 +1,6 @@
 """Exchanges between GPUs of one machine: a launch each, through memory that the others write to."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ _THREADS, _PLACES = 256, SMALL // _PIECE
 _BLOCKS = _PLACES // _THREADS
 _LARGE = 16 << 20  # bytes that one launch for large tensors takes
 _LARGE_BLOCKS = 264
+LONGEST_ROW = 8 * 8 * _THREADS  # values: a cluster of eight blocks, eight a thread
 _MAILBOXES = f"{MOST_RANKS}QP3i"
 
 
@@ -82,7 +84,7 @@ class Exchange:
         return y
 
     def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """hidden plus the ranks' sum of x, and its RMSNorm; BF16 rows of at most 2,048 pieces, SMALL in all."""
+        """hidden plus the ranks' sum of x, and its RMSNorm; BF16 rows of at most LONGEST_ROW, SMALL in all."""
         return sum_and_norm(x, hidden, weight, eps, self._mail)
 
     def _exchange(
@@ -130,7 +132,7 @@ def sum_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """See Exchange.sum_and_norm; one rank by itself without `mail`."""
     x, hidden = _aligned(x), _aligned(hidden)
-    pieces = _row_pieces(x)
+    pieces = x.shape[1] * x.dtype.itemsize // _PIECE
     cluster = -(-pieces // _THREADS)
     threads = -(-pieces // cluster // 32) * 32
     y, normed = torch.empty_like(x), torch.empty_like(x)
@@ -158,4 +160,4 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _row_pieces(x: Tensor) -> int:
-    return x[0].numel() * x.dtype.itemsize // _PIECE if x.shape[0] else 0
+    return math.prod(x.shape[1:]) * x.dtype.itemsize // _PIECE

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels.cuda.exchange import LONGEST_ROW, sum_and_norm
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 
 
@@ -29,6 +30,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps,
     )
     return y.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/norm.py; a launch for both."""
+    if not (_readable(x, weight) and _readable(hidden, weight)) or x.shape[1] > LONGEST_ROW:
+        return reference.add_rms_norm(x, hidden, weight, eps)
+    together(x, hidden, weight)
+    return sum_and_norm(x, hidden, weight, eps)
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:

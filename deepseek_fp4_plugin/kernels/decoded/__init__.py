@@ -14,6 +14,7 @@ from deepseek_fp4_plugin.kernels.decoded.linear import linear, prepare
 from deepseek_fp4_plugin.kernels.decoded.moe import experts_mlp
 from deepseek_fp4_plugin.kernels.reference import (
     add,
+    add_rms_norm,
     argmax,
     concat,
     cos_sin,
@@ -31,6 +32,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "add_rms_norm",
     "argmax",
     "concat",
     "cos_sin",

@@ -13,7 +13,7 @@ from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.reference.embedding import embedding
 from deepseek_fp4_plugin.kernels.reference.linear import linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
-from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
+from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.reference.routing import route
 
@@ -21,6 +21,7 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "add_rms_norm",
     "argmax",
     "concat",
     "cos_sin",

@@ -8,3 +8,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [..., n].  weight: [n].  Returns x's shape and dtype."""
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, hidden: [T, n].  Returns hidden + x and its norm, each as by itself."""
+    y = hidden + x
+    return y, rms_norm(y, weight, eps)
