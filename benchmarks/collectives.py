@@ -100,10 +100,10 @@ def measure(plain: ProcessGroup, ours: PeerGroup, rows: int, width: int, device:
     shared.fill_(0)
     name, exchanged = plain.group.group_name, x.clone().fill_(0)
     sides: dict[str, Callable[[], object]] = {"ours": lambda: ours.all_reduce(x)}
-    if rows * width * 2 > 1 << 20:
-        for chunk in (512, 2048):
-            sides[f"ours, chunks of {chunk}"] = lambda chunk=chunk: with_chunk(ours, chunk, x)
-    else:
+    if rows * width * 2 > 1 << 18:
+        for rounds in (1, 2, 3, 4, 6, 8):
+            sides[f"large, {rounds}"] = lambda rounds=rounds: with_rounds(ours, rounds, x)
+    if rows * width * 2 <= 1 << 20:
         sides["ours, residual, norm"] = lambda: ours.exchange.sum_and_norm(x, hidden, weight, 1e-6)
         sides["our gather"] = lambda: ours.all_gather(x)
         if rows >= ours.size:
@@ -115,12 +115,12 @@ def measure(plain: ProcessGroup, ours: PeerGroup, rows: int, width: int, device:
     return {"rows": rows, "differs": wrong, **medians(sides)}
 
 
-def with_chunk(ours: PeerGroup, chunk: int, x: Tensor) -> Tensor:
-    before, ours.exchange.chunk = ours.exchange.chunk, chunk
+def with_rounds(ours: PeerGroup, rounds: int, x: Tensor) -> Tensor:
+    ours.exchange.rounds, ours.exchange.small = rounds, 0
     try:
         return ours.all_reduce(x)
     finally:
-        ours.exchange.chunk = before
+        ours.exchange.rounds, ours.exchange.small = 0, 1 << 20
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ _THREADS, _PLACES = 256, SMALL // _PIECE
 _BLOCKS = _PLACES // _THREADS
 _LARGE = 16 << 20  # bytes that one launch for large tensors takes
 _LARGE_BLOCKS = 264
+_LARGEST_CHUNK = 1 << 13
 LONGEST_ROW = 8 * 8 * _THREADS  # values: a cluster of eight blocks, eight a thread
 _MAILBOXES = f"{MOST_RANKS}QP3i"
 
@@ -31,10 +32,10 @@ class Exchange:
         if not 2 <= ranks <= MOST_RANKS:
             raise ValueError(f"{ranks} ranks; an exchange on the device takes 2 to {MOST_RANKS}")
         self.device, self.rank, self.ranks = device, rank, ranks
-        self.chunk = 1024  # pieces; a multiple of every number of ranks' slices is made of it below
+        self.rounds, self.small = 0, SMALL
         pieces = _LARGE // _PIECE
-        self._slot = pieces if ranks == 2 else pieces // ranks + self.chunk
-        self._chunks = pieces // 256
+        self._slot = pieces if ranks == 2 else pieces // ranks + _LARGEST_CHUNK
+        self._chunks = 1 << 14
         sizes = [
             2 * ranks * _PLACES * _PACKETS,
             2 * ranks * self._slot * _PIECE,
@@ -58,7 +59,7 @@ class Exchange:
         x, y = _aligned(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         size = x.numel() * x.dtype.itemsize
         pieces = size // _PIECE
-        if size <= SMALL:
+        if size <= self.small:
             everything = [pieces] * self.ranks
             self._exchange(x, y, [0] * self.ranks, everything, [0] * self.ranks, everything, True)
             return y
@@ -105,7 +106,7 @@ class Exchange:
         )
 
     def _large(self, x: int, y: int, pieces: int) -> None:
-        chunk = self.chunk // self.ranks * self.ranks
+        chunk = _chunk(pieces, self.ranks, self.rounds)
         layout = f"{3 * MOST_RANKS}Q3P7i"
         kernel("exchange_large.cu", "all_reduce", layout, (), self.device.index)(
             (_LARGE_BLOCKS, 1, 1),
@@ -151,6 +152,13 @@ def sum_and_norm(
         cluster=cluster,
     )
     return y, normed
+
+
+def _chunk(pieces: int, ranks: int, rounds: int = 0) -> int:
+    """Pieces of a chunk: every block has as many chunks, and a chunk is cut evenly."""
+    rounds = rounds or max(1, round(pieces / (_LARGE_BLOCKS * 1024)))
+    step = 8 * ranks
+    return -(-pieces // (_LARGE_BLOCKS * rounds * step)) * step
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 //
 // A block has every gridDim.x-th chunk of the tensor. Data go as they are, and a flag behind each chunk says that they
 // have come. Between two ranks each sends the other all of it and adds for itself: as many bytes as in two hops, one hop
-// less. Between more, a rank adds one slice of every chunk and sends the sum back. While one chunk is on its way the one
-// before is added. Halves of the boxes take turns, as in exchange.cu.
+// less. Between more, a rank adds one slice of every chunk and sends the sum back. Halves of the boxes take turns, as in
+// exchange.cu.
 #include "device.cuh"
 
 #define RANKS 8
 #define THREADS 512
+#define HALF (THREADS / 2)
 
 struct LargeParameters {
     u64 inbox[RANKS];  // by rank: [2][ranks][slot] pieces of 16 bytes
@@ -28,23 +29,26 @@ __device__ inline Quad load_sent(const Quad* pointer) {
     return q;
 }
 
-// What the block has written is there before its flags are.
-__device__ inline void raise(const LargeParameters& p, int kind, int chunk, u32 count) {
-    __syncthreads();
-    if ((int)threadIdx.x < p.ranks && (int)threadIdx.x != p.rank) {
-        u32* flag = (u32*)p.flags[threadIdx.x] + (u64)(kind * p.ranks + p.rank) * p.chunks + chunk;
+// Half of a block's threads send, the other half adds; each half meets at a barrier of its own.
+__device__ inline void meet(int half) { asm volatile("bar.sync %0, %1;" ::"r"(half + 1), "n"(HALF) : "memory"); }
+
+// What a half of the block has written is there before its flags are.
+__device__ inline void raise(const LargeParameters& p, int half, int thread, int kind, int chunk, u32 count) {
+    meet(half);
+    if (thread < p.ranks && thread != p.rank) {
+        u32* flag = (u32*)p.flags[thread] + (u64)(kind * p.ranks + p.rank) * p.chunks + chunk;
         asm volatile("fence.acq_rel.sys;\nst.relaxed.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
     }
 }
 
-__device__ inline void await(const LargeParameters& p, int kind, int chunk, u32 count) {
-    if ((int)threadIdx.x < p.ranks && (int)threadIdx.x != p.rank) {
+__device__ inline void await(const LargeParameters& p, int half, int thread, int kind, int chunk, u32 count) {
+    if (thread < p.ranks && thread != p.rank) {
         u32 seen;
-        const u32* flag = (const u32*)p.flags[p.rank] + (u64)(kind * p.ranks + (int)threadIdx.x) * p.chunks + chunk;
+        const u32* flag = (const u32*)p.flags[p.rank] + (u64)(kind * p.ranks + thread) * p.chunks + chunk;
         do asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
         while (seen != count);
     }
-    __syncthreads();
+    meet(half);
 }
 
 __device__ inline void add(float (&sums)[8], const Quad& q) {
@@ -56,35 +60,45 @@ __device__ inline void add(float (&sums)[8], const Quad& q) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_constant__ LargeParameters p) {
+// The slices of a chunk that the others have added.
+__device__ inline void take_sums(const LargeParameters& p, int thread, int chunk, int width, u64 turn, u32 count) {
+    int from = chunk * p.chunk, end = min(from + p.chunk, p.pieces), mine = p.rank * width;
+    await(p, 1, thread, 1, chunk, count);
+    const Quad* box = (const Quad*)p.sums[p.rank] + turn * p.capacity;
+#pragma unroll 4
+    for (int i = from + thread; i < end; i += HALF)
+        if (i - from < mine || i - from >= mine + width) p.y[i] = load_sent(box + i);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) all_reduce(const __grid_constant__ LargeParameters p) {
     let_next_kernel_begin();
     wait_for_kernels_before();
     u32 count = p.counts[blockIdx.x] + 1;
-    u64 half = count & 1;
+    u64 turn = count & 1;
     bool two = p.ranks == 2;
     int width = two ? p.chunk : p.chunk / p.ranks;  // what one rank adds of a chunk
     int mine = two ? 0 : p.rank * width;
     int number = (p.pieces + p.chunk - 1) / p.chunk;
-    int own = ((int)blockIdx.x < number) ? (number - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
-    for (int step = 0; step < own + (two ? 1 : 2); step++) {
-        if (step < own) {
-            int chunk = (int)blockIdx.x + step * (int)gridDim.x;
+    int half = (int)threadIdx.x / HALF, thread = (int)threadIdx.x % HALF;
+    if (half == 0) {
+        for (int chunk = (int)blockIdx.x; chunk < number; chunk += (int)gridDim.x) {
             for (int k = 1; k < p.ranks; k++) {
                 int peer = (p.rank + k) % p.ranks;
                 int from = chunk * p.chunk + (two ? 0 : peer * width), end = min(from + width, p.pieces);
-                Quad* box = (Quad*)p.inbox[peer] + (half * p.ranks + p.rank) * p.slot + (u64)chunk * width;
+                Quad* box = (Quad*)p.inbox[peer] + (turn * p.ranks + p.rank) * p.slot + (u64)chunk * width;
 #pragma unroll 4
-                for (int i = from + (int)threadIdx.x; i < end; i += THREADS) box[i - from] = load_quad(p.x + i);
+                for (int i = from + thread; i < end; i += HALF) box[i - from] = load_quad(p.x + i);
             }
-            raise(p, 0, chunk, count);
+            raise(p, half, thread, 0, chunk, count);
         }
-        if (step >= 1 && step <= own) {
-            int chunk = (int)blockIdx.x + (step - 1) * (int)gridDim.x;
+    } else {
+        int before = -1;  // the chunk whose other slices are on their way
+        for (int chunk = (int)blockIdx.x; chunk < number; chunk += (int)gridDim.x) {
             int from = chunk * p.chunk + mine, end = min(from + width, p.pieces);
-            await(p, 0, chunk, count);
-            const Quad* box = (const Quad*)p.inbox[p.rank] + half * p.ranks * p.slot + (u64)chunk * width;
-#pragma unroll 2
-            for (int i = from + (int)threadIdx.x; i < end; i += THREADS) {
+            await(p, half, thread, 0, chunk, count);
+            const Quad* box = (const Quad*)p.inbox[p.rank] + turn * p.ranks * p.slot + (u64)chunk * width;
+#pragma unroll 4
+            for (int i = from + thread; i < end; i += HALF) {
                 float sums[8] = {-0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
                 for (int rank = 0; rank < p.ranks; rank++)
                     add(sums, rank == p.rank ? load_quad(p.x + i) : load_sent(box + (u64)rank * p.slot + (i - from)));
@@ -93,19 +107,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_co
                 p.y[i] = y;
                 if (!two)
                     for (int k = 1; k < p.ranks; k++)
-                        ((Quad*)p.sums[(p.rank + k) % p.ranks])[half * p.capacity + i] = y;
+                        ((Quad*)p.sums[(p.rank + k) % p.ranks])[turn * p.capacity + i] = y;
             }
-            if (!two) raise(p, 1, chunk, count);
+            if (two) continue;
+            raise(p, half, thread, 1, chunk, count);
+            if (before >= 0) take_sums(p, thread, before, width, turn, count);
+            before = chunk;
         }
-        if (!two && step >= 2) {
-            int chunk = (int)blockIdx.x + (step - 2) * (int)gridDim.x;
-            int from = chunk * p.chunk, end = min(from + p.chunk, p.pieces);
-            await(p, 1, chunk, count);
-            const Quad* box = (const Quad*)p.sums[p.rank] + half * p.capacity;
-#pragma unroll 4
-            for (int i = from + (int)threadIdx.x; i < end; i += THREADS)
-                if (i - from < mine || i - from >= mine + width) p.y[i] = load_sent(box + i);
-        }
+        if (before >= 0) take_sums(p, thread, before, width, turn, count);
     }
     __syncthreads();
     if (threadIdx.x == 0) p.counts[blockIdx.x] = count;
