@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import cuda
-from deepseek_fp4_plugin.kernels.cuda.exchange import LONGEST_ROW, MOST_RANKS, SMALL, Exchange
+from deepseek_fp4_plugin.kernels.cuda.exchange import LONGEST_ROW, MOST_RANKS, SMALL, SMALL_NORM, Exchange
 from deepseek_fp4_plugin.kernels.cuda.peer_memory import reaches
 from deepseek_fp4_plugin.parallel.collectives import ProcessGroup
 
@@ -47,7 +47,7 @@ class PeerGroup(ProcessGroup):
 
     def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
         fits = x.dtype is hidden.dtype is weight.dtype is torch.bfloat16 and x.shape[1] <= LONGEST_ROW
-        if fits and self._small(x, [x.shape[0]]):
+        if fits and x.shape[1] % 8 == 0 and 0 < x.numel() * 2 <= SMALL_NORM:
             return self.exchange.sum_and_norm(x, hidden, weight, eps)
         return None
 

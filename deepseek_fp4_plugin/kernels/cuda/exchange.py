@@ -12,6 +12,8 @@ from deepseek_fp4_plugin.kernels.cuda.peer_memory import PeerMemory
 
 MOST_RANKS = 8  # RANKS in the sources
 SMALL = 1 << 20  # bytes of a part that goes through the mailboxes at most
+# From here on the launches without mailboxes are faster (benchmarks/collectives.py, two H200).
+SMALL_SUM, SMALL_NORM = 20 * 7168 * 2, 32 * 7168 * 2
 _PIECE, _PACKETS = 16, 32  # bytes: a thread's data, and what they take in a mailbox
 _THREADS, _PLACES = 256, SMALL // _PIECE
 _BLOCKS = _PLACES // _THREADS
@@ -32,7 +34,6 @@ class Exchange:
         if not 2 <= ranks <= MOST_RANKS:
             raise ValueError(f"{ranks} ranks; an exchange on the device takes 2 to {MOST_RANKS}")
         self.device, self.rank, self.ranks = device, rank, ranks
-        self.rounds, self.small = 0, SMALL
         pieces = _LARGE // _PIECE
         self._slot = pieces if ranks == 2 else pieces // ranks + _LARGEST_CHUNK
         self._chunks = 1 << 14
@@ -59,7 +60,7 @@ class Exchange:
         x, y = _aligned(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         size = x.numel() * x.dtype.itemsize
         pieces = size // _PIECE
-        if size <= self.small:
+        if size <= SMALL_SUM:
             everything = [pieces] * self.ranks
             self._exchange(x, y, [0] * self.ranks, everything, [0] * self.ranks, everything, True)
             return y
@@ -85,7 +86,7 @@ class Exchange:
         return y
 
     def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """hidden plus the ranks' sum of x, and its RMSNorm; BF16 rows of at most LONGEST_ROW, SMALL in all."""
+        """hidden plus the ranks' sum of x, and its RMSNorm; BF16 rows of at most LONGEST_ROW, SMALL_NORM in all."""
         return sum_and_norm(x, hidden, weight, eps, self._mail)
 
     def _exchange(
@@ -106,7 +107,7 @@ class Exchange:
         )
 
     def _large(self, x: int, y: int, pieces: int) -> None:
-        chunk = _chunk(pieces, self.ranks, self.rounds)
+        chunk = _chunk(pieces, self.ranks)
         layout = f"{3 * MOST_RANKS}Q3P7i"
         kernel("exchange_large.cu", "all_reduce", layout, (), self.device.index)(
             (_LARGE_BLOCKS, 1, 1),
@@ -154,9 +155,9 @@ def sum_and_norm(
     return y, normed
 
 
-def _chunk(pieces: int, ranks: int, rounds: int = 0) -> int:
-    """Pieces of a chunk: every block has as many chunks, and a chunk is cut evenly."""
-    rounds = rounds or max(1, round(pieces / (_LARGE_BLOCKS * 1024)))
+def _chunk(pieces: int, ranks: int) -> int:
+    """Pieces of a chunk: about 1,024, as many chunks for every block, and each cut evenly among the ranks."""
+    rounds = max(1, round(pieces / (_LARGE_BLOCKS * 1024)))
     step = 8 * ranks
     return -(-pieces // (_LARGE_BLOCKS * rounds * step)) * step
 
