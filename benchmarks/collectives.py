@@ -4,7 +4,8 @@
 
 Rows of BF16 values, as a decoder layer sums them. Medians over replays of a graph that holds the call 50 times, the
 sides one after the other in every round. torch's all-reduces through symmetric memory sum a tensor that lies in such
-memory already, its two-shot in place; ours takes any and leaves it. Every sum is compared bit for bit with the plain one, on every rank.
+memory already, its two-shot in place; ours takes any and leaves it. Every sum is compared with the plain one, bit for
+bit and on every rank.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.layers.weight_source import IN, UNCUT, Cut, WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Weight, weights
+from deepseek_fp4_plugin.parallel.collectives import Separate
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 
@@ -20,7 +21,7 @@ _E2M1_RMS = 2.93  # of a random code's value
 _SCALES = 48, 64  # random bytes of block scales, 0.5 to 2: about 1.2
 
 
-class Absent:
+class Absent(Separate):
     """A group that is this rank alone: nothing is sent, nothing is waited for.
 
     What others would have sent is random and made once; the sum of all ranks' parts is this rank's. So a step costs

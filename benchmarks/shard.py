@@ -15,7 +15,7 @@ prefill  one prompt of 8192 tokens in one step, on the host's clock.
 Every step begins with other random tokens, so that experts are chosen anew; `hit` is the share of a layer's experts
 that were, beside the share that models/ledger.py expects. The roofline is its bytes at this card's read rate and its
 operations at torch's BF16 rate, line by line. Medians of --steps. What does not fit is listed. One layout takes two
-minutes. --dry runs every cell's step on shapes alone, and needs no GPU.
+minutes. --dry runs every cell's step on shapes alone, and needs no GPU. Ranks that do exchange: shard_ranks.py.
 """
 
 import argparse
@@ -89,9 +89,9 @@ class Row:
 class Rank:
     """One rank's model and cache on a device, and its steps."""
 
-    def __init__(self, config: DeepseekV3Config, layout: str, checkpoint: str, group: Group, device: torch.device):
+    def __init__(self, config: DeepseekV3Config, cuts: dict, checkpoint: str, group: Group, device: torch.device):
         self.config, self.device = config, device
-        self.mesh = Mesh(group.rank, group.size, group=group, **LAYOUTS[layout])
+        self.mesh = Mesh(group.rank, group.size, group=group, **cuts)
         self.model = DeepseekV3ForCausalLM(config, self.mesh)
         source = RandomWeights(config, checkpoint, device, self.mesh)
         for part in self.model.parts():
@@ -273,7 +273,7 @@ def measure(options: argparse.Namespace, config: DeepseekV3Config, group: Group)
         rank = None  # gives the layout before back
         torch.cuda.empty_cache()
         try:
-            rank = Rank(config, layout, options.checkpoint, group, device)
+            rank = Rank(config, LAYOUTS[layout], options.checkpoint, group, device)
         except torch.cuda.OutOfMemoryError:
             print(f"{layout}: the weights do not fit this GPU")
             continue
@@ -312,7 +312,7 @@ def dry(options: argparse.Namespace, config: DeepseekV3Config, group: Group) -> 
     device = torch.device("meta")
     roofline = Roofline(config, published(config, options.checkpoint), 3.077e12, 772e12)
     for layout in options.layout:
-        rank = Rank(config, layout, options.checkpoint, group, device)
+        rank = Rank(config, LAYOUTS[layout], options.checkpoint, group, device)
         check_names(rank.names, config, rank.mesh)
         wanted = list(cells(options))
         rank.allocate(max(cell.batch * cell.blocks_each for cell in wanted) + 1)

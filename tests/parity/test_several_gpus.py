@@ -1,5 +1,7 @@
 """On two GPUs of one machine: exchanges to the bit, and engines that answer as one GPU does."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,9 +9,17 @@ import torch.multiprocessing
 
 from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.assets.held_out import load_held_out
+from deepseek_fp4_plugin.config import EngineConfig, KvCacheConfig, SpeculativeConfig
+from deepseek_fp4_plugin.engine.async_engine import EngineDeadError
+from deepseek_fp4_plugin.engine.block_manager import BlockManager
+from deepseek_fp4_plugin.engine.engine import LLMEngine
+from deepseek_fp4_plugin.engine.launch import start_executor
+from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.parallel.collectives import ProcessGroup, connect
 from deepseek_fp4_plugin.parallel.peers import PeerGroup, join
+from tests.end_to_end.test_workers import workers
+from tests.proof.test_soak import REQUESTS, soak
 from tests.ranks import MAPPINGS
 
 pytestmark = [
@@ -121,3 +131,42 @@ def test_engine_answers_as_one_gpu_does(alone, mapping, drafts, graphs):
             assert one.token_ids == other.token_ids
     print(f"{mapping}, {drafts} drafts, graphs {graphs}: {excused} of {total} tokens excused")
     assert excused <= total // 100
+
+
+def test_a_killed_rank_is_told_and_the_engine_starts_anew(alone):
+    ids, expected = alone
+    with LLM("r1_nano", device="cuda", max_batch_size=8, tensor_parallel_size=2) as llm:
+        handle = llm.generate_async(ids[0], SamplingParams(max_tokens=2000, ignore_eos=True), streaming=True)
+        next(iter(handle))
+        began = time.monotonic()
+        workers()[0].kill()
+        with pytest.raises(EngineDeadError, match=r"rank \d of 2"):
+            handle.result(timeout=20)
+        seconds = time.monotonic() - began
+        assert seconds < 10
+        llm.restart()
+        answer = llm.generate(ids[0], SamplingParams(max_tokens=96)).outputs[0]
+        print(f"a killed rank was told of after {seconds:.1f} s, and answered {time.monotonic() - began:.1f} s after")
+        assert answer.token_ids[:20] == expected[0].token_ids[:20]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("mapping", ["TP2", "DP2"])
+def test_thousands_of_requests(tiny_fp8, mapping):
+    """The soak of tests/proof/test_soak.py in BF16: aborts, preemption, drafts; every block returns on every rank."""
+    config = EngineConfig(
+        model=str(tiny_fp8),
+        max_batch_size=32,
+        max_num_tokens=256,
+        max_seq_len=160,
+        speculative_config=SpeculativeConfig(num_nextn_predict_layers=3),
+        kv_cache_config=KvCacheConfig(max_tokens=96 * 8, tokens_per_block=8),
+        **MAPPINGS[mapping],
+    )
+    group = start_executor(config, str(tiny_fp8), tiny_fp8, torch.device("cuda"), None)
+    try:
+        ranks = group.num_schedulers
+        schedulers = [Scheduler(BlockManager(96, 8, True, lookahead=1), 32, 256, 160, 3) for _ in range(ranks)]
+        soak(None, LLMEngine(schedulers, group, 320, overlap=group.facts.asynchronous), REQUESTS)
+    finally:
+        group.close()

@@ -56,8 +56,11 @@ def test_two_ranks(tiny_fp8, mapping):
         group.close()
 
 
-def soak(model: DeepseekV3ForCausalLM, engine: LLMEngine, requests: int) -> None:
-    """Serve requests with random lengths, priorities and aborts; the books are checked at every step."""
+def soak(model: DeepseekV3ForCausalLM | None, engine: LLMEngine, requests: int) -> None:
+    """Serve requests with random lengths, priorities and aborts; the books are checked at every step.
+
+    model: what a hundredth of the requests is computed with again, alone; None: where rounding would tell them apart.
+    """
     rng = random.Random(0)
     shared = [rng.randrange(320) for _ in range(LONGEST)]
     process = psutil.Process(os.getpid())
@@ -102,7 +105,7 @@ def soak(model: DeepseekV3ForCausalLM, engine: LLMEngine, requests: int) -> None
     assert memory[-1] - memory[len(memory) // 4] < 30, f"memory grew (MiB): {memory}"
     excused = total = 0
     for number, prompt in started.items():
-        if number not in aborted:
+        if number not in aborted and model is not None:
             alone = run_all(make_engine(model, reuse=False), [make_request(0, prompt, len(outputs[number]))])[0]
             excused += differing(model, prompt, alone, outputs[number])
             total += len(alone)
