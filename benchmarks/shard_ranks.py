@@ -15,6 +15,7 @@ process it is one GPU that holds everything. Times are rank 0's, medians; the ra
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -143,6 +144,8 @@ def main() -> None:
         with open(options.json, "w") as file:
             facts = {"device": torch.cuda.get_device_name(), "ranks": size, "layers": options.layers}
             json.dump({**facts, "rows": rows}, file, indent=1)
+    del rank
+    gc.collect()  # graphs that hold NCCL's launches go before its communicators
     if dist.is_initialized():
         dist.destroy_process_group()
 
