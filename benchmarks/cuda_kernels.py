@@ -7,7 +7,7 @@ no cache helps; the median of replays is printed, in microseconds a call. The ro
 read rate (a sum of FP32 over 2 GiB) and the operations at the rate of torch's BF16 product of 8192 x 8192 x 8192, both
 measured here first. --dry prints every shape and its cut, and needs no GPU.
 
-groups: products, experts, attention, small
+groups: products, dense, experts, attention, small
 """
 
 import argparse
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
+from deepseek_fp4_plugin.kernels.cuda import dense as dense_kernel
+from deepseek_fp4_plugin.kernels.cuda import wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
@@ -46,6 +48,17 @@ SHAPES = {
 }
 # Experts of one rank of eight: how many it holds, and how much of their hidden values.
 EXPERTS = {"TP8": (256, 256), "TP8/EP2": (128, 512), "EP8": (32, 2048)}
+# Those that stay BF16 in an NVFP4 checkpoint, and are FP8 in the published one: attention's, whole and of TP8.
+DENSE_SHAPES = {
+    "q_a": (1536, 7168),
+    "kv_a": (576, 7168),
+    "q_a and kv_a": (2112, 7168),
+    "q_b": (24576, 1536),
+    "q_b of TP8": (3072, 1536),
+    "o_proj": (7168, 16384),
+    "o_proj of TP8": (7168, 2048),
+    "4096 x 7168": (4096, 7168),
+}
 ATTENTION = tuple(
     itertools.product((16, 128), (1, 4), ((1, 1024), (1, 4096), (1, 32768), (4, 4096), (16, 4096), (64, 4096)))
 )
@@ -168,6 +181,38 @@ def products(bench: Bench, rows: list[int]) -> None:
         torch.cuda.empty_cache()
 
 
+def dense(bench: Bench, rows: list[int]) -> None:
+    """BF16 and FP8 weights, few rows; at most 16."""
+    for name, (out, width) in DENSE_SHAPES.items():
+        size = 2.0 * out * width
+        plain = [torch.randn(out, width, device=DEVICE, dtype=BF16) for _ in range(copies(size))]
+        ones = torch.rand(-(-out // 128), -(-width // 128), device=DEVICE)
+        sides = {
+            "bf16": [WeightTensors(WeightFormat.PLAIN, weight) for weight in plain],
+            "fp8": [WeightTensors(WeightFormat.FP8_BLOCK, w.to(torch.float8_e4m3fn), ones) for w in plain * 2],
+        }
+        for side, parts in sides.items():
+            weights = [prepared([part]) for part in parts]
+            for count in (n for n in rows if n <= 16):
+                x = torch.randn(count, width, device=DEVICE, dtype=BF16)
+                moved, flops = 2.0 * count * (out + width), 2.0 * count * out * width
+                fewer = size / 2 if side == "fp8" else size
+                bench.add(
+                    side,
+                    f"{name} {out} x {width}",
+                    count,
+                    fewer + moved,
+                    flops,
+                    [partial(ops.linear, x, w) for w in weights],
+                )
+                if side == "bf16":
+                    library = [partial(torch.nn.functional.linear, x, w) for w in plain]
+                    bench.add("torch bf16", f"{name} {out} x {width}", count, size + moved, flops, library)
+            del weights
+        del plain, sides
+        torch.cuda.empty_cache()
+
+
 def experts(bench: Bench, rows: list[int]) -> None:
     for name, (count, inner) in EXPERTS.items():
         experts_of_rank(bench, rows, name, count, inner)
@@ -246,9 +291,14 @@ def small(bench: Bench, rows: list[int]) -> None:
 
 
 def dry(rows: list[int]) -> Iterator[str]:
-    """Every product's cut, checked against what a block can have."""
+    """Every product's cut, on a Hopper GPU, checked against what a block can have."""
     for name, (out, width) in SHAPES.items():
         for count in rows:
+            chosen = wgmma.nearest(-(-out // 16), -(-width // 128), count) if count > 8 else None
+            if chosen:
+                assert chosen.shared <= MAX_SHARED
+                yield f"{name} {out} x {width}, {count} rows: {chosen}, {chosen.shared} bytes of shared memory"
+                continue
             if count > MANY_ROWS:
                 yield f"{name} {out} x {width}, {count} rows: decoded once, the library's product"
                 continue
@@ -260,10 +310,16 @@ def dry(rows: list[int]) -> Iterator[str]:
             fit, teams = residence(tokens, 8, count), [team_of(-(-width // 128)) for width in (7168, inner)]
             assert fit.shared * fit.blocks <= MAX_SHARED
             yield f"experts of {name}, {tokens} tokens: {fit}, teams of {teams} warps"
+    for name, (out, width) in DENSE_SHAPES.items():
+        for bits in (16, 8):
+            for count in (n for n in rows if dense_kernel.served(n, out, width, bits == 8)):
+                own = dense_kernel.geometry(out, width * bits // 8, count)
+                assert own.shared <= MAX_SHARED
+                yield f"{name} {out} x {width} of {bits} bits, {count} rows: {own}, {own.shared} bytes of shared memory"
 
 
 def main() -> None:
-    groups = {"products": products, "experts": experts, "attention": attention, "small": small}
+    groups = {"products": products, "dense": dense, "experts": experts, "attention": attention, "small": small}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups))

@@ -4,7 +4,8 @@
 works without a prepared weight is the first one's on the device.
 
     cpu        native kernels on the checkpoint's bytes, BF16 activations; where the extension was built
-    cuda       kernels on NVFP4 weights in tiles, BF16 activations; NVIDIA GPUs of compute capability 9.0 and 10.0
+    cuda       kernels on NVFP4 weights in tiles, on BF16 and FP8 ones as they are, BF16 activations; NVIDIA GPUs of
+               compute capability 9.0 and 10.0
     decoded    weights decoded once at load to the compute dtype, then the platform's matrix product; any device
     reference  checkpoint bytes, decoded in FP32 on every call: the law that the others are tested against
 """
@@ -55,7 +56,7 @@ def checked(name: str, backend: Backend) -> Backend:
 
 TABLE: tuple[Entry, ...] = (
     Entry("cpu", checked("cpu", cpu), cpu.refuses, "native kernels on the checkpoint's bytes"),
-    Entry("cuda", checked("cuda", cuda), cuda.refuses, "NVFP4 in tiles, decoded in registers"),
+    Entry("cuda", checked("cuda", cuda), cuda.refuses, "NVFP4 decoded in registers, BF16 and FP8 as they are"),
     Entry("decoded", checked("decoded", decoded), lambda case: None, "decoded once at load, the platform's products"),
     Entry("reference", checked("reference", reference), lambda case: None, "plain torch, decoded on every call"),
 )

@@ -9,6 +9,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
+from deepseek_fp4_plugin.kernels.cuda import dense, wgmma
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
 from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
@@ -33,9 +34,91 @@ def both(parts: list[WeightTensors], activations: str = "bf16"):
 def test_linear(out, width, activations):
     for parts in ([out], [out, out], [out, out + 3]):
         ours, law = both([random_part(WeightFormat.NVFP4, n, width) for n in parts], activations)
-        for rows in (0, 1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 200):
+        for rows in (0, 1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 130, 200, 300, 600):
             x = torch.randn(rows, width, device=DEVICE).to(BF16)
             assert error(ops.linear(x, ours), ops.linear(x, law)) <= TWO_STEPS, (parts, rows)
+
+
+WGMMA = sorted({cut for cuts in wgmma._MEASURED.values() for cut in cuts if cut})
+
+
+@pytest.mark.parametrize("cut", WGMMA, ids=lambda cut: "-".join(map(str, cut)))
+def test_every_cut_of_wgmma(cut):
+    """Whatever shape it was measured for; NaN beside the rows, and where the result will be."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma is Hopper's alone")
+    for out, width in ((1, 16), (7, 48), (130, 1040), (264, 4112)):
+        for parts in ([out], [out, out]):
+            (part, *_), count = [random_part(WeightFormat.NVFP4, n, width) for n in parts], len(parts)
+            ours, law = both([part] * count)
+            for rows in (1, 7, 65, 200):
+                x = poisoned(rows, width)
+                y = torch.full((rows, out * count), float("nan"), dtype=BF16, device=DEVICE)
+                fits = cut._replace(cluster=min(cut.cluster, ours.data.slabs))
+                wgmma.launch(x, ours.data, 0, y, out * count, False, fits)
+                expected = ops.linear(x, law)
+                assert error(y, expected) <= TWO_STEPS, (out, width, rows)
+                if count == 2:
+                    h = torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE)
+                    wgmma.launch(x, ours.data, 0, h, out * count, True, fits)
+                    gate, up = expected.chunk(2, -1)
+                    assert error(h, torch.nn.functional.silu(gate) * up) <= 2 * TWO_STEPS, (out, width, rows)
+
+
+def poisoned(rows: int, width: int) -> torch.Tensor:
+    """Random rows cut out of wider ones that are NaN elsewhere."""
+    wide = torch.full((rows, width + 24), float("nan"), dtype=BF16, device=DEVICE)
+    wide[:, 8 : 8 + width] = torch.randn(rows, width, device=DEVICE)
+    return wide[:, 8 : 8 + width]
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat.PLAIN, WeightFormat.FP8_BLOCK], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("out", "width"), [(1, 16), (7, 48), (16, 64), (130, 1040), (200, 4112), (576, 7168), (5000, 256), (300, 30)]
+)
+def test_dense_linear(weight_format, out, width):
+    """By the kernel where it serves the rows, which the shapes and rows here are on both sides of."""
+    for parts in ([out], [out, out + 3]):
+        ours, law = both([random_part(weight_format, n, width) for n in parts])
+        for rows in (0, 1, 2, 7, 8, 9, 16, 17, 200):
+            x = poisoned(rows, width)
+            kernel = dense.served(rows, sum(parts), width, ours.data.fp8 is not None)
+            assert kernel == (0 < rows <= (16 if sum(parts) <= 4096 else 8) and width != 30)
+            # Decoded FP8 values are rounded to BF16 once more.
+            bound = TWO_STEPS if kernel or weight_format is WeightFormat.PLAIN else 4 * TWO_STEPS
+            assert error(ops.linear(x, ours), ops.linear(x, law)) <= bound, (parts, rows)
+
+
+def test_dense_cuts():
+    """Every way to cut a product, on FP8 blocks of two sizes with scales over 40 octaves, and every E4M3 number."""
+    for out, columns in ((40, 128), (300, 64)):
+        width = 1040
+        codes = (torch.arange(out * width, device=DEVICE) % 256).to(torch.uint8).view(out, width)
+        codes[(codes & 0x7F) == 0x7F] = 0
+        scale = 2.0 ** torch.randint(-20, 20, (-(-out // 128), -(-width // columns)), device=DEVICE).float()
+        part = WeightTensors(WeightFormat.FP8_BLOCK, codes.view(torch.float8_e4m3fn), scale, fp8_block=(128, columns))
+        law = ops.prepare([part], DEVICE, BF16, backend="reference")
+        weight = dense.Fp8Blocks(part.weight, scale, 128, columns)
+        plain = WeightTensors(WeightFormat.PLAIN, torch.randn(out, width, device=DEVICE).to(BF16))
+        plain_law = ops.prepare([plain], DEVICE, BF16, backend="reference")
+        for groups, warps, cluster, turns in ((1, 2, 1, 1), (2, 4, 1, 2), (1, 16, 1, 3), (1, 8, 4, 1), (2, 8, 2, 1)):
+            for rows in (1, 8, 9, 16):
+                sets = -(-out // (16 * groups))
+                cut = dense.Cut(1 if rows <= 8 else 2, groups, warps, 4, cluster, -(-sets // turns))
+                x = poisoned(rows, width)
+                for data, expected in ((weight, ops.linear(x, law)), (plain.weight, ops.linear(x, plain_law))):
+                    y = torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE)
+                    dense.launch(x, data, y, cut)
+                    assert error(y, expected) <= TWO_STEPS, (out, cut)
+
+
+def test_fp8_nan_is_not_lost():
+    part = random_part(WeightFormat.FP8_BLOCK, 32, 256)
+    part.weight.view(torch.uint8)[3, 5] = 0x7F
+    ours, law = both([part])
+    x = torch.randn(2, 256, device=DEVICE).to(BF16)
+    assert torch.equal(ops.linear(x, ours).isnan(), ops.linear(x, law).isnan())
+    assert ops.linear(x, ours)[:, 3].isnan().all()
 
 
 def test_poison_and_strides():
@@ -57,7 +140,7 @@ def test_fp4_integers_are_exact():
     ones = torch.ones(out, width // 16).to(torch.float8_e4m3fn)
     part = WeightTensors(WeightFormat.NVFP4, packed, ones, torch.tensor(1.0), torch.tensor(1.0))
     ours, _ = both([part], "fp4")
-    for rows in (1, 3, 16, 17, 60, 100):
+    for rows in (1, 3, 16, 17, 60, 100, 300):
         x = e2m1.decode(torch.randint(0, 16, (rows, width), dtype=torch.uint8))
         x[:, ::16] = 6.0  # so that each block's scale is exactly 1
         exact = (2 * x).long() @ (2 * e2m1.decode(e2m1.unpack(packed))).long().T
@@ -112,7 +195,7 @@ def test_gated_mlp():
         both([random_part(WeightFormat.NVFP4, out, width) for _ in range(parts)])
         for parts, out, width in ((2, 768, 256), (1, 256, 768))
     )
-    for rows in (0, 1, 9, 70):
+    for rows in (0, 1, 9, 70, 300):
         x = torch.randn(rows, 256, device=DEVICE).to(BF16) * 0.1
         assert error(ops.gated_mlp(x, a, b), ops.gated_mlp(x, c, d)) <= 2 * TWO_STEPS
 
@@ -193,9 +276,11 @@ def test_router(experts, k, n_group, topk_group):
             assert error(weights.gather(1, order.indices), expected.gather(1, expected_order.indices)) <= 1e-5
 
 
-def test_a_graph_gives_the_same_bits():
-    ours, _ = both([random_part(WeightFormat.NVFP4, 512, 1024)])
-    x = torch.randn(3, 1024, device=DEVICE).to(BF16)
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda weight_format: weight_format.name)
+def test_a_graph_gives_the_same_bits(weight_format, rows):
+    ours, _ = both([random_part(weight_format, 512, 1024)])
+    x = torch.randn(rows, 1024, device=DEVICE).to(BF16)
     expected = ops.linear(ops.linear(x, ours).repeat(1, 2).contiguous(), ours)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -216,9 +301,8 @@ def test_tensors_of_the_host_are_refused():
 
 
 def test_what_has_no_kernel_is_decoded():
-    for weight_format, dtype in ((WeightFormat.PLAIN, BF16), (WeightFormat.NVFP4, torch.float32)):
-        weight = ops.prepare([random_part(weight_format, 16, 32)], DEVICE, dtype)
-        assert weight.backend is not cuda
+    for weight_format in WeightFormat:
+        assert ops.prepare([random_part(weight_format, 16, 32)], DEVICE, torch.float32).backend is not cuda
     weight = ops.prepare([random_part(WeightFormat.NVFP4, 16, 32)], DEVICE, BF16)
     with pytest.raises(ValueError, match="multiply BF16 activations"):
         ops.linear(torch.randn(2, 32, device=DEVICE), weight)

@@ -1,5 +1,6 @@
 """NVFP4 tiles hold exactly the checkpoint's weights, read here as kernels read them; and the CUDA sources compile."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import compiler, launcher
+from deepseek_fp4_plugin.kernels.cuda import compiler, dense, launcher, wgmma
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
+from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
-from deepseek_fp4_plugin.numerics import nvfp4
+from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 
 PAIR = 0x81C081C0
 
@@ -98,6 +100,10 @@ VARIANTS = [
     ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1}),
     ("small.cu", {}),
     ("nvfp4_decode.cu", {}),
+    ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
+    ("nvfp4_wgmma.cu", {"ROWS": 16, "OUTS": 1, "WARPS": 4, "STAGES": 6, "MIN_BLOCKS": 3, "GATED": 1}),
+    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0}),
+    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1}),
 ]
 
 
@@ -105,6 +111,8 @@ VARIANTS = [
 @pytest.mark.parametrize(("file", "defines"), VARIANTS, ids=lambda value: str(value))
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
 def test_sources_compile(tmp_path, file, defines, architecture):
+    if "wgmma" in file and architecture != "sm_90a":
+        pytest.skip("wgmma is Hopper's alone")
     code = compiler.cubin(file, tuple(defines.items()), architecture, tmp_path)
     assert code[:4] == b"\x7fELF"
     (kept,) = tmp_path.iterdir()
@@ -123,12 +131,43 @@ def test_the_benchmark_s_shapes_have_cuts():
     """Its dry mode asserts that each fits a block."""
     script = Path(__file__).parents[2] / "benchmarks" / "cuda_kernels.py"
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
-    assert "dense down 7168 x 18432, 64 rows: Geometry(" in result.stdout
-    assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
+    assert "dense down 7168 x 18432, 8 rows: Geometry(" in result.stdout
+    assert "dense down 7168 x 18432, 64 rows: Cut(rows=64" in result.stdout
+    assert "o_proj 7168 x 16384, 8192 rows: Cut(rows=128" in result.stdout
+    assert "shared down of TP8 7168 x 256, 8192 rows: decoded once" in result.stdout
     assert (
         "experts of TP8/EP2, 64 tokens: Residence(columns=2, stages=4, blocks=2), teams of [8, 1] warps"
         in result.stdout
     )
+
+
+def test_cuts_of_other_shapes():
+    """Every cut fits a block, whatever the shape; no cluster has more blocks than there are slabs to share."""
+    for groups, slabs in itertools.product((1, 16, 48, 300, 5000), (1, 2, 7, 56, 200)):
+        for rows in (9, 16, 17, 100, 1000, 10000):
+            cut = wgmma.nearest(groups, slabs, rows)
+            assert cut is None or (cut.shared <= launcher.MAX_SHARED and 1 <= cut.cluster <= slabs)
+        for rows in (1, 8, 9, 16):
+            own = dense.geometry(16 * groups, 128 * slabs, rows)
+            assert own.shared <= launcher.MAX_SHARED and 1 <= own.blocks <= groups
+            assert own.warps * own.cluster <= max(2, slabs)
+
+
+def test_fp8_blocks_of_fused_parts():
+    """Parts whose outputs or blocks do not line up get blocks that fit both."""
+    gate, up = (
+        WeightTensors(
+            WeightFormat.FP8_BLOCK,
+            torch.randn(out, 256).to(torch.float8_e4m3fn),
+            torch.rand(-(-out // rows), 256 // columns),
+            fp8_block=(rows, columns),
+        )
+        for out, rows, columns in ((96, 128, 128), (40, 32, 64))
+    )
+    blocks = dense.fp8_blocks([gate, up])
+    assert (blocks.rows, blocks.columns) == (32, 64)
+    values = fp8_block.dequantize(blocks.weight, blocks.scale, torch.float32, (blocks.rows, blocks.columns))
+    assert torch.equal(values, torch.cat([dequantized(part) for part in (gate, up)]))
 
 
 def test_the_whole_model_s_steps_fit():

@@ -1,4 +1,4 @@
-"""NVFP4 weights on NVIDIA GPUs of compute capability 9.0 and 10.0; see docs/cuda_kernels.md.
+"""Kernels for NVIDIA GPUs of compute capability 9.0 and 10.0; see docs/cuda_kernels.md.
 
 CUDA C++ in `source/`, compiled by NVRTC at first use. What it has no kernel for yet comes from `decoded` and
 `reference`, by name, below.

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import decode
@@ -140,12 +141,16 @@ def _aligned(q: Tensor) -> Tensor:
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     """See kernels/reference/attention.py; an NVFP4 kv_b is decoded on every call, no published checkpoint has one."""
+    if kv_b.format is not WeightFormat.NVFP4:
+        return decoded.absorb(q_nope, kv_b)
     w_uk = _by_head(kv_b, q_nope.shape[1])[:, : q_nope.shape[2]]
     return _scaled(torch.einsum("thn,hnl->thl", q_nope, w_uk), kv_b)
 
 
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """See kernels/reference/attention.py."""
+    if kv_b.format is not WeightFormat.NVFP4:
+        return decoded.values_from_latent(attended, kv_b, v)
     w_uv = _by_head(kv_b, attended.shape[1])[:, -v:]
     return _scaled(torch.einsum("thl,hvl->thv", attended, w_uv), kv_b)
 

@@ -3,6 +3,7 @@
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.cuda.dense import FP8_COLUMNS
 from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.weights import Case
 
@@ -21,6 +22,6 @@ def refuses(case: Case) -> str | None:
         return f"it is for compute capabilities 9.0 and 10.0, not {capability[0]}.{capability[1]}"
     if case.dtype not in (None, torch.bfloat16):
         return "its activations are BF16"
-    if case.format not in (None, WeightFormat.NVFP4):
-        return "it multiplies by NVFP4 weights"
+    if case.format is WeightFormat.FP8_BLOCK and case.scale_columns % FP8_COLUMNS:
+        return f"FP8 scale blocks must be multiples of {FP8_COLUMNS} columns"
     return None

@@ -1,6 +1,7 @@
-"""y = x W^T on NVFP4 tiles: few rows decoded in registers, many rows decoded once and multiplied by the library.
+"""y = x W^T. NVFP4 tiles, by rows: decoded in registers for mma or wgmma, or decoded once for the library's product.
 
-Products are exact in BF16 and summed in FP32; the tensor scale multiplies the sum, which is rounded once.
+Products are exact in BF16 and summed in FP32; the tensor scale multiplies the sum, which is rounded once. Weights of
+other formats are `dense`'s.
 """
 
 import functools
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.cuda import dense, wgmma
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
@@ -23,8 +26,10 @@ _TURNS = 4  # at most, of experts
 
 def prepare(
     parts: Sequence[WeightTensors], dtype: torch.dtype, activations: Activations, input_scale: OptionalTensor
-) -> Tiles:
-    """NVFP4 tiles; the input scale of FP4 activations goes into their row scales."""
+) -> Tiles | dense.Dense:
+    """NVFP4 tiles; the input scale of FP4 activations goes into their row scales. Other formats as `dense` has them."""
+    if parts[0].format is not WeightFormat.NVFP4:
+        return dense.prepare(parts)
     tiles = pack(parts)
     if activations == "fp4":
         factor = float(input_scale)
@@ -38,19 +43,38 @@ def prepare(
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
     """x: BF16 [rows, in].  Returns BF16 [rows, out]; `expert` picks one of a stack."""
     x = rounded_input(x, weight)
-    y = torch.empty(x.shape[0], weight.out_features, dtype=torch.bfloat16, device=x.device)
-    if x.shape[0] > MANY_ROWS:
-        return _many_rows(x, weight, expert or 0, y)
-    _few_rows(x, weight, expert or 0, y, gated=False)
-    return y
+    if weight.format is not WeightFormat.NVFP4:
+        return dense.linear(x, weight, expert)
+    return _product(x, weight, expert or 0)
 
 
 def gated(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """silu(gate x) * up x of fused gate and up, BF16 [rows, in] to [rows, out / 2], at most MANY_ROWS rows."""
-    x = rounded_input(x, weight)
-    h = torch.empty(x.shape[0], weight.data.half, dtype=torch.bfloat16, device=x.device)
-    _few_rows(x, weight, 0, h, gated=True)
+    """silu(gate x) * up x of fused gate and up in tiles, BF16 [rows, in] to [rows, out / 2]."""
+    x, tiles = rounded_input(x, weight), weight.data
+    cut = wgmma.choose(x.device.index, tiles.groups, tiles.slabs, x.shape[0])
+    if not cut and x.shape[0] > MANY_ROWS:
+        gate, up = _product(x, weight, 0).chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+    h = torch.empty(x.shape[0], tiles.half, dtype=torch.bfloat16, device=x.device)
+    if cut:
+        wgmma.launch(x, tiles, 0, h, weight.out_features, True, cut)
+    else:
+        launch(x, tiles, 0, h, weight.out_features, True)
     return h
+
+
+def _product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
+    """Of rows as `rounded_input` makes them, on tiles."""
+    tiles: Tiles = weight.data
+    y = torch.empty(x.shape[0], weight.out_features, dtype=torch.bfloat16, device=x.device)
+    cut = wgmma.choose(x.device.index, tiles.groups, tiles.slabs, x.shape[0])
+    if cut:
+        wgmma.launch(x, tiles, expert, y, weight.out_features, False, cut)
+    elif x.shape[0] > MANY_ROWS:
+        return _many_rows(x, weight, expert, y)
+    else:
+        launch(x, tiles, expert, y, weight.out_features, False)
+    return y
 
 
 def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
@@ -99,7 +123,7 @@ def geometry(groups: int, slabs: int, rows: int, experts: int = 1) -> Geometry:
     elif columns == 8 and groups > _RESIDENT:
         warps_k = 4
     if slabs < 4:  # few inputs: warps share outputs instead
-        warps_m, warps_k = 4, 1
+        each, warps_m, warps_k = (1, 4, min(slabs, 2)) if experts == 1 else (each, 4, 1)
     sets = -(-groups // (each * warps_m))
     cluster = 1
     while cluster < 8 and cluster * 4 <= slabs and sets * experts * cluster < _BLOCKS:
@@ -160,10 +184,6 @@ def launch(
         max(1, choices // rows),
         cluster=cut.cluster,
     )
-
-
-def _few_rows(x: Tensor, weight: PreparedWeight, expert: int, y: Tensor, gated: bool) -> None:
-    launch(x, weight.data, expert, y, weight.out_features, gated)
 
 
 def _many_rows(x: Tensor, weight: PreparedWeight, expert: int, y: Tensor) -> Tensor:

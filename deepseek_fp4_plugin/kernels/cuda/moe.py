@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels import reference
+from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, grouped, listed
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
-from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, gated, launch, linear, rounded_input
+from deepseek_fp4_plugin.kernels.cuda.linear import gated, launch, linear, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
@@ -21,7 +21,9 @@ def experts_mlp(
     """See kernels/reference/moe.py; rounded where it rounds. It waits for nothing that the device computes, so that
     graphs hold it.
     """
-    tiles: Tiles = gate_up.data
+    if not isinstance(gate_up.data, Tiles):
+        return decoded.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
+    tiles = gate_up.data
     (tokens, k), experts = expert_ids.shape, tiles.data.shape[0]
     if not tiles.half or tiles.half % 8 or down.out_features % 8 or experts > _MAX_EXPERTS:
         return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
@@ -75,7 +77,7 @@ def _down_groups(k: int, inner: int) -> int:
 
 
 def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
-    """See kernels/reference/moe.py; gate and up of few rows are not rounded before SiLU."""
-    if x.shape[0] > MANY_ROWS or not gate_up.data.half:
+    """See kernels/reference/moe.py; rounded where it rounds."""
+    if not isinstance(gate_up.data, Tiles) or not gate_up.data.half:
         return reference.gated_mlp(x, gate_up, down)
     return linear(gated(x, gate_up), down)

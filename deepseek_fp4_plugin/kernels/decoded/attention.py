@@ -74,14 +74,14 @@ def absorbed_attention(
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     """See kernels/reference/attention.py."""
-    values, row_scale = kv_b.data
+    values, row_scale = kv_b.data.values, kv_b.data.row_scale
     w_uk = values.unflatten(0, (q_nope.shape[1], -1))[:, : q_nope.shape[2]]
     return _scaled(torch.einsum("thn,hnl->thl", q_nope, w_uk), row_scale)
 
 
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """See kernels/reference/attention.py."""
-    values, row_scale = kv_b.data
+    values, row_scale = kv_b.data.values, kv_b.data.row_scale
     w_uv = values.unflatten(0, (attended.shape[1], -1))[:, -v:]
     return _scaled(torch.einsum("thl,hvl->thv", attended, w_uv), row_scale)
 

@@ -37,7 +37,7 @@ def prepare(
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
     """x: [rows, in].  Returns [rows, out] in x's dtype; `expert` picks one of a stack."""
-    values, row_scale = weight.data
+    values, row_scale = weight.data.values, weight.data.row_scale
     if expert is not None:
         values = values[expert]
         row_scale = None if row_scale is None else row_scale[expert]
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
 
 def products(x: Tensor, weight: PreparedWeight) -> Tensor:
     """x: [E, rows, in], each expert's own.  Returns [E, rows, out] in x's dtype."""
-    values, row_scale = weight.data
+    values, row_scale = weight.data.values, weight.data.row_scale
     y = _rounded(x, weight) @ values.transpose(1, 2)
     return y if row_scale is None else (y * row_scale.unsqueeze(1)).to(x.dtype)
 

@@ -28,6 +28,13 @@ __device__ inline long long load_early(const long long* pointer) {
     return value;
 }
 
+// Of what nothing writes, asked for here and not where it is used.
+__device__ inline float load_float(const float* pointer) {
+    float value;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(pointer));
+    return value;
+}
+
 // Not cached by compilers across waits: activations that the kernel before wrote.
 __device__ inline Quad load_quad(const void* pointer) {
     Quad q;
@@ -85,11 +92,30 @@ __device__ inline void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+__device__ inline void barrier_arrive_if(u32 barrier, bool wanted) {
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %1, 0;\n@wanted mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(
+                     barrier),
+                 "r"((u32)wanted)
+                 : "memory");
+}
+
 // Bytes (a multiple of 16) of global memory into shared memory, counted on a barrier.
 __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
                  "l"(global), "r"(bytes), "r"(barrier)
                  : "memory");
+}
+
+// 16 bytes of global memory into shared memory, zeros where not `wanted`; a thread waits for its own copies, in groups.
+__device__ inline void copy_quad(u32 shared, const void* global, bool wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+}
+
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // ---- clusters
@@ -116,6 +142,14 @@ __device__ inline float cluster_float(u32 address, u32 rank) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote));
     return value;
+}
+
+__device__ inline float4 cluster_floats(u32 address, u32 rank) {
+    u32 remote;
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote));
+    return v;
 }
 
 // ---- BF16

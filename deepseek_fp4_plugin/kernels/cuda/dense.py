@@ -1,0 +1,145 @@
+"""y = x W^T on BF16 and FP8 weights: few rows from the checkpoint's bytes at the memory's rate, many by the library.
+
+FP8 weights are kept twice: as they are for few rows, which have half the bytes to read, and decoded for the rest.
+Stacks of experts would be too large for that; they and what the kernel cannot read are decoded alone.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels import decoded
+from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
+
+FP8_COLUMNS = 64  # a block's inputs are a multiple of it
+_FEW_ROWS, _NARROW_ROWS, _NARROW = 8, 16, 4096  # of so many outputs at most more rows are still few
+_LARGE = 128 << 20  # bytes of BF16 from which the library is not behind
+_MULTIPROCESSORS = 132
+_STAGES = 4  # of 128 bytes a row in a warp's ring
+
+
+class Fp8Blocks(NamedTuple):
+    """weight: E4M3 [out, in].  scale: FP32 [out / rows, in / columns], one a block of that size."""
+
+    weight: Tensor
+    scale: Tensor
+    rows: int
+    columns: int
+
+
+class Dense(NamedTuple):
+    """values: BF16 [(E,) out, in].  row_scale: none; `decoded` asks.  fp8: the same as the checkpoint has it."""
+
+    values: Tensor
+    row_scale: None
+    fp8: Fp8Blocks | None
+
+
+def prepare(parts: Sequence[WeightTensors]) -> Dense:
+    """One weight for all parts."""
+    values = decoded.prepare(parts, torch.bfloat16, "bf16", None).values
+    # Products ask for their weights before the kernels ahead of them have ended.
+    torch.cuda.current_stream(values.device).synchronize()
+    return Dense(values, None, fp8_blocks(parts))
+
+
+def fp8_blocks(parts: Sequence[WeightTensors]) -> Fp8Blocks | None:
+    """The parts' blocks, cut to a size that fits all; None where there are none that the kernel reads."""
+    first = parts[0]
+    if first.format is not WeightFormat.FP8_BLOCK or first.weight.ndim == 3 or first.in_features % 16:
+        return None
+    rows = math.gcd(*(part.fp8_block[0] for part in parts), *(part.out_features for part in parts[:-1]))
+    columns = min(part.fp8_block[1] for part in parts)
+    weight = torch.cat([part.weight.view(torch.uint8) for part in parts])
+    if bool(((weight & 0x7F) == 0x7F).any()):
+        return None  # NaN, which the kernel does not tell from a number
+    scale = [
+        part.scale.repeat_interleave(part.fp8_block[0] // rows, 0)[: -(-part.out_features // rows)]
+        .repeat_interleave(part.fp8_block[1] // columns, 1)[:, : -(-part.in_features // columns)]
+        .float()
+        for part in parts
+    ]
+    return Fp8Blocks(weight.view(torch.float8_e4m3fn), torch.cat(scale).contiguous(), rows, columns)
+
+
+def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
+    """x: BF16 [rows, in], each row 16 bytes aligned.  Returns BF16 [rows, out]; `expert` picks one of a stack."""
+    data: Dense = weight.data
+    if not served(x.shape[0], weight.out_features, weight.in_features, data.fp8 is not None):
+        return decoded.linear(x, weight, expert)
+    y = torch.empty(x.shape[0], weight.out_features, dtype=torch.bfloat16, device=x.device)
+    launch(x, data.fp8 or (data.values if expert is None else data.values[expert]), y)
+    return y
+
+
+def served(rows: int, out: int, width: int, fp8: bool) -> bool:
+    """Whether a product of BF16 rows is the kernel's: rows of weights it can read, and few of activations."""
+    if width % (16 if fp8 else 8) or (not fp8 and 2 * out * width > _LARGE):
+        return False
+    return 0 < rows <= (_NARROW_ROWS if out <= _NARROW else _FEW_ROWS)
+
+
+class Cut(NamedTuple):
+    """columns: of 8 rows.  groups: of 16 outputs a warp has.  warps: of a block, over inputs.  stages: in a warp's
+    ring.  cluster: blocks that share inputs.  blocks: clusters of them."""
+
+    columns: int
+    groups: int
+    warps: int
+    stages: int
+    cluster: int
+    blocks: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block: two sets of sums, and the warps' rings."""
+        sums = 2 * 4 * self.warps * 16 * self.groups * (8 * self.columns + 1)
+        return sums + 128 + self.warps * self.stages * self.groups * 2048
+
+
+@functools.cache
+def geometry(out: int, row_bytes: int, rows: int) -> Cut:
+    """The cut for at most 16 rows by `out` outputs of `row_bytes` bytes."""
+    columns, sets, stages = (1 if rows <= 8 else 2), -(-out // 16), -(-row_bytes // 128)
+    warps = next((w for w in (16, 8, 4) if stages >= 2 * w), 2)
+    cluster = 1
+    if 2 * sets <= _MULTIPROCESSORS:  # few outputs: blocks share inputs, too
+        warps = min(warps, 8)
+        while cluster < 4 and 4 * warps * cluster <= stages:
+            cluster *= 2
+    cut = Cut(columns, 1, warps, _STAGES, cluster, 1)
+    turns = -(-sets * cluster // (_MULTIPROCESSORS * (MAX_SHARED // cut.shared)))
+    return cut._replace(blocks=-(-sets // turns))
+
+
+def launch(x: Tensor, weight: Tensor | Fp8Blocks, y: Tensor, cut: Cut | None = None) -> None:
+    """y = x W^T of 1 to 16 rows.  weight: BF16 [out, in], or FP8 in blocks."""
+    blocks = weight if isinstance(weight, Fp8Blocks) else None
+    data: Tensor = weight.weight if isinstance(weight, Fp8Blocks) else weight
+    together(x, data)
+    out, width = data.shape
+    cut = cut or geometry(out, width * data.itemsize, x.shape[0])
+    defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("STAGES", cut.stages), ("FP8", int(blocks is not None)))
+    kernel("dense_linear.cu", "dense_linear", "4P8i", defines, x.device.index)(
+        (cut.blocks * cut.cluster, 1, 1),
+        32 * cut.warps,
+        cut.shared,
+        data.data_ptr(),
+        blocks.scale.data_ptr() if blocks else 0,
+        x.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        y.stride(0),
+        out,
+        blocks.rows if blocks else 0,
+        blocks.scale.stride(0) if blocks else 0,
+        blocks.columns.bit_length() - 1 if blocks else 0,
+        cluster=cut.cluster,
+    )

@@ -1,0 +1,197 @@
+// Few activation rows times BF16 or FP8 weights as they lie in the checkpoint, row by row: what counts is to read them at the
+// memory's rate.
+//
+// A warp has 16 or 32 outputs and a part of the inputs; its weights are the tensor core's left operand. The order of
+// inputs within a product is free as long as both sides agree, so a lane copies 16 bytes of an output at a time into a ring
+// of its own and reads back only what it copied: nothing is exchanged, and only its own copies are waited for. The ring
+// is filled before the kernel that makes the activations has ended, and on into the block's next outputs. Sums of warps,
+// and of a cluster's blocks, are added in a fixed order.
+//
+// ROWS8: columns of 8 activation rows.  GROUPS: groups of 16 outputs a warp has.  STAGES: of 128 bytes a row.
+// FP8: weights are E4M3 with FP32 scales of blocks.
+#include "device.cuh"
+
+struct Parameters {
+    const u8* weights;    // [out][width]
+    const float* scales;  // of FP8 [out / block_rows][scale_stride]
+    const u16* x;         // [rows][x_stride]
+    u16* y;               // [rows][y_stride]
+    int rows, width, x_stride, y_stride, out;
+    int block_rows, scale_stride;
+    int block_shift;  // inputs of a block are 2^block_shift, 64 at least
+};
+
+constexpr int VALUES = FP8 ? 16 : 8;  // of 16 bytes
+constexpr int ROW_BYTES = 128;        // of an output in a stage: two steps of 64
+constexpr int PARTS = 2 * GROUPS;     // outputs that a lane has
+constexpr int STAGE_BYTES = PARTS * 2 * 512;
+constexpr int STRIDE = 8 * ROWS8 + 1;
+constexpr int X_QUADS = FP8 ? 2 : 1;
+
+// Two E4M3 values of a word as BF16: sign, exponent and mantissa go where BF16 has them, which leaves the values off by
+// 2^120; subnormal ones too.
+__device__ inline u32 pair(u32 word, u32 selector) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(word), "r"(selector));
+    return multiply_bf16((bytes & 0x80008000) | ((bytes >> 4) & 0x07F007F0), 0x7B807B80);
+}
+
+__device__ inline u32 word(const Quad& q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+
+// The weights of 64 bytes of each output times a lane's activations.
+__device__ inline void multiply(float (&sums)[ROWS8][4], Quad upper, Quad lower, const Quad (&x)[ROWS8][X_QUADS]) {
+#pragma unroll
+    for (int step = 0; step < (FP8 ? 4 : 2); step++) {
+        u32 a[4];
+        if (FP8) {
+            a[0] = pair(word(upper, step), 0x1404), a[1] = pair(word(lower, step), 0x1404);
+            a[2] = pair(word(upper, step), 0x3424), a[3] = pair(word(lower, step), 0x3424);
+        } else {
+            a[0] = word(upper, 2 * step), a[1] = word(lower, 2 * step);
+            a[2] = word(upper, 2 * step + 1), a[3] = word(lower, 2 * step + 1);
+        }
+#pragma unroll
+        for (int c = 0; c < ROWS8; c++)
+            mma(sums[c], a, word(x[c][step / 2], step % 2 * 2), word(x[c][step / 2], step % 2 * 2 + 1));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(128) u8 memory[];
+    int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
+    int warps = (int)blockDim.x >> 5, cluster = (int)cluster_size(), rank = (int)cluster_rank();
+    int row_bytes = p.width * (16 / VALUES), stages = (row_bytes + ROW_BYTES - 1) / ROW_BYTES;
+    int parts = warps * cluster, part = rank * warps + warp;
+    int begin = part * stages / parts, count = (part + 1) * stages / parts - begin;
+    int sets = (p.out + 16 * GROUPS - 1) / (16 * GROUPS), block = (int)blockIdx.x / cluster;
+    int blocks = (int)gridDim.x / cluster, items = (sets - block + blocks - 1) / blocks;
+
+    float* sums = (float*)memory;  // two sets, so that one is added up while the next is multiplied
+    int sums_size = warps * 16 * GROUPS * STRIDE;
+    u32 ring = (shared_address(sums + 2 * sums_size) + 127) / 128 * 128 + warp * STAGES * STAGE_BYTES + lane * 16;
+    int ask_item = 0, ask_stage = 0;
+    u32 ask_slot = 0;
+    const u8* from[PARTS];
+    auto aim = [&]() {
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) {
+            int row = min((block + ask_item * blocks) * 16 * GROUPS + 8 * i + g, p.out - 1);
+            from[i] = p.weights + (u64)row * row_bytes + (u64)begin * ROW_BYTES + quarter * 16;
+        }
+    };
+    auto fill = [&]() {
+        if (ask_item < items && count > 0) {
+            int at = (begin + ask_stage) * ROW_BYTES + quarter * 16;
+            u32 to = ring + ask_slot * STAGE_BYTES;
+#pragma unroll
+            for (int i = 0; i < PARTS; i++) {
+#pragma unroll
+                for (int step = 0; step < 2; step++) {
+                    bool inside = at + step * 64 < row_bytes;
+                    copy_quad(to + (2 * i + step) * 512, inside ? from[i] + step * 64 : p.weights, inside);
+                }
+                from[i] += ROW_BYTES;
+            }
+            if (++ask_slot == STAGES) ask_slot = 0;
+            if (++ask_stage == count) ask_stage = 0, ask_item++, aim();
+        }
+        copies_commit();
+    };
+    aim();
+    for (int stage = 0; stage < STAGES; stage++) fill();
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+
+    const u16* row[ROWS8];  // of columns without a row the last row's values: they are never stored
+#pragma unroll
+    for (int c = 0; c < ROWS8; c++)
+        row[c] = p.x + (u64)min(8 * c + g, p.rows - 1) * p.x_stride + begin * (4 * 2 * VALUES) + quarter * VALUES;
+    u32 slot = 0;
+    int turn = 0;
+    for (int item = 0; item < items; item++, turn ^= 1) {
+        int first = (block + item * blocks) * 16 * GROUPS;
+        float acc[GROUPS][ROWS8][4] = {};
+        Quad x[2][ROWS8][X_QUADS];
+        float scale[2][PARTS];
+        const float* scales[PARTS];
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            scales[i] = FP8 ? p.scales + (u64)(min(first + 8 * i + g, p.out - 1) / p.block_rows) * p.scale_stride : nullptr;
+        auto ask = [&](int step) {  // activations, and of FP8 the scales, of one of a stage's two steps
+            int half = step & 1, input = begin * (8 * VALUES) + step * (4 * VALUES) + quarter * VALUES;
+            bool inside = step < 2 * count && input < p.width;
+#pragma unroll
+            for (int c = 0; c < ROWS8; c++)
+#pragma unroll
+                for (int q = 0; q < X_QUADS; q++) {
+                    x[half][c][q] = Quad{0, 0, 0, 0};
+                    load_quad_if(x[half][c][q], row[c] + step * (4 * VALUES) + 8 * q, inside);
+                }
+            if (FP8) {
+                int first_input = min(begin * (8 * VALUES) + step * (4 * VALUES), p.width - 1);  // one block's are a step's
+#pragma unroll
+                for (int i = 0; i < PARTS; i++) scale[half][i] = load_float(scales[i] + (first_input >> p.block_shift));
+            }
+        };
+        ask(0), ask(1);
+        for (int stage = 0; stage < count; stage++) {
+            copies_wait<STAGES - 1>();
+            u32 here = ring + slot * STAGE_BYTES;
+#pragma unroll
+            for (int step = 0; step < 2; step++) {
+#pragma unroll
+                for (int i = 0; i < GROUPS; i++) {
+                    Quad upper = shared_quad(here + (4 * i + step) * 512), lower = shared_quad(here + (4 * i + 2 + step) * 512);
+                    if (FP8) {
+                        float own[ROWS8][4] = {};
+                        multiply(own, upper, lower, x[step]);
+#pragma unroll
+                        for (int c = 0; c < ROWS8; c++)
+#pragma unroll
+                            for (int n = 0; n < 4; n++) acc[i][c][n] += own[c][n] * scale[step][2 * i + (n >> 1)];
+                    } else {
+                        multiply(acc[i], upper, lower, x[step]);
+                    }
+                }
+                ask(2 * stage + 2 + step);
+            }
+            fill();
+            if (++slot == STAGES) slot = 0;
+        }
+
+        float* here = sums + turn * sums_size;
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++)
+#pragma unroll
+            for (int c = 0; c < ROWS8; c++)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    here[(warp * 16 * GROUPS + 16 * i + 8 * (n >> 1) + g) * STRIDE + 8 * c + 2 * quarter + (n & 1)] =
+                        acc[i][c][n];
+        __syncthreads();
+        auto own = [&](int output, int column) {
+            float sum = 0.0f;
+            for (int w = 0; w < warps; w++) sum += here[(w * 16 * GROUPS + output) * STRIDE + column];
+            return sum;
+        };
+        int values = 16 * GROUPS * p.rows;
+        if (cluster > 1) {
+            for (int i = threadIdx.x; i < values; i += blockDim.x) {
+                int output = i % (16 * GROUPS), column = i / (16 * GROUPS);
+                here[output * STRIDE + column] = own(output, column);
+            }
+            cluster_barrier();
+        }
+        for (int i = threadIdx.x + rank * blockDim.x; i < values; i += blockDim.x * cluster) {
+            int output = i % (16 * GROUPS), column = i / (16 * GROUPS);
+            if (first + output >= p.out) continue;
+            float sum = 0.0f;
+            if (cluster > 1)
+                for (int r = 0; r < cluster; r++) sum += cluster_float(shared_address(here + output * STRIDE + column), r);
+            else
+                sum = own(output, column);
+            p.y[(u64)column * p.y_stride + first + output] = to_bf16(sum);
+        }
+        if (cluster > 1) cluster_barrier();
+    }
+}

@@ -1,0 +1,211 @@
+// Many activation rows times NVFP4 weights: Hopper's matrix unit with weights, decoded in registers, as its left operand.
+//
+// A block has 64 outputs of each warpgroup, once or twice, by ROWS activation rows; the blocks of a cluster share the
+// inputs. A warp of its own has slabs of weights and activations copied into a ring. A warp's group of 16 outputs lies in
+// the tiles as the matrix unit wants it; a product's 16 inputs are four of each of a tile's four blocks (nvfp4.cuh). So
+// `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
+// matrix unit works on one piece, the next is decoded.
+//
+// ROWS: 8, 16, 32, 64 or 128.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
+#include "nvfp4.cuh"
+#include "wgmma.cuh"
+
+constexpr int HALF_BYTES = ROWS * 128;  // 64 inputs of a block's activation rows
+
+struct ArrangeParameters {
+    const u16* x;  // [rows][x_stride]
+    u8* arranged;  // [row blocks][slabs][2 halves][ROWS][128 bytes]
+    int rows, width, x_stride, slabs;
+};
+
+// Word 8 i + 2 j + h of a row's 64 inputs goes to word 8 j + 4 h + i, 16-byte pieces of row r to their place XOR r % 8. A
+// block a slab of a block of rows, a warp half of a row at a time; zeros past the width and the rows.
+constexpr int ARRANGERS = 2 * ROWS < 32 ? 2 * ROWS : 32;  // warps
+
+extern "C" __global__ void __launch_bounds__(32 * ARRANGERS) arrange(const __grid_constant__ ArrangeParameters p) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first_row = (int)blockIdx.y * ROWS;
+    int piece = (lane >> 1 & 3) * 2 + (lane & 1), at = lane >> 3;
+    u8* to = p.arranged + ((u64)blockIdx.y * p.slabs + blockIdx.x) * (2 * HALF_BYTES);
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+#pragma unroll
+    for (int i = 0; i < 2 * ROWS / ARRANGERS; i++) {
+        int unit = warp + i * ARRANGERS;
+        int half = unit / ROWS, row = unit % ROWS, input = (int)blockIdx.x * SLAB_INPUTS + half * 64 + lane * 2;
+        u32 word = 0;
+        if (first_row + row < p.rows && input < p.width) word = *(const u32*)(p.x + (u64)(first_row + row) * p.x_stride + input);
+        *(u32*)(to + unit * 128 + (piece ^ (row & 7)) * 16 + at * 4) = word;
+    }
+}
+
+struct Parameters {
+    const u8* tiles;         // [groups][slabs][1152]
+    const float* row_scale;  // [groups * 16], in the order of the tiles
+    const u8* x;             // as `arrange` leaves them
+    u16* y;                  // [rows][y_stride]
+    int rows, y_stride;
+    int groups, slabs;
+    int out;   // outputs, both of gate and up
+    int half;  // 0, or outputs of gate where gate and up take turns
+};
+
+constexpr int GROUPS = WARPS * OUTS;
+// Registers move from the warpgroup that copies to those that multiply, within what a block is launched with.
+constexpr int THREADS = 32 * WARPS + 128, COPIER_REGISTERS = 32;
+constexpr int LAUNCHED = 65536 / MIN_BLOCKS / THREADS / 8 * 8;
+constexpr int SHARE = (LAUNCHED * THREADS - 128 * COPIER_REGISTERS) / (32 * WARPS) / 8 * 8;
+constexpr int REGISTERS = SHARE < 240 ? SHARE : 240;
+
+// One warp's 16 outputs by 64 inputs, a tile, in the matrix unit's registers.
+__device__ inline void decode(u32 (&a)[4][4], u32 tile, u32 scales_at, int index) {
+    Quad codes = shared_quad(tile);
+    u32 scales = shared_word(scales_at), upper = block_scale(scales, 2 * index), lower = block_scale(scales, 2 * index + 1);
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        u32 high = step < 2 ? codes.x : codes.y, low = step < 2 ? codes.z : codes.w;
+        int first = 2 * (step & 1);
+        a[step][0] = pair(high, first, upper), a[step][1] = pair(low, first, lower);
+        a[step][2] = pair(high, first + 1, upper), a[step][3] = pair(low, first + 1, lower);
+    }
+}
+
+__device__ inline void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
+
+// One warp's work: the ring's slabs, in order.
+__device__ inline void copy(const Parameters& p, u64* full, u64* empty, u32 activations, u32 weights, int first_group, int begin,
+                            int count) {
+    int lane = threadIdx.x & 31;
+    int present = min(GROUPS, p.groups - first_group);
+    const u8* tiles = p.tiles + ((u64)(first_group + lane) * p.slabs + begin) * SLAB_BYTES;
+    const u8* x = p.x + ((u64)blockIdx.y * p.slabs + begin) * (2 * HALF_BYTES);
+    auto ask_weights = [&](int slab, u32 slot) {
+        u32 barrier = shared_address(full + slot);
+        if (lane == 0) barrier_expect(barrier, 2 * HALF_BYTES + present * SLAB_BYTES);
+        __syncwarp();
+        if (lane < present)
+            bulk_copy(weights + (slot * GROUPS + lane) * SLAB_BYTES, tiles + (u64)slab * SLAB_BYTES, SLAB_BYTES, barrier);
+    };
+    auto ask_activations = [&](int slab, u32 slot) {
+        if (lane == 0)
+            bulk_copy(activations + slot * 2 * HALF_BYTES, x + (u64)slab * (2 * HALF_BYTES), 2 * HALF_BYTES,
+                      shared_address(full + slot));
+    };
+    for (int slab = 0; slab < min(count, STAGES); slab++) ask_weights(slab, slab);
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    for (int slab = 0; slab < min(count, STAGES); slab++) ask_activations(slab, slab);
+    u32 slot = 0, parity = 0;
+    for (int slab = STAGES; slab < count; slab++) {
+        barrier_wait(shared_address(empty + slot), parity);
+        ask_weights(slab, slot);
+        ask_activations(slab, slot);
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+    int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+    int cluster = (int)cluster_size(), rank = (int)cluster_rank();
+    int first_group = (int)blockIdx.x / cluster * GROUPS, first_row = (int)blockIdx.y * ROWS;
+    int begin = rank * p.slabs / cluster, count = (rank + 1) * p.slabs / cluster - begin;
+    u32 activations = (shared_address(memory) + 1023) / 1024 * 1024, weights = activations + STAGES * 2 * HALF_BYTES;
+    constexpr int OUTPUTS = 16 * GROUPS, STRIDE = OUTPUTS + 4, RUN = GATED ? 16 : 8;
+    float* all = (float*)(memory + (activations - shared_address(memory)));  // the sums, in the ring's place
+
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(shared_address(full + stage), 1);
+            barrier_init(shared_address(empty + stage), WARPS);
+        }
+        barrier_fence();
+    }
+    __syncthreads();
+
+    if (warp >= WARPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
+        if (warp == WARPS) copy(p, full, empty, activations, weights, first_group, begin, count);
+        __syncwarp();
+        if (cluster > 1) cluster_barrier(), cluster_barrier();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+        // A warpgroup's warps have neighbouring groups: of m64 tile m warp w has group 4 OUTS (w / 4) + 4 m + w % 4.
+        int own = (warp >> 2) * (4 * OUTS) + (warp & 3);
+        float factor[OUTS][2], sums[OUTS][ROWS / 2] = {};
+#pragma unroll
+        for (int m = 0; m < OUTS; m++) {
+            const float* row_scale = p.row_scale + min(first_group + own + 4 * m, p.groups - 1) * 16 + (lane >> 2);
+            factor[m][0] = row_scale[0], factor[m][1] = row_scale[8];
+        }
+        u32 a[2][4][4];
+        u32 slot = 0, parity = 0, before = 0;
+        for (int slab = 0; slab < count; slab++) {
+            barrier_wait(shared_address(full + slot), parity);
+#pragma unroll
+            for (int index = 0; index < 2 * OUTS; index++) {
+                int tile = index / OUTS, m = index % OUTS;
+                u32 here = weights + (slot * GROUPS + own + 4 * m) * SLAB_BYTES;
+                decode(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
+                u64 b = swizzled_rows(activations + (slot * 2 + tile) * HALF_BYTES);
+                wgmma_fence();
+#pragma unroll
+                for (int step = 0; step < 4; step++) wgmma(sums[m], a[index & 1][step], b + 2 * step);
+                wgmma_commit();
+                wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
+                if (index == 0) barrier_arrive_if(shared_address(empty + before), lane == 0 && slab > 0);
+            }
+            before = slot;
+            if (++slot == STAGES) slot = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+        multipliers_barrier();  // nobody reads the ring any more
+#pragma unroll
+        for (int m = 0; m < OUTS; m++)
+#pragma unroll
+            for (int i = 0; i < ROWS / 2; i++) {
+                int column = i / 4 * 8 + 2 * (lane & 3) + (i & 1), output = (own + 4 * m) * 16 + (i >> 1 & 1) * 8 + (lane >> 2);
+                all[column * STRIDE + output] = sums[m][i] * factor[m][i >> 1 & 1];
+            }
+
+        // Sums of the cluster's blocks; 8 outputs that lie together are stored at once.
+        if (cluster > 1) cluster_barrier();
+        else multipliers_barrier();
+        int present = min(ROWS, p.rows - first_row), runs = OUTPUTS / RUN;
+#pragma unroll 2
+        for (int i = threadIdx.x + rank * 32 * WARPS; i < present * runs; i += 32 * WARPS * cluster) {
+            int row = i / runs, output = i % runs * RUN, group = first_group + output / 16;
+            if (group >= p.groups) continue;
+            float v[RUN];
+            const float* from = all + row * STRIDE + output;
+#pragma unroll
+            for (int q = 0; q < RUN; q += 4) {
+                float4 sum = *(const float4*)(from + q);
+                if (cluster > 1) {
+                    sum = cluster_floats(shared_address(from + q), 0);
+                    for (int r = 1; r < cluster; r++) {
+                        float4 other = cluster_floats(shared_address(from + q), r);
+                        sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+                    }
+                }
+                v[q] = sum.x, v[q + 1] = sum.y, v[q + 2] = sum.z, v[q + 3] = sum.w;
+            }
+            int upper = output & 8, n = group * 16 + upper, limit = p.out;
+            if (p.half) n = group * 8, limit = p.half;
+#if GATED
+#pragma unroll
+            for (int k = 0; k < 8; k++) v[k] = round_bf16(silu(round_bf16(v[k]))) * round_bf16(v[k + 8]);
+#endif
+            u16* y = p.y + (u64)(first_row + row) * p.y_stride + n + (p.half && upper && !GATED ? p.half : 0);
+            if (n + 8 <= limit && (u64)y % 16 == 0) {
+                *(Quad*)y = Quad{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+            } else {
+#pragma unroll
+                for (int k = 0; k < 8; k++)
+                    if (n + k < limit) y[k] = to_bf16(v[k]);
+            }
+        }
+        if (cluster > 1) cluster_barrier();
+    }
+}

@@ -1,0 +1,43 @@
+// Hopper's matrix unit: sums[64 x N] += a[64 x 16] b[16 x N] of a warpgroup, a in registers, b in shared memory.
+#pragma once
+#include "device.cuh"
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Rows of 128 bytes (64 values along the sum), 8 of them 1024 bytes, 16-byte pieces of row r at their place XOR r % 8.
+__device__ inline u64 swizzled_rows(u32 address) {
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (u64)((address & 0x3FFFF) >> 4);
+}
+
+// The instruction for N columns: N / 2 sums a thread, named by PTX numbers and by constraints, then the operands behind them.
+#define WGMMA(N, NUMBERS, SUMS, A0, A1, A2, A3, B)                                                                     \
+    __device__ inline void wgmma(float (&s)[N / 2], const u32 (&a)[4], u64 b) {                                        \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NUMBERS "}, {%" #A0 ", %" #A1 ", %"  \
+                     #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 0;"                                                           \
+                     : SUMS                                                                                            \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+    }
+
+#define S4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
+#define S16(i) S4(i), S4(i + 4), S4(i + 8), S4(i + 12)
+#define N4 "%0,%1,%2,%3"
+#define N8 N4 ",%4,%5,%6,%7"
+#define N16 N8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define N32 N16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define N48 N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define N64 N48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define S8 S4(0), S4(4)
+#define S32 S16(0), S16(16)
+#define S64 S32, S16(32), S16(48)
+
+WGMMA(8, N4, S4(0), 4, 5, 6, 7, 8)
+WGMMA(16, N8, S8, 8, 9, 10, 11, 12)
+WGMMA(32, N16, S16(0), 16, 17, 18, 19, 20)
+WGMMA(64, N32, S32, 32, 33, 34, 35, 36)
+WGMMA(128, N64, S64, 64, 65, 66, 67, 68)
