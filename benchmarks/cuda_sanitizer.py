@@ -49,6 +49,18 @@ def products() -> None:
         ops.gated_mlp(values(rows, width), prepared(out, width, parts=2), prepared(width, out))
 
 
+def dense() -> None:
+    """BF16 and FP8 weights; one sum shared by a cluster's blocks, one product of several turns."""
+    for out, width, rows in ((1, 16, 1), (130, 1040, 9), (576, 2048, 16), (1200, 7168, 3), (5000, 512, 3)):
+        plain = values(out, width)
+        scale = torch.rand(-(-out // 128), -(-width // 128))
+        for part in (
+            WeightTensors(WeightFormat.PLAIN, plain),
+            WeightTensors(WeightFormat.FP8_BLOCK, plain.to(torch.float8_e4m3fn), scale),
+        ):
+            ops.linear(values(rows, width), ops.prepare([part], DEVICE, BF16))
+
+
 def experts() -> None:
     """A few tokens, lists with one and with several columns of rows, and all decoded at once."""
     for count, hidden, inner, k in ((8, 512, 256, 4), (4, 272, 144, 2)):
@@ -96,7 +108,7 @@ def main() -> None:
     if options.run:
         torch.manual_seed(0)
         with torch.inference_mode():
-            for group in (products, experts, attention, small):
+            for group in (products, dense, experts, attention, small):
                 group()
                 torch.cuda.synchronize()
                 print(f"{group.__name__}: done", flush=True)

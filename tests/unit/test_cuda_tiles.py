@@ -133,7 +133,8 @@ def test_the_benchmark_s_shapes_have_cuts():
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
     assert "dense down 7168 x 18432, 8 rows: Geometry(" in result.stdout
     assert "dense down 7168 x 18432, 64 rows: Cut(rows=64" in result.stdout
-    assert "o_proj 7168 x 16384, 8192 rows: Cut(rows=128" in result.stdout
+    assert "o_proj 7168 x 16384, 1024 rows: Cut(rows=128" in result.stdout
+    assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
     assert "shared down of TP8 7168 x 256, 8192 rows: decoded once" in result.stdout
     assert (
         "experts of TP8/EP2, 64 tokens: Residence(columns=2, stages=4, blocks=2), teams of [8, 1] warps"
@@ -155,15 +156,17 @@ def test_cuts_of_other_shapes():
 
 def test_fp8_blocks_of_fused_parts():
     """Parts whose outputs or blocks do not line up get blocks that fit both."""
+    width = 65536
     gate, up = (
         WeightTensors(
             WeightFormat.FP8_BLOCK,
-            torch.randn(out, 256).to(torch.float8_e4m3fn),
-            torch.rand(-(-out // rows), 256 // columns),
+            torch.randn(out, width).to(torch.float8_e4m3fn),
+            torch.rand(-(-out // rows), width // columns),
             fp8_block=(rows, columns),
         )
         for out, rows, columns in ((96, 128, 128), (40, 32, 64))
     )
+    assert dense.fp8_blocks([up]) is None  # too small to be worth it
     blocks = dense.fp8_blocks([gate, up])
     assert (blocks.rows, blocks.columns) == (32, 64)
     values = fp8_block.dequantize(blocks.weight, blocks.scale, torch.float32, (blocks.rows, blocks.columns))

@@ -1,7 +1,7 @@
 """y = x W^T on BF16 and FP8 weights: few rows from the checkpoint's bytes at the memory's rate, many by the library.
 
-FP8 weights are kept twice: as they are for few rows, which have half the bytes to read, and decoded for the rest.
-Stacks of experts would be too large for that; they and what the kernel cannot read are decoded alone.
+Large FP8 weights are kept twice: as they are for few rows, which have half the bytes to read, and decoded for the rest.
+Stacks of experts would be too large for that; they, small ones and what the kernel cannot read are decoded alone.
 """
 
 import functools
@@ -20,6 +20,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 FP8_COLUMNS = 64  # a block's inputs are a multiple of it
 _FEW_ROWS, _NARROW_ROWS, _NARROW = 8, 16, 4096  # of so many outputs at most more rows are still few
 _LARGE = 128 << 20  # bytes of BF16 from which the library is not behind
+_FP8 = 8 << 20  # weights from which reading half the bytes is worth decoding them
 _MULTIPROCESSORS = 132
 _STAGES = 4  # of 128 bytes a row in a warp's ring
 
@@ -43,16 +44,18 @@ class Dense(NamedTuple):
 
 def prepare(parts: Sequence[WeightTensors]) -> Dense:
     """One weight for all parts."""
-    values = decoded.prepare(parts, torch.bfloat16, "bf16", None).values
+    data = Dense(decoded.prepare(parts, torch.bfloat16, "bf16", None).values, None, fp8_blocks(parts))
     # Products ask for their weights before the kernels ahead of them have ended.
-    torch.cuda.current_stream(values.device).synchronize()
-    return Dense(values, None, fp8_blocks(parts))
+    torch.cuda.current_stream(data.values.device).synchronize()
+    return data
 
 
 def fp8_blocks(parts: Sequence[WeightTensors]) -> Fp8Blocks | None:
-    """The parts' blocks, cut to a size that fits all; None where there are none that the kernel reads."""
+    """The parts' blocks, cut to a size that fits all; None where they are not to be kept."""
     first = parts[0]
     if first.format is not WeightFormat.FP8_BLOCK or first.weight.ndim == 3 or first.in_features % 16:
+        return None
+    if sum(part.weight.numel() for part in parts) < _FP8:
         return None
     rows = math.gcd(*(part.fp8_block[0] for part in parts), *(part.out_features for part in parts[:-1]))
     columns = min(part.fp8_block[1] for part in parts)

@@ -21,6 +21,8 @@ def experts_mlp(
     """See kernels/reference/moe.py; rounded where it rounds. It waits for nothing that the device computes, so that
     graphs hold it.
     """
+    if gate_up.format is not down.format:
+        return reference.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
     if not isinstance(gate_up.data, Tiles):
         return decoded.experts_mlp(x, expert_ids, expert_weights, gate_up, down)
     tiles = gate_up.data

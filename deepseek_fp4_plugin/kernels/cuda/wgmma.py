@@ -39,8 +39,8 @@ class Cut(NamedTuple):
 
 
 # The fastest of each shape (groups of 16 outputs, slabs of 128 inputs) and of so many rows at most, as measured on an
-# H200; None where another way is ahead.
-_ROWS = (16, 32, 64, 128, 256, 512, 1024)
+# H200; None where another way is ahead. Behind the last the last.
+_ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
     (448, 2): (
         Cut(16, 1, 4, 6, 1),
@@ -48,6 +48,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(16, 1, 8, 6, 1),
         Cut(32, 1, 8, 5, 1),
         Cut(64, 1, 8, 4, 1),
+        None,
+        None,
         None,
         None,
     ),
@@ -59,6 +61,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 1, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
+        None,
+        None,
     ),
     (448, 18): (
         None,
@@ -68,6 +72,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 1, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
+        None,
+        None,
     ),
     (32, 56): (
         Cut(16, 1, 4, 12, 8),
@@ -75,6 +81,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(64, 1, 4, 8, 8),
         Cut(64, 1, 4, 8, 4),
         Cut(64, 1, 4, 4, 6),
+        None,
+        None,
         None,
         None,
     ),
@@ -86,6 +94,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 1, 8, 4, 2),
         Cut(128, 1, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
+        Cut(128, 2, 8, 4, 1),
+        None,
     ),
     (288, 56): (
         Cut(16, 1, 4, 6, 4),
@@ -95,6 +105,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 1, 12, 4, 2),
         Cut(128, 1, 12, 4, 1),
         Cut(128, 1, 12, 4, 2),
+        None,
+        None,
     ),
     (2304, 56): (
         Cut(16, 1, 4, 6, 1),
@@ -103,6 +115,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 1, 12, 4, 2),
         Cut(128, 1, 12, 4, 1),
         Cut(128, 1, 12, 4, 1),
+        Cut(128, 2, 8, 4, 1),
+        Cut(128, 2, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
     ),
     (448, 128): (
@@ -113,6 +127,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 2, 8, 4, 2),
         Cut(128, 2, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
+        None,
+        None,
     ),
     (448, 144): (
         Cut(16, 1, 8, 6, 4),
@@ -122,6 +138,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 2, 8, 4, 2),
         Cut(128, 2, 8, 4, 1),
         Cut(128, 2, 8, 4, 1),
+        None,
+        None,
     ),
 }
 _FEW_ROWS = 8  # for which `nvfp4_linear.cu` is ahead

@@ -154,7 +154,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
                 for (int step = 0; step < 4; step++) wgmma(sums[m], a[index & 1][step], b + 2 * step);
                 wgmma_commit();
                 wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
-                if (index == 0) barrier_arrive_if(shared_address(empty + before), lane == 0 && slab > 0);
+                if (index == 0) {
+                    __syncwarp();
+                    barrier_arrive_if(shared_address(empty + before), lane == 0 && slab > 0);
+                }
             }
             before = slot;
             if (++slot == STAGES) slot = 0, parity ^= 1;
