@@ -32,7 +32,7 @@ from deepseek_fp4_plugin.engine.step_plan import Logprob
 from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.engine.worker_group import Progress
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.tokenizer import Tokenizer
+from deepseek_fp4_plugin.tokenizer import Tokenizer, has_tokenizer
 
 __all__ = [
     "LLM",
@@ -298,7 +298,7 @@ def _tokenizer(given: str | Path | Tokenizer | None, path: Path | None) -> Token
     if isinstance(given, Tokenizer):
         return given
     folder = Path(given) if given is not None else path
-    if folder is None or (given is None and not (folder / "tokenizer.json").is_file()):
+    if folder is None or (given is None and not has_tokenizer(folder)):
         return None
     return Tokenizer.from_folder(folder)
 

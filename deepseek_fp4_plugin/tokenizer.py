@@ -18,9 +18,10 @@ import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_fp4_plugin.tiktoken_form import RANKS_NAMES, read_tiktoken
 from deepseek_fp4_plugin.token_bound import TokenBound
 
-_OTHER_FORMS = ("tiktoken.model", "tokenizer.model", "spiece.model", "vocab.json")  # none of them is read
+_OTHER_FORMS = ("tokenizer.model", "spiece.model", "vocab.json")  # none of them is read
 TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 THINK_START, THINK_END = "<think>", "</think>"
 _SHORT_TEXT = 4096  # characters; they are tokenized sooner than another thread takes over
@@ -79,20 +80,16 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer of a checkpoint folder: tokenizer.json, and beside it tokenizer_config.json,
+        """The tokenizer of a checkpoint folder: tokenizer.json or tiktoken's form, and beside it tokenizer_config.json,
         chat_template.jinja and generation_config.json where there are any.
 
         Raises ValueError naming the file that is missing or cannot be used.
         """
         folder = Path(folder)
-        path = folder / TOKENIZER_NAME
-        if not path.is_file():
-            raise ValueError(_missing(folder))
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{path} is not a usable tokenizer: {_one_line(error)}") from None
         settings = _json(folder / CONFIG_NAME)
+        backend = _from_tokenizer_json(folder / TOKENIZER_NAME) or read_tiktoken(folder, settings, _symbols)
+        if backend is None:
+            raise ValueError(_missing(folder))
         try:
             return cls(backend, settings, _json(folder / "generation_config.json"), _template(folder, settings))
         except ValueError as error:
@@ -302,6 +299,16 @@ def _byte_of_symbol() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
+def _symbols(token: bytes) -> str:
+    table = _symbol_of_byte()
+    return "".join(table[byte] for byte in token)
+
+
+@functools.cache
+def _symbol_of_byte() -> dict[int, str]:
+    return {byte: symbol for symbol, byte in _byte_of_symbol().items()}
+
+
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
     """The template as Hugging Face compiles it, in a sandbox: it comes with the checkpoint, from anyone."""
@@ -343,6 +350,20 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
             f"{folder / CONFIG_NAME}: chat_template is a JSON {type(found).__name__}, expected a text, or texts by name"
         )
     return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files that from_folder would try to read."""
+    return any((folder / name).is_file() for name in (TOKENIZER_NAME, *RANKS_NAMES))
+
+
+def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer | None:
+    if not path.is_file():
+        return None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} is not a usable tokenizer: {_one_line(error)}") from None
 
 
 def _missing(folder: Path) -> str:

@@ -6,6 +6,7 @@ of ten and still give fluent text.
 """
 
 import math
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)
 _EXPONENT = (torch.float8_e8m0fnu, torch.uint8)
+_DIVIDES = ("weight_global_scale", "input_global_scale")  # of compressed-tensors: 1 / what is meant here
+_FP8_BLOCK = 128
 # Last part of a scale's name -> the dtypes that it may have.
 SCALE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "weight_scale_inv": _REAL + _EXPONENT,
@@ -32,8 +35,9 @@ def read_scale(reader: CheckpointReader, name: str, raw: Tensor | None = None) -
     """A scale's values: FP32, but NVFP4's `weight_scale` as the E4M3 it is.
 
     raw: of a caller that has read it (a part of it) already.  A tensor scale may be stored with shape [] or [1] and
-    comes back as []. Raises CheckpointError for a dtype without a meaning here and for a negative number, which no
-    quantizer writes. NaN and infinity come through: who writes a checkpoint refuses them, who runs one says so.
+    comes back as []; one that the file holds as its inverse comes back inverted.
+    Raises CheckpointError for a dtype without a meaning here and for a negative number, which no quantizer writes. NaN
+    and infinity come through: who writes a checkpoint refuses them, who runs one says so.
     """
     info, suffix = reader.info(name), name.rpartition(".")[2]
     if info.dtype not in SCALE_DTYPES[suffix]:
@@ -45,11 +49,47 @@ def read_scale(reader: CheckpointReader, name: str, raw: Tensor | None = None) -
         scale = scale.float()
     if suffix in ("weight_scale_2", "input_scale") and scale.numel() == 1:
         scale = scale.reshape(())
+    if info.stored_as in _DIVIDES:
+        scale = 1 / scale
     if _has_negative(scale):
         raise CheckpointError(
             f"{name} in {reader.folder} holds a negative number, which no scale can be; download {info.shard} again"
         )
     return scale
+
+
+class Grain(StrEnum):
+    """What one scale of an FP8 weight stands for."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    BLOCK = "block"  # of 128 x 128
+
+
+def fp8_grain(scale: tuple[int, ...], weight: tuple[int, ...]) -> Grain | None:
+    """From the two shapes; None where they do not fit."""
+    if scale == tuple(-(-size // _FP8_BLOCK) for size in weight):
+        return Grain.BLOCK
+    if is_tensor_scale(scale):
+        return Grain.TENSOR
+    if scale in ((weight[0],), (weight[0], 1)):
+        return Grain.ROW
+    return None
+
+
+def in_blocks(scale: Tensor, weight: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
+    """An FP8 weight's scales as those of blocks, FP32 [ceil(out / block), ceil(in / block)], and the block's size.
+
+    scale: as read_scale gives it.  weight: the weight's shape.  Raises ValueError where the two do not fit.
+    """
+    grain, (rows, columns) = fp8_grain(tuple(scale.shape), weight), (-(-size // _FP8_BLOCK) for size in weight)
+    if grain is Grain.BLOCK:
+        return scale, (_FP8_BLOCK, _FP8_BLOCK)
+    if grain is Grain.TENSOR:
+        return scale.reshape(1, 1).repeat(rows, columns), (_FP8_BLOCK, _FP8_BLOCK)
+    if grain is Grain.ROW:
+        return scale.reshape(-1, 1).repeat(1, columns), (1, _FP8_BLOCK)
+    raise ValueError(f"scales of shape {list(scale.shape)} do not fit an FP8 weight of shape {list(weight)}")
 
 
 def all_finite(scale: Tensor) -> bool:

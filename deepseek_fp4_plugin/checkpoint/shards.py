@@ -41,7 +41,7 @@ class TensorInfo(NamedTuple):
     """Where a tensor is and what it is, from the shard's header.
 
     shard: its path inside the checkpoint's folder.  offset: of its first byte in the shard.  indexed: false when there
-    is an index and it does not name the tensor.
+    is an index and it does not name the tensor.  stored_as: the last part of its name there, where that is another.
     """
 
     shard: str
@@ -49,6 +49,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     indexed: bool = True
+    stored_as: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +81,7 @@ def scan(folder: Path) -> Shards:
     headers = _headers(folder, found)
     _resolve(folder, found, headers, indexed)
     _unnamed_shards(folder, found)
-    return found
+    return found._replace(tensors=_in_own_names(found.tensors))
 
 
 def read_header(path: Path, shard: str | None = None) -> dict[str, TensorInfo]:
@@ -234,6 +235,32 @@ def anywhere(folder: Path) -> dict[str, TensorInfo]:
         except CheckpointError:
             continue
     return found
+
+
+# compressed-tensors' NVFP4: the bits of ModelOpt's, and global scales that divide where ModelOpt's multiply.
+_COMPRESSED = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
+
+
+def _in_own_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors that other programs name otherwise, under the names that are read here; each says what it is called."""
+    groups = by_module(tensors)
+    renamed = {}
+    for name, info in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        own = _own_suffix(groups[module], suffix)
+        if own != suffix:
+            name, info = f"{module}.{own}", info._replace(stored_as=suffix)
+        renamed[name] = info
+    return renamed
+
+
+def _own_suffix(group: Mapping[str, TensorInfo], suffix: str) -> str:
+    if "weight_packed" in group and "weight_global_scale" in group and "weight" not in group:
+        return _COMPRESSED.get(suffix, suffix)
+    is_fp8 = "weight" in group and group["weight"].dtype == torch.float8_e4m3fn
+    if is_fp8 and suffix == "weight_scale" and "weight_scale_inv" not in group:
+        return "weight_scale_inv"  # of ModelOpt and compressed-tensors: it multiplies as DeepSeek's does
+    return suffix
 
 
 def by_module(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:

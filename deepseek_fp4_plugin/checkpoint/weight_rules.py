@@ -11,7 +11,13 @@ from typing import NamedTuple
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import SUFFIXES, WeightFormat
-from deepseek_fp4_plugin.checkpoint.scales import SCALE_DTYPES, dtype_name, is_tensor_scale, wrong_scale_dtype
+from deepseek_fp4_plugin.checkpoint.scales import (
+    SCALE_DTYPES,
+    dtype_name,
+    fp8_grain,
+    is_tensor_scale,
+    wrong_scale_dtype,
+)
 from deepseek_fp4_plugin.checkpoint.shards import TensorInfo
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,8 +26,8 @@ _FP8_BLOCK = 128
 _NVFP4_BLOCK = 16
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale")
 _READ_HERE = (
-    "this program reads BF16, FP8 in 128 x 128 blocks (weight, weight_scale_inv) and ModelOpt's NVFP4 "
-    "(weight, weight_scale, weight_scale_2)"
+    "this program reads BF16, FP8 (weight, and weight_scale_inv by 128 x 128 blocks or weight_scale), and NVFP4 of "
+    "ModelOpt and compressed-tensors"
 )
 
 
@@ -69,13 +75,6 @@ def read_of(group: Group, verdict: Verdict) -> set[str]:
 
 def _absent(group: Group) -> Problem:
     names = ", ".join(sorted(group))
-    if "weight_packed" in group and "weight_global_scale" in group:
-        return Problem(
-            "compressed-tensors NVFP4",
-            "weight_packed",
-            "is NVFP4 under the names of compressed-tensors (weight_packed, weight_global_scale), which this program "
-            "does not read yet; take the checkpoint in ModelOpt's form, or quantize the FP8 or BF16 original",
-        )
     if "weight_packed" in group:
         return Problem("packed", "weight_packed", f"is a packed weight of compressed-tensors ({names}); {_READ_HERE}")
     if "qweight" in group:
@@ -103,29 +102,17 @@ def _fp8(group: Group, shape: tuple[int, ...]) -> Verdict:
         blocks = tuple(-(-size // _FP8_BLOCK) for size in shape)
         problems = _shape(group, "weight", shape) or _block_shape(group, shape, blocks)
         return Verdict(WeightFormat.FP8_BLOCK, problems + _dtype(group, "weight_scale_inv"))
-    if "weight_scale" in group:
-        text = (
-            f"is FP8 with weight_scale, {_granularity(group['weight_scale'].shape, shape)} (ModelOpt's or "
-            f"compressed-tensors' FP8), which this program does not read yet; {_READ_HERE}"
-        )
-        return Verdict(None, (Problem("FP8 with weight_scale", "weight", text),))
     return Verdict(None, (_scale_missing(group, "weight_scale_inv"),))
 
 
-def _granularity(scale: tuple[int, ...], weight: tuple[int, ...]) -> str:
-    if scale in ((), (1,)):
-        return "one scale for the tensor"
-    if scale in ((weight[0],), (weight[0], 1)):
-        return "one scale for each row"
-    if scale == tuple(-(-size // _FP8_BLOCK) for size in weight):
-        return "one scale for each 128 x 128 block"
-    return f"of shape {list(scale)}"
-
-
 def _block_shape(group: Group, shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[Problem, ...]:
-    found = group["weight_scale_inv"].shape
-    if found == blocks:
+    found, stored_as = group["weight_scale_inv"].shape, group["weight_scale_inv"].stored_as
+    if found == blocks or (stored_as and fp8_grain(found, shape)):
         return ()
+    if stored_as:
+        text = f"({stored_as}) has shape {list(found)}, which is neither one scale for the tensor, nor one for each of "
+        text += f"its {shape[0]} rows, nor one for each 128 x 128 block, {list(blocks)}"
+        return (Problem("scale shape", "weight_scale_inv", text),)
     text = f"has shape {list(found)}, but config.json implies {list(blocks)}: one scale for each 128 x 128 block"
     if len(found) == 2 and len(shape) == 2:
         for size in (16, 32, 64, 256, 512):

@@ -14,11 +14,13 @@ from deepseek_fp4_plugin.cli.flags import Command, ModelName, json_flag
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
     from deepseek_fp4_plugin.checkpoint.shards import TensorInfo
     from deepseek_fp4_plugin.models.config import DeepseekV3Config
     from deepseek_fp4_plugin.models.examination import Examination
 
 _SCALES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale")
+_STORED = (*_SCALES, "weight_global_scale", "input_global_scale")  # the same, as the file calls them
 
 
 @click.command(cls=Command, short_help="Show what a checkpoint holds.")
@@ -107,7 +109,7 @@ def facts(examination: "Examination") -> dict[str, Any]:
                 "parameters": kind.parameters,
                 "bytes": kind.bytes,
                 "bits per weight": round(8 * kind.bytes / kind.parameters, 2),
-                "scales": {name: kind.scales[name] for name in _SCALES if kind.scales[name]},
+                "scales": {name: kind.scales[name] for name in _STORED if kind.scales[name]},
             }
             for (mtp, role, form), kind in sorted(kinds.items(), key=lambda item: item[0][0])
         ],
@@ -149,14 +151,24 @@ def _kinds(
                 missing.append(weight.name)
             continue
         first = group[present[0]]
-        shown = dtype_name(first.dtype) if form in (WeightFormat.PLAIN, None) else str(form)
+        shown = dtype_name(first.dtype) if form in (WeightFormat.PLAIN, None) else _shown(group, form, weight.shape)
         kind = kinds.setdefault((mtp, str(weight.role), shown if form else f"not read ({shown})"), _Kind())
         seen.update(f"{module}.{name}" for name in present)
         kind.modules += 1
         kind.bytes += sum(group[name].nbytes for name in present)
-        kind.scales.update(name for name in present if name in _SCALES)
+        kind.scales.update(group[name].stored_as or name for name in present if name in _SCALES)
         kind.parameters += math.prod(weight.shape)
     return kinds, missing, [name for name in tensors if name not in seen]
+
+
+def _shown(group: "Mapping[str, TensorInfo]", form: "WeightFormat", shape: tuple[int, ...]) -> str:
+    """A quantized format, and where it is another program's form of it."""
+    from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+    from deepseek_fp4_plugin.checkpoint.scales import fp8_grain
+
+    if form is WeightFormat.FP8_BLOCK and group["weight_scale_inv"].stored_as:
+        return f"fp8 by {fp8_grain(group['weight_scale_inv'].shape, shape)}"
+    return f"{form} packed" if group["weight"].stored_as else str(form)
 
 
 def _architecture(c: "DeepseekV3Config") -> dict[str, str]:

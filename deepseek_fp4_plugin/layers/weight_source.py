@@ -14,7 +14,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat, detect_format
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
-from deepseek_fp4_plugin.checkpoint.scales import all_finite, read_scale
+from deepseek_fp4_plugin.checkpoint.scales import Grain, all_finite, fp8_grain, in_blocks, read_scale
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import fp8_block
@@ -132,6 +132,12 @@ class WeightSource:
         weight = self._read(f"{module}.weight", shape, cut)
         scale_shape = tuple(-(-size // _FP8_BLOCK) for size in shape)
         scale_name = f"{module}.weight_scale_inv"
+        stored = self.reader.info(scale_name).shape
+        if fp8_grain(stored, shape) in (Grain.TENSOR, Grain.ROW):
+            # One for the tensor is every slice's; those of rows are cut where the rows are.
+            by_rows = cut if cut.axis == OUT and fp8_grain(stored, shape) is Grain.ROW else UNCUT
+            scale, block = in_blocks(self._scale(scale_name, stored, by_rows), tuple(weight.shape))
+            return WeightTensors(WeightFormat.FP8_BLOCK, weight, scale, fp8_block=block)
         if cut.shard.count == 1:
             return WeightTensors(WeightFormat.FP8_BLOCK, weight, self._scale(scale_name, scale_shape))
         start, stop = cut.shard.bounds(shape[cut.axis], module)

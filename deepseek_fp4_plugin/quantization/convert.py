@@ -14,7 +14,7 @@ from deepseek_fp4_plugin.checkpoint.durable import Journal
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
-from deepseek_fp4_plugin.checkpoint.scales import read_scale
+from deepseek_fp4_plugin.checkpoint.scales import in_blocks, read_scale
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
 from deepseek_fp4_plugin.numerics import fp8_block
 from deepseek_fp4_plugin.quantization.plan import Conversion, Plan, Unit, kept_dtype, result_tensors
@@ -56,8 +56,9 @@ def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype
     """A source weight in `dtype` on `device`. Raises CheckpointError naming it when it holds NaN or infinity."""
     weight = reader.get(conversion.weight.name).to(device)
     if conversion.source is WeightFormat.FP8_BLOCK:
-        scale_inv = read_scale(reader, f"{conversion.weight.module}.weight_scale_inv").to(device)
-        weight = fp8_block.dequantize(weight, scale_inv, dtype)
+        scale_inv = read_scale(reader, f"{conversion.weight.module}.weight_scale_inv")
+        scale_inv, block = in_blocks(scale_inv, tuple(weight.shape))
+        weight = fp8_block.dequantize(weight, scale_inv.to(device), dtype, block)
     else:
         weight = weight.to(dtype)
     if not torch.isfinite(weight).all():

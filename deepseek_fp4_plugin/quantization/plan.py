@@ -152,11 +152,17 @@ def paired_weights(config: DeepseekV3Config) -> Iterator[list[Weight]]:
             yield [weight]
 
 
+def _by_whom(reader: CheckpointReader, weight: Weight) -> str:
+    stored_as = reader.info(weight.name).stored_as
+    return f" (compressed-tensors' {stored_as})" if stored_as else ""
+
+
 def _conversion(reader: CheckpointReader, weight: Weight, nvfp4: bool) -> Conversion:
     source = detect_format(reader, weight.module) if weight.name.endswith(".weight") else WeightFormat.PLAIN
     if source is WeightFormat.NVFP4:
         raise CheckpointError(
-            f"{weight.name} in {reader.folder} is NVFP4 already; quantize the FP8 or BF16 original instead"
+            f"{weight.name} in {reader.folder} is NVFP4 already{_by_whom(reader, weight)}; quantize the FP8 or BF16 "
+            "original instead"
         )
     if nvfp4 and weight.shape[1] % BLOCK:
         raise CheckpointError(

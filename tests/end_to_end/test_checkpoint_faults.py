@@ -253,7 +253,7 @@ def test_fields_that_are_not_known_are_said_once(source, tmp_path, caplog):
     assert caplog.text.count("does not know and does not use: use_qk_norm") == 1
 
 
-# ---------------------------------------------------------------- refused, in the same words everywhere
+# ---------------------------------------------------------------- other programs' forms
 
 
 def as_compressed_tensors(tensors: Tensors) -> None:
@@ -266,32 +266,72 @@ def as_compressed_tensors(tensors: Tensors) -> None:
             tensors[f"{module}.weight_packed"] = tensors.pop(name)
 
 
-def test_compressed_tensors_nvfp4_is_recognised(quantized, tmp_path, capsys):
-    section = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+def test_compressed_tensors_nvfp4_is_read_and_named(quantized, tmp_path, capsys):
+    section = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}
     folder = changed(quantized, tmp_path / "packed", as_compressed_tensors, quantization_config=section)
     (folder / "hf_quant_config.json").unlink()
-    all_say(capsys, folder, "is NVFP4 under the names of compressed-tensors")
+    assert torch.allclose(logits(folder), logits(quantized), atol=1e-4)  # 1 / (1 / x) may be the next number
+    for activations in ("bf16", "fp4"):
+        assert run(["generate", str(folder), "12+7=", "--max-new-tokens", "4", "--nvfp4-activations", activations]) == 0
+    content = inspected(folder, capsys)
+    (experts,) = (row for row in content["modules"] if row["module"] == "routed experts")
+    assert experts["format"] == "nvfp4 packed"
+    assert set(experts["scales"]) == {"weight_scale", "weight_global_scale", "input_global_scale"}
+    assert content["findings"] == content["missing"] == content["other tensors"] == []
+    all_say(capsys, folder, "is NVFP4 already (compressed-tensors' weight_packed)", commands=["quantize"])
 
 
-@pytest.mark.parametrize(
-    ("scale", "words"),
-    [
-        (lambda weight: torch.ones(()), "one scale for the tensor"),
-        (lambda weight: torch.ones(weight.shape[0], 1), "one scale for each row"),
-        (
-            lambda weight: torch.ones(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128)),
-            "one scale for each 128 x 128 block",
-        ),
-    ],
-)
-def test_fp8_with_weight_scale_is_recognised(source, tmp_path, capsys, scale, words):
+def inspected(folder: Path, capsys) -> dict:
+    capsys.readouterr()
+    assert run(["inspect", str(folder), "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+FP8_SCALES = {
+    "tensor": lambda weight, scale: scale.mean(),
+    "row": lambda weight, scale: torch.rand(weight.shape[0], 1).bfloat16() * 0.01,
+    "block": lambda weight, scale: scale,
+}
+
+
+@pytest.mark.parametrize("grain", FP8_SCALES)
+def test_fp8_with_weight_scale(source, tmp_path, capsys, grain):
+    """Quantized and run as the plain weights that the scales stand for."""
+
     def edit(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
-            del tensors[name]
             weight = name.removesuffix("_scale_inv")
-            tensors[f"{weight}_scale"] = scale(tensors[weight])
+            tensors[f"{weight}_scale"] = FP8_SCALES[grain](tensors[weight], tensors.pop(name))
+            tensors[name.replace("weight_scale_inv", "input_scale")] = torch.ones(())
 
-    all_say(capsys, changed(source, tmp_path / "fp8", edit), f"is FP8 with weight_scale, {words}")
+    folder = changed(source, tmp_path / "fp8", edit, quantization_config={"quant_method": "compressed-tensors"})
+    plain = changed(folder, tmp_path / "plain", decode, quantization_config=...)
+    assert torch.allclose(logits(folder), logits(plain), atol=1e-3)
+    for checkpoint in (folder, plain):
+        quantize_checkpoint(checkpoint, tmp_path / f"out-{checkpoint.name}", **SETTINGS)
+    ours, theirs = tensors_of(tmp_path / "out-fp8"), tensors_of(tmp_path / "out-plain")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.endswith("input_scale"):  # measured on activations
+            assert torch.equal(bits(ours[name]), bits(theirs[name].to(ours[name].dtype))), name
+    (experts,) = (row for row in inspected(folder, capsys)["modules"] if row["module"] == "routed experts")
+    assert experts["format"] == f"fp8 by {grain}" and "weight_scale" in experts["scales"]
+
+
+def decode(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        weight, scale = name.removesuffix("_scale"), tensors.pop(name).float()
+        del tensors[name.replace("weight_scale", "input_scale")]
+        if scale.ndim == 2 and scale.shape[0] != tensors[weight].shape[0]:
+            scale = fp8_block.expand_scale(scale, *tensors[weight].shape)
+        tensors[weight] = tensors[weight].float() * scale
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+# ---------------------------------------------------------------- refused, in the same words everywhere
 
 
 @pytest.mark.parametrize(

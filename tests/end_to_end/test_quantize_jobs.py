@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
@@ -21,6 +22,7 @@ from deepseek_fp4_plugin.quantization import quantize as quantize_module
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.quantization.report import QuantizationReport
 from tests.stops import SETTINGS, contents, small  # noqa: F401 (fixture)
+from tests.tiktoken_folder import BYTES, write_tiktoken
 
 ROOT = Path(__file__).parents[2]
 
@@ -267,14 +269,28 @@ def test_a_destination_on_another_disk(small, expected, tmp_path, through):  # n
         shutil.rmtree(disk)
 
 
-@pytest.mark.parametrize("other", ["tiktoken.model", "tokenizer.model", None])
+@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model"])
+def test_a_source_with_a_tokenizer_as_kimi_k2_and_moonlight_have(small, tmp_path, name):  # noqa: F811
+    source, result = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(small, source)
+    (source / "tokenizer.json").unlink()
+    write_tiktoken(source, BYTES, name)
+    quantize(source, result)
+    for copied in (name, "tokenization_kimi.py", "tokenizer_config.json"):
+        assert (result / copied).read_bytes() == (source / copied).read_bytes()
+    with LLM(result) as llm:
+        (answer,) = llm.generate(["12+7="], SamplingParams(max_tokens=3))
+    assert answer.prompt_token_ids == list(b"12+7=")
+
+
+@pytest.mark.parametrize("other", ["spiece.model", None])
 def test_a_source_whose_tokenizer_has_another_form(small, tmp_path, other):  # noqa: F811
-    """As Kimi-K2 is published: what is said must be possible to do."""
+    """What is said must be possible to do."""
     source = tmp_path / "source"
     shutil.copytree(small, source)
     (source / "tokenizer.json").unlink()
     if other:
-        (source / other).write_bytes(b"IQ== 0\n")
+        (source / other).write_bytes(b"\n\x0e\n\x05<unk>")
     message = f"{other} is a form of tokenizer that is not read here; convert it" if other else "copy it from the orig"
     with pytest.raises(ValueError, match=message):
         quantize(source, tmp_path / "out")

@@ -103,17 +103,21 @@ TENSORS = {
     ),
     "FP8, a scale a tensor": (
         put(weight_scale_inv=None, weight_scale=torch.ones(())),
-        "is FP8 with weight_scale, one scale for the tensor .* does not read yet",
+        None,
     ),
-    "FP8, [1]": (put(weight_scale_inv=None, weight_scale=torch.ones(1)), "weight_scale, one scale for the tensor"),
-    "FP8, a scale a row": (
-        put(weight_scale_inv=None, weight_scale=torch.ones(128, 1)),
-        "is FP8 with weight_scale, one scale for each row",
+    "FP8, [1]": (put(weight_scale_inv=None, weight_scale=torch.ones(1)), None),
+    "FP8, a scale a row": (put(weight_scale_inv=None, weight_scale=torch.ones(128, 1).bfloat16()), None),
+    "FP8, rows as a vector": (put(weight_scale_inv=None, weight_scale=torch.ones(128)), None),
+    "FP8, a scale a block": (put(weight_scale_inv=None, weight_scale=ONES), None),
+    "FP8, a scale a column": (
+        put(weight_scale_inv=None, weight_scale=torch.ones(1, 128)),
+        r"\(weight_scale\) has shape \[1, 128\], which is neither one scale for the tensor, nor .* 128 rows",
     ),
-    "FP8, a scale a block": (
-        put(weight_scale_inv=None, weight_scale=ONES),
-        "is FP8 with weight_scale, one scale for each 128 x 128 block",
+    "FP8, rows of another weight": (
+        put(weight_scale_inv=None, weight_scale=torch.ones(64, 1)),
+        r"\(weight_scale\) has shape \[64, 1\]",
     ),
+    "FP8, scales of both names": (put(weight_scale=ONES), "no place for, first .*up_proj.weight_scale;"),
     "another name": (
         put(weight_scale_inv=None, scale=ONES),
         r"weight_scale_inv is missing.*\(scale is not known here\)",
@@ -127,7 +131,18 @@ TENSORS = {
             weight_global_scale=torch.ones(1),
             input_global_scale=torch.ones(1),
         ),
-        "up_proj.weight_packed in .* is NVFP4 under the names of compressed-tensors",
+        None,
+    ),
+    "compressed-tensors NVFP4, other blocks": (
+        nvfp4(
+            weight=None,
+            weight_scale_2=None,
+            input_scale=None,
+            weight_packed=torch.zeros(128, 64, dtype=torch.uint8),
+            weight_scale=torch.ones(128, 4).to(E4M3),
+            weight_global_scale=torch.ones(1),
+        ),
+        r"weight_scale in .* has shape \[128, 4\]",
     ),
     "compressed-tensors INT4": (
         put(weight=None, weight_scale_inv=None, weight_packed=torch.zeros(128, 16, dtype=torch.int32)),
@@ -193,7 +208,7 @@ def test_tensors_of_a_weight(look, edit, message):
 def test_equal_faults_of_many_tensors_are_one_finding(look):
     def edit(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
-            tensors[name.replace("_scale_inv", "_scale")] = tensors.pop(name)
+            tensors[name.replace("weight_scale_inv", "scale")] = tensors.pop(name)
 
     (finding,) = look(edit)
     assert finding.count == 176 and "(175 more like it)" in str(finding)

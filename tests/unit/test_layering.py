@@ -9,7 +9,7 @@ PACKAGE = "deepseek_fp4_plugin"
 ROOT = Path(__file__).parents[2] / PACKAGE
 
 FLOOR = {
-    "numerics": 0, "checkpoint": 0, "settings": 0, "config": 0, "tokenizer": 0, "token_bound": 0,
+    "numerics": 0, "checkpoint": 0, "settings": 0, "config": 0, "tokenizer": 0, "token_bound": 0, "tiktoken_form": 0,
     "assets": 0,
     "kernels": 1, "parallel": 1,
     "layers": 2,
@@ -26,6 +26,7 @@ ALLOWED = {
     ("checkpoint", "numerics"),
     ("config", "settings"),
     ("tokenizer", "token_bound"),
+    ("tokenizer", "tiktoken_form"),
 }
 
 
