@@ -61,6 +61,7 @@ def detect_format(reader: CheckpointReader, module: str) -> WeightFormat:
 
 
 _WILD = set("*?[")
+_COMPRESSED = {"nvfp4-pack-quantized": "NVFP4", "float-quantized": "fp8"}  # what compressed-tensors calls its formats
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _read_section(config: dict[str, Any], path: Path, findings: list[Finding]) -
     if cache and not is_fp8:
         sentence = f"{path}: {field}.kv_cache_scheme asks for a cache that is not FP8; it is kept in the model's dtype"
         findings.append(warning(f"{field}.kv_cache_scheme", sentence))
-    algo = take.text("quant_algo") or take.text("quant_method")
+    algo = take.text("quant_algo") or _COMPRESSED.get(take.text("format") or "") or take.text("quant_method")
     return QuantConfig(algo, "FP8" if is_fp8 else None, take.names("ignore") or take.names("exclude_modules"))
 
 

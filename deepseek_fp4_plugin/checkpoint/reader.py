@@ -48,9 +48,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} has no tensor {name}; the checkpoint is incomplete") from None
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """The whole tensor; one that the file holds as its inverse, inverted."""
         info = self.info(name)
-        return self._read(name, info, info.offset, info.shape)
+        tensor = self._read(name, info, info.offset, info.shape)
+        return 1 / tensor.float() if info.inverted else tensor
 
     def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """Elements [start, stop) along `axis`, reading only those bytes."""

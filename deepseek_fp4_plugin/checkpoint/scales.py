@@ -16,7 +16,6 @@ from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)
 _EXPONENT = (torch.float8_e8m0fnu, torch.uint8)
-_DIVIDES = ("weight_global_scale", "input_global_scale")  # of compressed-tensors: 1 / what is meant here
 _FP8_BLOCK = 128
 # Last part of a scale's name -> the dtypes that it may have.
 SCALE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -35,7 +34,7 @@ def read_scale(reader: CheckpointReader, name: str, raw: Tensor | None = None) -
     """A scale's values: FP32, but NVFP4's `weight_scale` as the E4M3 it is.
 
     raw: of a caller that has read it (a part of it) already.  A tensor scale may be stored with shape [] or [1] and
-    comes back as []; one that the file holds as its inverse comes back inverted.
+    comes back as [].
     Raises CheckpointError for a dtype without a meaning here and for a negative number, which no quantizer writes. NaN
     and infinity come through: who writes a checkpoint refuses them, who runs one says so.
     """
@@ -49,8 +48,6 @@ def read_scale(reader: CheckpointReader, name: str, raw: Tensor | None = None) -
         scale = scale.float()
     if suffix in ("weight_scale_2", "input_scale") and scale.numel() == 1:
         scale = scale.reshape(())
-    if info.stored_as in _DIVIDES:
-        scale = 1 / scale
     if _has_negative(scale):
         raise CheckpointError(
             f"{name} in {reader.folder} holds a negative number, which no scale can be; download {info.shard} again"

@@ -52,6 +52,11 @@ class TensorInfo(NamedTuple):
     stored_as: str = ""
 
     @property
+    def inverted(self) -> bool:
+        """Whether the file holds 1 / x of what the name means here."""
+        return self.stored_as in ("weight_global_scale", "input_global_scale")
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 

@@ -58,6 +58,11 @@ def refuse_unmendable(diagnosis: Diagnosis) -> None:
             )
     if diagnosis.examination.config is None:
         raise CheckpointError(f"{diagnosis.folder} has no config.json to go by; take it from the original")
+    tensors = diagnosis.examination.shards.tensors
+    other = next((n for n, i in tensors.items() if i.stored_as == "weight_scale"), None)
+    if other is not None:
+        module = other.rpartition(".")[0]
+        raise CheckpointError(f"{module} in {diagnosis.folder} is FP8 with weight_scale, which is read but not written")
 
 
 def repair(

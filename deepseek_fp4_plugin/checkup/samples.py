@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
-from deepseek_fp4_plugin.checkpoint.scales import read_scale
+from deepseek_fp4_plugin.checkpoint.scales import Grain, fp8_grain, in_blocks, read_scale
 from deepseek_fp4_plugin.numerics import fp8_block
 
 SHARE = 0.01  # of a checkpoint's bytes, by default
@@ -61,6 +61,10 @@ def source_rows(reader: CheckpointReader, module: str, rows: Rows) -> Tensor:
     if weight.dtype != torch.float8_e4m3fn:
         return weight.bfloat16()
     name, block = f"{module}.weight_scale_inv", fp8_block.BLOCK
+    if fp8_grain(reader.info(name).shape, reader.info(f"{module}.weight").shape) is not Grain.BLOCK:
+        scale, size = in_blocks(read_scale(reader, name), reader.info(f"{module}.weight").shape)
+        scale = scale[rows.start : rows.stop] if size[0] == 1 else scale[:1].repeat(rows.stop - rows.start, 1)
+        return fp8_block.dequantize(weight, scale, torch.bfloat16, (1, block))
     first = rows.start // block
     scale = read_scale(reader, name, reader.get_slice(name, 0, first, -(-rows.stop // block)))
     scale = scale.repeat_interleave(block, 0)[rows.start - first * block : rows.stop - first * block]

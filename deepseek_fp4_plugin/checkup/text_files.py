@@ -10,6 +10,7 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.findings import Fault, Finding, error, note, warning
 from deepseek_fp4_plugin.checkpoint.json_files import read_json
 from deepseek_fp4_plugin.models.declarations import absent_code
+from deepseek_fp4_plugin.tokenizer import Tokenizer, has_tokenizer
 
 _SPECIAL = re.compile(r"<｜[^｜<>]{1,40}｜>")
 
@@ -17,6 +18,12 @@ _SPECIAL = re.compile(r"<｜[^｜<>]{1,40}｜>")
 def examine_text_files(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
     """config: the parsed config.json."""
     path, findings = folder / "tokenizer.json", _code(folder, config)
+    if not path.is_file() and has_tokenizer(folder):
+        try:
+            Tokenizer.from_folder(folder)
+        except ValueError as problem:
+            return [*findings, error("tokenizer", str(problem), fault=Fault.NO_TOKENIZER)]
+        return findings
     if not path.is_file():
         sentence = f"{folder} has no tokenizer.json, so that no text can be read or written with it"
         return [

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader
+from deepseek_fp4_plugin.checkup.diagnosis import diagnose
 from deepseek_fp4_plugin.cli.app import run
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -274,11 +275,13 @@ def test_compressed_tensors_nvfp4_is_read_and_named(quantized, tmp_path, capsys)
     for activations in ("bf16", "fp4"):
         assert run(["generate", str(folder), "12+7=", "--max-new-tokens", "4", "--nvfp4-activations", activations]) == 0
     content = inspected(folder, capsys)
+    assert content["quantization"]["algorithm"] == "NVFP4"
     (experts,) = (row for row in content["modules"] if row["module"] == "routed experts")
     assert experts["format"] == "nvfp4 packed"
     assert set(experts["scales"]) == {"weight_scale", "weight_global_scale", "input_global_scale"}
     assert content["findings"] == content["missing"] == content["other tensors"] == []
     all_say(capsys, folder, "is NVFP4 already (compressed-tensors' weight_packed)", commands=["quantize"])
+    assert [str(finding) for finding in diagnose(folder).findings] == []
 
 
 def inspected(folder: Path, capsys) -> dict:
@@ -316,6 +319,8 @@ def test_fp8_with_weight_scale(source, tmp_path, capsys, grain):
             assert torch.equal(bits(ours[name]), bits(theirs[name].to(ours[name].dtype))), name
     (experts,) = (row for row in inspected(folder, capsys)["modules"] if row["module"] == "routed experts")
     assert experts["format"] == f"fp8 by {grain}" and "weight_scale" in experts["scales"]
+    against = diagnose(tmp_path / "out-fp8", source=folder, everything=True)
+    assert [str(finding) for finding in against.findings] == [] and against.values.judged > 100
 
 
 def decode(tensors: Tensors) -> None:
