@@ -268,7 +268,8 @@ def as_compressed_tensors(tensors: Tensors) -> None:
 
 
 def test_compressed_tensors_nvfp4_is_read_and_named(quantized, tmp_path, capsys):
-    section = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}
+    ignore = config_of(quantized)["quantization_config"]["ignore"]
+    section = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ignore}
     folder = changed(quantized, tmp_path / "packed", as_compressed_tensors, quantization_config=section)
     (folder / "hf_quant_config.json").unlink()
     assert torch.allclose(logits(folder), logits(quantized), atol=1e-4)  # 1 / (1 / x) may be the next number
