@@ -31,9 +31,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not proof" --native $(NATIVE) -n 2 --dist loadfile
 
+# What measures (`alone`) has the machine for itself, after the rest.
 proof: $(VENV)/.test-installed
 	$(BIN)/pip install -q -e .[proof] $(REQUIRED)
-	$(BIN)/python -m pytest -m proof --native $(NATIVE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "proof and not alone" --native $(NATIVE) -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "proof and alone" --native $(NATIVE)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

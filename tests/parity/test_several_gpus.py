@@ -23,7 +23,7 @@ from tests.proof.test_soak import REQUESTS, soak
 from tests.ranks import MAPPINGS
 
 pytestmark = [
-    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
 ]
 SIZE = 2

@@ -85,6 +85,7 @@ def http_client(port: int, concurrent: int, tokens: int, answer) -> None:
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 def test_streaming_over_http_keeps_most_of_the_engines_throughput(tmp_path):
     flags = [f"--{name}={value}" for name, value in ENGINE.items()]
     context = multiprocessing.get_context("spawn")

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -85,10 +86,10 @@ def machines():
 
 
 @pytest.fixture(scope="module")
-def cluster(machines, tmp_path_factory):
+def cluster(machines):
     """A Ray cluster of one CPU on each machine."""
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus", "1", "--disable-usage-stats"]
-    temp = tmp_path_factory.mktemp("ray")
+    temp = tempfile.mkdtemp(prefix="ray")  # short: paths of sockets below it have at most 107 characters
     for namespace, own in (
         (NEAR, ["--head", "--port", "6379", "--include-dashboard", "false", "--node-ip-address", "10.77.0.1",
                 "--temp-dir", str(temp)]),
@@ -98,6 +99,8 @@ def cluster(machines, tmp_path_factory):
             inside(namespace, *ray, *own), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    yield
+    shutil.rmtree(temp, ignore_errors=True)
 
 
 class Front:
