@@ -9,17 +9,12 @@ import torch.multiprocessing
 
 from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.assets.held_out import load_held_out
-from deepseek_fp4_plugin.config import EngineConfig, KvCacheConfig, SpeculativeConfig
 from deepseek_fp4_plugin.engine.async_engine import EngineDeadError
-from deepseek_fp4_plugin.engine.block_manager import BlockManager
-from deepseek_fp4_plugin.engine.engine import LLMEngine
-from deepseek_fp4_plugin.engine.launch import start_executor
-from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.parallel.collectives import ProcessGroup, connect
 from deepseek_fp4_plugin.parallel.peers import PeerGroup, join
 from tests.end_to_end.test_workers import workers
-from tests.proof.test_soak import REQUESTS, soak
+from tests.proof.test_soak import soak_ranks
 from tests.ranks import MAPPINGS
 
 pytestmark = [
@@ -154,19 +149,4 @@ def test_a_killed_rank_is_told_and_the_engine_starts_anew(alone):
 @pytest.mark.parametrize("mapping", ["TP2", "DP2"])
 def test_thousands_of_requests(tiny_fp8, mapping):
     """The soak of tests/proof/test_soak.py in BF16: aborts, preemption, drafts; every block returns on every rank."""
-    config = EngineConfig(
-        model=str(tiny_fp8),
-        max_batch_size=32,
-        max_num_tokens=256,
-        max_seq_len=160,
-        speculative_config=SpeculativeConfig(num_nextn_predict_layers=3),
-        kv_cache_config=KvCacheConfig(max_tokens=96 * 8, tokens_per_block=8),
-        **MAPPINGS[mapping],
-    )
-    group = start_executor(config, str(tiny_fp8), tiny_fp8, torch.device("cuda"), None)
-    try:
-        ranks = group.num_schedulers
-        schedulers = [Scheduler(BlockManager(96, 8, True, lookahead=1), 32, 256, 160, 3) for _ in range(ranks)]
-        soak(None, LLMEngine(schedulers, group, 320, overlap=group.facts.asynchronous), REQUESTS)
-    finally:
-        group.close()
+    soak_ranks(None, tiny_fp8, mapping, "bfloat16", "cuda")

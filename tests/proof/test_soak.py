@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from pathlib import Path
 
 import psutil
 import pytest
@@ -34,9 +35,13 @@ def test_ten_thousand_requests(tiny_fp8):
 def test_two_ranks(tiny_fp8, mapping):
     """The same over two processes, planned ahead; every block returns on every rank."""
     model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8, dtype="float32")
+    soak_ranks(model, tiny_fp8, mapping, "float32", "cpu")
+
+
+def soak_ranks(model: DeepseekV3ForCausalLM | None, folder: Path, mapping: str, dtype: str, device: str) -> None:
     config = EngineConfig(
-        model=str(tiny_fp8),
-        dtype="float32",
+        model=str(folder),
+        dtype=dtype,
         max_batch_size=32,
         max_num_tokens=256,
         max_seq_len=160,
@@ -44,14 +49,14 @@ def test_two_ranks(tiny_fp8, mapping):
         kv_cache_config=KvCacheConfig(max_tokens=96 * 8, tokens_per_block=8),
         **MAPPINGS[mapping],
     )
-    group = start_executor(config, str(tiny_fp8), tiny_fp8, torch.device("cpu"), None)
+    group = start_executor(config, str(folder), folder, torch.device(device), None)
     try:
         facts = group.facts
         assert (facts.cache_blocks, group.num_schedulers) == (96, 2 if mapping == "DP2" else 1)
         schedulers = [
             Scheduler(BlockManager(96, 8, True, lookahead=1), 32, 256, 160, 3) for _ in range(group.num_schedulers)
         ]
-        soak(model, LLMEngine(schedulers, group, model.config.vocab_size, overlap=facts.asynchronous), REQUESTS)
+        soak(model, LLMEngine(schedulers, group, facts.model_config.vocab_size, overlap=facts.asynchronous), REQUESTS)
     finally:
         group.close()
 

@@ -170,6 +170,21 @@ __device__ inline u32 pack_bf16(float low, float high) {
     return bits;
 }
 
+// Eight BF16 values to FP32 sums, and back.
+__device__ inline void add(float (&sums)[8], const Quad& q) {
+    const u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sums[2 * i] += from_bf16((u16)words[i]);
+        sums[2 * i + 1] += from_bf16((u16)(words[i] >> 16));
+    }
+}
+
+__device__ inline Quad rounded(const float (&sums)[8]) {
+    return {pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]),
+            pack_bf16(sums[6], sums[7])};
+}
+
 __device__ inline u32 multiply_bf16(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));

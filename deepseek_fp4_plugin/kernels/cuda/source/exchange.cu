@@ -43,20 +43,6 @@ __device__ inline Quad receive(const Quad* place, u32 count) {
     return q;
 }
 
-__device__ inline void add(float (&sums)[8], const Quad& q) {
-    const u32 words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sums[2 * i] += from_bf16((u16)words[i]);
-        sums[2 * i + 1] += from_bf16((u16)(words[i] >> 16));
-    }
-}
-
-__device__ inline Quad rounded(const float (&sums)[8]) {
-    return {pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]),
-            pack_bf16(sums[6], sums[7])};
-}
-
 // ---- gather, reduce-scatter and all-reduce of small tensors, one hop each
 
 struct ExchangeParameters {

@@ -51,15 +51,6 @@ __device__ inline void await(const LargeParameters& p, int half, int thread, int
     meet(half);
 }
 
-__device__ inline void add(float (&sums)[8], const Quad& q) {
-    const u32 words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sums[2 * i] += from_bf16((u16)words[i]);
-        sums[2 * i + 1] += from_bf16((u16)(words[i] >> 16));
-    }
-}
-
 // The slices of a chunk that the others have added.
 __device__ inline void take_sums(const LargeParameters& p, int thread, int chunk, int width, u64 turn, u32 count) {
     int from = chunk * p.chunk, end = min(from + p.chunk, p.pieces), mine = p.rank * width;
@@ -102,8 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) all_reduce(const __grid
                 float sums[8] = {-0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
                 for (int rank = 0; rank < p.ranks; rank++)
                     add(sums, rank == p.rank ? load_quad(p.x + i) : load_sent(box + (u64)rank * p.slot + (i - from)));
-                Quad y = {pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]),
-                          pack_bf16(sums[6], sums[7])};
+                Quad y = rounded(sums);
                 p.y[i] = y;
                 if (!two)
                     for (int k = 1; k < p.ranks; k++)
