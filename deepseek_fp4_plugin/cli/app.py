@@ -15,6 +15,7 @@ from deepseek_fp4_plugin.cli.evaluate import evaluate
 from deepseek_fp4_plugin.cli.flags import Group
 from deepseek_fp4_plugin.cli.generate import generate
 from deepseek_fp4_plugin.cli.inspect import inspect
+from deepseek_fp4_plugin.cli.plan import plan
 from deepseek_fp4_plugin.cli.quantize import quantize
 from deepseek_fp4_plugin.cli.serve import serve
 from deepseek_fp4_plugin.config import did_you_mean
@@ -40,7 +41,7 @@ def app() -> None:
     """
 
 
-for command in (demo, quantize, generate, chat, serve, evaluate, inspect, doctor):
+for command in (demo, quantize, generate, chat, serve, evaluate, inspect, doctor, plan):
     app.add_command(command)
 
 

@@ -5,20 +5,21 @@ Activations are not counted: they are a hundredth of it and stay in caches. Sums
 out. Every roofline is the larger of bytes over bandwidth and flops over arithmetic, line by line.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import NamedTuple
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
+from deepseek_fp4_plugin.models.inventory import Role, Weight, layer_weights, weights
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 FormatOf = Callable[[Weight], WeightFormat]
 
 CACHE = "cache"
 # Modules that the tensor-parallel ranks share; the experts are dealt separately, all others are whole on every rank.
-_CUT = frozenset(
+CUT_MODULES = frozenset(
     [
         "gate_proj",
         "up_proj",
@@ -62,21 +63,69 @@ class Step(NamedTuple):
 
 
 def stored_bytes(weight: Weight, weight_format: WeightFormat) -> int:
-    """Bytes of a weight as a checkpoint holds it: values and block scales; single numbers are not counted."""
-    count = prod(weight.shape)
-    if weight_format is WeightFormat.NVFP4:
-        return count // 2 + count // _NVFP4_BLOCK
+    """Bytes of a weight as a checkpoint holds it, values and scales."""
+    return _stored(weight.shape, weight_format, weight.name.endswith("e_score_correction_bias"))[0]
+
+
+def stored_elements(weight: Weight, weight_format: WeightFormat) -> int:
+    """Its tensors' elements as the hub counts them: a byte of two values is one, and scales are some too."""
+    return _stored(weight.shape, weight_format, weight.name.endswith("e_score_correction_bias"))[1]
+
+
+@functools.cache
+def _stored(shape: tuple[int, ...], weight_format: WeightFormat, wide: bool) -> tuple[int, int]:
+    """Bytes and elements.  wide: FP32 where unquantized weights are BF16."""
+    count = prod(shape)
+    if weight_format is WeightFormat.NVFP4:  # two values a byte, a scale for each block, two numbers
+        packed, scales = count // 2, count // _NVFP4_BLOCK
+        return packed + scales + 2 * 4, packed + scales + 2
     if weight_format is WeightFormat.FP8_BLOCK:
-        return count + 4 * prod(-(-size // _FP8_BLOCK) for size in weight.shape)
-    return count * (4 if weight.name.endswith("e_score_correction_bias") else 2)
+        scales = prod(-(-size // _FP8_BLOCK) for size in shape)
+        return count + 4 * scales, count + scales
+    return count * (4 if wide else 2), count
+
+
+class Kind(NamedTuple):
+    """Weights that are alike in everything that is counted. weight: the first of `number`.  mtp: of the MTP layer."""
+
+    weight: Weight
+    format: WeightFormat
+    number: int
+    mtp: bool
+
+
+@functools.lru_cache(maxsize=16)
+def kinds(config: DeepseekV3Config, format_of: FormatOf) -> tuple[Kind, ...]:
+    """Every weight of the model, in few entries: R1 has 45,000 weights and about forty kinds."""
+    return _kinds(config, format_of, weights(config))
+
+
+def _kinds(config: DeepseekV3Config, format_of: FormatOf, found: Iterable[Weight]) -> tuple[Kind, ...]:
+    alike: dict[tuple[object, ...], Kind] = {}
+    for weight in found:
+        mtp = weight.layer is not None and weight.layer >= config.num_hidden_layers
+        form, name = format_of(weight), weight.name.rpartition(".")[2]
+        key = (weight.role, weight.shape, weight.module.rpartition(".")[2], name, form, mtp, weight.layer is None)
+        first = alike.get(key)
+        alike[key] = Kind(weight, form, 1, mtp) if first is None else first._replace(number=first.number + 1)
+    return tuple(alike.values())
+
+
+def checkpoint_size(config: DeepseekV3Config, format_of: FormatOf) -> tuple[int, int]:
+    """Bytes and elements of a whole checkpoint, the MTP layer included where the config has one."""
+    found = kinds(config, format_of)
+    return (
+        sum(kind.number * stored_bytes(kind.weight, kind.format) for kind in found),
+        sum(kind.number * stored_elements(kind.weight, kind.format) for kind in found),
+    )
 
 
 def rank_bytes(config: DeepseekV3Config, format_of: FormatOf, mesh: Mesh | None = None) -> dict[Role, float]:
     """Bytes of the weights that one rank holds, the MTP layer's included where the config has one."""
     held: dict[Role, float] = {}
-    for weight in weights(config):
-        share = _share(weight, mesh or Mesh())
-        held[weight.role] = held.get(weight.role, 0.0) + share * stored_bytes(weight, format_of(weight))
+    for weight, form, count, _ in kinds(config, format_of):
+        share = count * _share(weight, mesh or Mesh())
+        held[weight.role] = held.get(weight.role, 0.0) + share * stored_bytes(weight, form)
     return held
 
 
@@ -87,7 +136,22 @@ def decode_step(
 
     Routed experts are those that are expected to be hit when every token chooses independently and evenly.
     """
-    step, mesh = step or Step(), mesh or Mesh()
+    main = [kind for kind in kinds(config, format_of) if not kind.mtp]
+    return _lines(config, main, config.num_hidden_layers, step or Step(), mesh or Mesh())
+
+
+def draft_step(
+    config: DeepseekV3Config, format_of: FormatOf, step: Step | None = None, mesh: Mesh | None = None
+) -> list[Line]:
+    """The same of one pass of the MTP layer, which drafts one token: its layer, and the main model's head."""
+    ends = (Role.EMBEDDING, Role.HEAD)
+    own = _kinds(config, format_of, layer_weights(config, config.num_hidden_layers))
+    read = [kind for kind in own if kind.weight.role not in ends]
+    read += [kind for kind in kinds(config, format_of) if not kind.mtp and kind.weight.role in ends]
+    return _lines(config, read, 1, step or Step(), mesh or Mesh())
+
+
+def _lines(config: DeepseekV3Config, read: Iterable[Kind], layers: int, step: Step, mesh: Mesh) -> list[Line]:
     totals: dict[str, tuple[float, float]] = {}
 
     def add(role: str, size: float, flops: float) -> None:
@@ -95,19 +159,17 @@ def decode_step(
         totals[role] = (before[0] + size, before[1] + flops)
 
     hit = expected_share(config, step.expert_tokens or step.rows)
-    for weight in weights(config):
-        if weight.layer is not None and weight.layer >= config.num_hidden_layers:
-            continue
-        share, size = _share(weight, mesh), stored_bytes(weight, format_of(weight))
+    for weight, form, count, _ in read:
+        share, size = count * _share(weight, mesh), stored_bytes(weight, form)
         products = 2.0 * prod(weight.shape) * step.rows if len(weight.shape) == 2 else 0.0
         if weight.role is Role.ROUTED_EXPERT:
             tokens = (step.expert_tokens or step.rows) * config.num_experts_per_tok / config.n_routed_experts
             add(weight.role, share * hit * size, share * 2.0 * prod(weight.shape) * tokens)
         elif weight.role is Role.EMBEDDING:
-            add(weight.role, 2.0 * config.hidden_size * step.rows, 0.0)
+            add(weight.role, count * 2.0 * config.hidden_size * step.rows, 0.0)
         else:
             add(weight.role, share * size, share * products)
-    layers, heads = config.num_hidden_layers, config.num_attention_heads / mesh.tp.count
+    heads = config.num_attention_heads / mesh.tp.count
     scores = 2.0 * heads * step.rows * step.context * (config.latent_dim + config.kv_lora_rank)
     entries = step.requests * step.context + step.rows
     add(CACHE, float(layers * config.latent_dim * step.cache_bytes * entries), layers * scores)
@@ -129,4 +191,4 @@ def _share(weight: Weight, mesh: Mesh) -> float:
     name = weight.module.rpartition(".")[2]
     if weight.role is Role.ROUTED_EXPERT:
         return 1.0 / mesh.tensor_parallel_size
-    return 1.0 / mesh.tp.count if name in _CUT else 1.0
+    return 1.0 / mesh.tp.count if name in CUT_MODULES else 1.0

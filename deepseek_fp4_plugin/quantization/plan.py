@@ -10,7 +10,7 @@ v1 is the layout of nvidia/DeepSeek-R1-0528-FP4, v2 that of its successor. gate_
 because run-time kernels fuse them and use one. See docs/quantization.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,14 @@ def becomes_nvfp4(weight: Weight, config: DeepseekV3Config, layout: str) -> bool
         return False
     projections = LAYOUTS[layout].get(weight.role)
     return projections is not None and (not projections or weight.module.rpartition(".")[2] in projections)
+
+
+def layout_format(config: DeepseekV3Config, layout: str) -> Callable[[Weight], WeightFormat]:
+    """Each weight's format in a checkpoint of this layout: v1, v2, `fp8` as DeepSeek publishes it, or `bf16`."""
+    if layout in ("fp8", "bf16"):
+        linear = WeightFormat.FP8_BLOCK if layout == "fp8" else WeightFormat.PLAIN
+        return lambda weight: linear if weight.linear else WeightFormat.PLAIN
+    return lambda weight: WeightFormat.NVFP4 if becomes_nvfp4(weight, config, layout) else WeightFormat.PLAIN
 
 
 def excluded_modules(config: DeepseekV3Config, layout: str) -> list[str]:

@@ -14,14 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.checkpoint.sizes import size_text
-from deepseek_fp4_plugin.checkpoint.writer import TensorSpec
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.inventory import Weight, weights
-from deepseek_fp4_plugin.numerics.fp8_block import BLOCK as FP8_BLOCK
-from deepseek_fp4_plugin.quantization.plan import Conversion, Plan, becomes_nvfp4, result_tensors
+from deepseek_fp4_plugin.models.inventory import Weight
+from deepseek_fp4_plugin.models.ledger import checkpoint_size
+from deepseek_fp4_plugin.quantization.plan import Plan, layout_format, result_tensors
 from deepseek_fp4_plugin.quantization.recipe import Rounding
 
 MTP = "MTP layer"
@@ -206,17 +204,7 @@ def sizes(reader: CheckpointReader, config: DeepseekV3Config, plan: Plan) -> dic
 
 def planned_sizes(config: DeepseekV3Config, layout: str) -> Bytes:
     """Bytes of a checkpoint as DeepSeek publishes one (FP8 linears) and of its NVFP4 result, from the config alone."""
-    total = Bytes(0, 0)
-    for weight in weights(config):
-        dtype = torch.float32 if weight.name.endswith("e_score_correction_bias") else torch.bfloat16
-        source = WeightFormat.FP8_BLOCK if weight.linear else WeightFormat.PLAIN
-        before = TensorSpec(weight.name, torch.float8_e4m3fn if weight.linear else dtype, weight.shape).nbytes
-        if weight.linear:
-            blocks = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
-            before += TensorSpec("", torch.float32, blocks).nbytes
-        specs = result_tensors(Conversion(weight, source, becomes_nvfp4(weight, config, layout)), dtype)
-        total += Bytes(before, sum(spec.nbytes for spec in specs))
-    return total
+    return Bytes(*(checkpoint_size(config, layout_format(config, name))[0] for name in ("fp8", layout)))
 
 
 def module_figures(
