@@ -14,16 +14,22 @@ constexpr int64_t PARTIAL_BYTES = int64_t{32} << 20;  // requests are taken in g
 
 // total[r * latent + d] = sum over keys of p[r * SPLIT + key] * entry[key][d]. Entries are FP32 here.
 inline void weighted_sum(const float* p, const float* const* entry, int64_t keys, int64_t rows, int64_t latent, float* total) {
+  constexpr int B = 4;  // vectors of sums at a time
   for (int64_t r = 0; r < rows; r++) {
     float* to = total + r * latent;
-    for (int64_t d = 0; d < latent; d++) to[d] = 0;
-    for (int64_t key = 0; key < keys; key++) {
-      const float weight = p[r * SPLIT + key];
-      if (weight == 0) continue;  // masked, or lost in FP32 anyway
-      const float* from = entry[key];
-      int64_t d = 0;
-      for (; d + W <= latent; d += W) store(to + d, fma(splat(weight), load(from + d), load(to + d)));
-      for (; d < latent; d++) to[d] += weight * from[d];
+    const float* weight = p + r * SPLIT;  // 0: masked, or lost in FP32 anyway
+    int64_t d = 0;
+    for (; d + B * W <= latent; d += B * W) {
+      vf sums[B] = {};
+      for (int64_t key = 0; key < keys; key++)
+        for (int i = 0; i < B && weight[key] != 0; i++)
+          sums[i] = fma(splat(weight[key]), load(entry[key] + d + i * W), sums[i]);
+      for (int i = 0; i < B; i++) store(to + d + i * W, sums[i]);
+    }
+    for (; d < latent; d++) {
+      to[d] = 0;
+      for (int64_t key = 0; key < keys; key++)
+        if (weight[key] != 0) to[d] += weight[key] * entry[key][d];
     }
   }
 }
@@ -205,8 +211,13 @@ inline void attend(const AttentionArgs& a, const Rows& queries, const Piece& pie
       entry[key + i] = from;
       if (halves) continue;
       float* to = floats + (key + i) * padded;
-      for (int64_t d = 0; d < a.latent; d++)
-        to[d] = v.format == FP8_BLOCK ? from_e4m3(from[d]) : from_bf16(reinterpret_cast<const uint16_t*>(from)[d]);
+      int64_t d = 0;
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(from);
+      if (v.format == FP8_BLOCK)
+        for (; d + W <= a.latent; d += W) store(to + d, from_e4m3(from + d));
+      else
+        for (; d + W <= a.latent; d += W) store(to + d, load_bf16(values + d));
+      for (; d < a.latent; d++) to[d] = v.format == FP8_BLOCK ? from_e4m3(from[d]) : from_bf16(values[d]);
       entry[key + i] = to;
     }
     key += count;

@@ -5,10 +5,10 @@
 namespace ISA {
 namespace {
 
-#if !defined(__AVX2__)
+#if !defined(__AVX2__) && !defined(__aarch64__)
 // Both values of every packed byte.
 struct E2m1Pairs {
-  float values[256][2];
+  alignas(64) float values[256][2];
 };
 constexpr E2m1Pairs e2m1_pairs() {
   E2m1Pairs t{};
@@ -18,7 +18,7 @@ constexpr E2m1Pairs e2m1_pairs() {
   }
   return t;
 }
-alignas(64) inline constexpr E2m1Pairs E2M1_PAIRS = e2m1_pairs();
+inline constexpr E2m1Pairs E2M1_PAIRS = e2m1_pairs();
 #endif
 
 inline void decode_block16(const uint8_t* packed, float scale, float* out) {
@@ -31,18 +31,55 @@ inline void decode_block16(const uint8_t* packed, float scale, float* out) {
   __m256 factor = _mm256_set1_ps(scale * 0.5f);
   _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values)), factor));
   _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(values, 8))), factor));
+#elif defined(__aarch64__)
+  const uint8x8_t bytes = vld1_u8(packed), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
+  const int8x16_t codes = vreinterpretq_s8_u8(vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high)));
+  const int8x16_t values = vqtbl1q_s8(vld1q_s8(TWICE_E2M1), vreinterpretq_u8_s8(codes));
+  const int16x8_t halves[2] = {vmovl_s8(vget_low_s8(values)), vmovl_high_s8(values)};
+  for (int i = 0; i < 2; i++) {
+    vst1q_f32(out + i * 8, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves[i]))), scale * 0.5f));
+    vst1q_f32(out + i * 8 + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_high_s16(halves[i])), scale * 0.5f));
+  }
 #else
-  float values[16];
-  for (int i = 0; i < 8; i++) __builtin_memcpy(values + 2 * i, E2M1_PAIRS.values[packed[i]], 8);
-  for (int i = 0; i < 16; i += W) store(out + i, load(values + i) * scale);
+  for (int i = 0; i < 4; i++) {
+    const float *first = E2M1_PAIRS.values[packed[2 * i]], *second = E2M1_PAIRS.values[packed[2 * i + 1]];
+#if defined(__SSE2__)
+    const __m128d pair = _mm_load_sd(reinterpret_cast<const double*>(first));
+    store(out + i * 4, (vf)_mm_loadh_pd(pair, reinterpret_cast<const double*>(second)) * scale);
+#else
+    store(out + i * 4, vf{first[0], first[1], second[0], second[1]} * scale);
+#endif
+  }
 #endif
 }
+
+#if !defined(__AVX2__)
+struct E4m3Values {
+  float values[256];
+};
+constexpr E4m3Values e4m3_values() {
+  E4m3Values t{};
+  for (int code = 0; code < 256; code++) {
+    const int exponent = code >> 3 & 15;
+    float value = static_cast<float>((exponent ? 8 : 0) + (code & 7)) * 0.001953125f;
+    for (int i = 1; i < exponent; i++) value *= 2;
+    if ((code & 127) == 127) value = __builtin_nanf("");
+    t.values[code] = code & 128 ? -value : value;
+  }
+  return t;
+}
+inline constexpr E4m3Values E4M3_VALUES = e4m3_values();
+#endif
 
 // FP32 values [begin, end) of one weight row: begin a multiple of 16.
 inline void decode_values(const View& v, int64_t row, int64_t begin, int64_t end, float* out) {
   const uint8_t* values = v.values + row * v.row_bytes;
   if (v.format == NVFP4) {
     const uint8_t* scale = v.scale + row * v.scale_cols;
+#if !defined(__AVX2__)
+    for (int64_t b = begin / 16; b < end / 16; b++)
+      decode_block16(values + b * 8, E4M3_VALUES.values[scale[b]], out + b * 16 - begin);
+#else
     for (int64_t b = begin / 16; b < end / 16; b += W) {
       const int64_t count = end / 16 - b < W ? end / 16 - b : W;
       uint8_t codes[W] = {};
@@ -51,6 +88,7 @@ inline void decode_values(const View& v, int64_t row, int64_t begin, int64_t end
       store(scales, from_e4m3(codes));
       for (int64_t i = b; i < b + count; i++) decode_block16(values + i * 8, scales[i - b], out + i * 16 - begin);
     }
+#endif
   } else if (v.format == PLAIN) {
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(values);
     int64_t i = begin;
@@ -61,7 +99,13 @@ inline void decode_values(const View& v, int64_t row, int64_t begin, int64_t end
     for (int64_t i = begin; i < end;) {
       const float scale = block_scale(v, row, i / width);
       const int64_t stop = (i / width + 1) * width < end ? (i / width + 1) * width : end;
+#if !defined(__AVX2__)
+      const float* table = E4M3_VALUES.values;
+      for (const uint8_t* p = values + i; i + W <= stop; i += W, p += W)
+        store(out + i - begin, vf{table[p[0]], table[p[1]], table[p[2]], table[p[3]]} * scale);
+#else
       for (; i + W <= stop; i += W) store(out + i - begin, from_e4m3(values + i) * scale);
+#endif
       for (; i < stop; i++) out[i - begin] = from_e4m3(values[i]) * scale;
     }
   }

@@ -1,8 +1,7 @@
 // Decoding in registers with AVX2: weights become vectors of FP32, in the order that activations are laid out in.
 //
 // A BF16 is the upper half of an FP32, so a vector of BF16 becomes two of FP32: its even elements by a shift, its odd ones by
-// a mask. An NVFP4 value times its block's scale has at most 8 significant bits and is a BF16, too: a table has the 16
-// values' upper and lower bytes for every scale, and two look-ups of bytes give values that are scaled already.
+// a mask. NVFP4 and FP8 become BF16 first.
 #pragma once
 #include "operand.h"
 
@@ -10,27 +9,6 @@ namespace ISA {
 namespace {
 
 #define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
-
-struct ScaledValues {
-  alignas(32) uint8_t high[256][16], low[256][16];  // [E4M3 scale][E2M1 code]
-};
-constexpr ScaledValues scaled_values() {
-  ScaledValues t{};
-  for (int scale = 0; scale < 256; scale++)
-    for (int code = 0; code < 16; code++) {
-      const int field = scale >> 3 & 15, significand = field ? 8 + (scale & 7) : scale & 7;
-      const int product = TWICE_E2M1[code & 7] * significand;  // of 2^(exponent - 11)
-      int bits = 0, top = 0;
-      while (product >> top > 1) top++;
-      if ((scale & 127) == 127) bits = 0x7fc0;
-      else if (product) bits = (127 + top + (field ? field : 1) - 11) << 7 | ((product << (7 - top)) & 127);
-      bits |= ((code >> 3) ^ (scale >> 7)) << 15;
-      t.high[scale][code] = static_cast<uint8_t>(bits >> 8);
-      t.low[scale][code] = static_cast<uint8_t>(bits & 255);
-    }
-  return t;
-}
-alignas(64) inline constexpr ScaledValues SCALED_VALUES = scaled_values();
 
 INLINED inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -40,53 +18,79 @@ INLINED inline __m256 odd_halves(__m256i x) {
   return (__m256)_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
 }
 
-// Two blocks of NVFP4, one in each half of the vector: their 8 low nibbles, then their 8 high ones. halves: their even
-// elements and their odd ones, BF16.
-INLINED inline void decode_blocks(__m256i codes, uint8_t first_scale, uint8_t second_scale, __m256i (&halves)[2]) {
-  auto table = [&](const uint8_t (&bytes)[256][16]) INLINED {
-    return _mm256_set_m128i(
-        _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[second_scale])),
-        _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[first_scale])));
-  };
-  const __m256i high = _mm256_shuffle_epi8(table(SCALED_VALUES.high), codes);
-  const __m256i low = _mm256_shuffle_epi8(table(SCALED_VALUES.low), codes);
-  halves[0] = _mm256_unpacklo_epi8(low, high);
-  halves[1] = _mm256_unpackhi_epi8(low, high);
+// 16 block scales, E4M3, as FP32 times 2^-8: their bits are those of an FP16 number. They come in the order 0 1 4 5 2 3 6 7
+// 8 9 12 13 10 11 14 15, for two_scales().
+constexpr float SCALE_SHIFT = 256.0f;
+INLINED inline void decode_scales(const uint8_t* p, __m256 (&scales)[2]) {
+  const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), order);
+  const __m256i words = _mm256_and_si256(
+      _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  scales[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+  scales[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
 }
 
-// 64 values of NVFP4: codes of blocks 0 and 2, and of 1 and 3, as decode_blocks() takes them.
-INLINED inline void split_nibbles(const uint8_t* p, __m256i (&codes)[2]) {
+// The scales of blocks 4 I + H and 4 I + H + 2, four lanes each.
+template <int I, int H>
+INLINED inline __m256 two_scales(const __m256 (&scales)[2]) {
+  return _mm256_permute_ps(scales[I / 2], (I % 2 * 2 + H) * 0x55);
+}
+
+// 64 values of NVFP4 in QUARTERS, without their scales: two table look-ups give their BF16's upper and lower bytes.
+INLINED inline void decode_nvfp4(const uint8_t* p, __m256 (&w)[2][4]) {
+  const __m256i high_bytes = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64));
+  const __m256i low_bytes = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
   const __m256i packed = load_bytes(p), nibble = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-  codes[0] = _mm256_unpacklo_epi64(low, high);
-  codes[1] = _mm256_unpackhi_epi64(low, high);
-}
-
-// 64 values of NVFP4 in QUARTERS.
-INLINED inline void decode_nvfp4(const uint8_t* p, const uint8_t* scale, __m256 (&w)[2][4]) {
-  __m256i codes[2];
-  split_nibbles(p, codes);
-  UNROLL for (int i = 0; i < 2; i++) {
-    __m256i halves[2];
-    decode_blocks(codes[i], scale[i], scale[i + 2], halves);
-    UNROLL for (int h = 0; h < 2; h++) {
-      w[i][2 * h] = even_halves(halves[h]);
-      w[i][2 * h + 1] = odd_halves(halves[h]);
+  const __m256i codes[2] = {_mm256_and_si256(packed, nibble), _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble)};
+  UNROLL for (int odd = 0; odd < 2; odd++) {
+    const __m256i high = _mm256_shuffle_epi8(high_bytes, codes[odd]), low = _mm256_shuffle_epi8(low_bytes, codes[odd]);
+    UNROLL for (int i = 0; i < 2; i++) {
+      const __m256i halves = i ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+      w[i][2 * odd] = even_halves(halves);
+      w[i][2 * odd + 1] = odd_halves(halves);
     }
   }
 }
 
-// 32 of E4M3 in FLOATS, times 2^-8: the bits are those of an FP16 number.
-constexpr float SCALE_SHIFT = 256.0f;
+// 32 of E4M3 as BF16 in their order. The upper half of a code gives sign and exponent but for its last bit, that is the
+// upper byte; the lower half is the upper part of the lower byte. Codes below 2^-6 have no leading one and need others.
+INLINED inline void fp8_halves(const uint8_t* p, __m256i (&halves)[2]) {
+  auto table = [](__m128i x) INLINED { return _mm256_broadcastsi128_si256(x); };
+  const __m256i upper =
+      table(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61));
+  const __m256i no_small = table(_mm_setr_epi8(0, -1, -1, -1, -1, -1, -1, -1, 0, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i small_upper = table(_mm_setr_epi8(60, 7, 7, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i small_lower = table(_mm_setr_epi8(0, 16, -96, -16, 64, 112, 32, 16, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i bytes = _mm256_permute4x64_epi64(load_bytes(p), 0xd8), nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_and_si256(bytes, nibble), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+  const __m256i small = _mm256_or_si256(low, _mm256_shuffle_epi8(no_small, high));  // no index where it is none
+  const __m256i nan = _mm256_cmpeq_epi8(_mm256_or_si256(bytes, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-1));
+  const __m256i first = _mm256_or_si256(
+      _mm256_xor_si256(_mm256_shuffle_epi8(upper, high), _mm256_shuffle_epi8(small_upper, small)), nan);
+  const __m256i second = _mm256_xor_si256(_mm256_slli_epi16(low, 4), _mm256_shuffle_epi8(small_lower, small));
+  halves[0] = _mm256_unpacklo_epi8(second, first);
+  halves[1] = _mm256_unpackhi_epi8(second, first);
+}
+
+// 32 of E4M3 in PAIRS. With a leading one in all of them, as nearly always in weights, sign, exponent and mantissa only move.
 INLINED inline void decode_fp8(const uint8_t* p, __m256 (&w)[4]) {
-  const __m256i bytes = load_bytes(p), zero = _mm256_setzero_si256();
-  const __m256i sign_and_value = _mm256_set1_epi16(static_cast<short>(0xbf80)), sign = _mm256_set1_epi16(-32768);
+  const __m256i magnitude = _mm256_and_si256(load_bytes(p), _mm256_set1_epi8(127));
+  const __m256i plain = _mm256_cmpgt_epi8(_mm256_add_epi8(magnitude, _mm256_set1_epi8(1)), _mm256_set1_epi8(8));
+  __m256i halves[2];
+  if (__builtin_expect(_mm256_movemask_epi8(plain) == -1, 1)) {
+    UNROLL for (int h = 0; h < 2; h++) {
+      const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + h * 16)));
+      const __m256i moved = _mm256_and_si256(_mm256_slli_epi16(words, 4), _mm256_set1_epi16(static_cast<short>(0x87f0)));
+      halves[h] = _mm256_add_epi16(moved, _mm256_set1_epi16(120 << 7));
+    }
+  } else {
+    fp8_halves(p, halves);
+  }
   UNROLL for (int h = 0; h < 2; h++) {
-    const __m256i words = h ? _mm256_unpackhi_epi8(zero, bytes) : _mm256_unpacklo_epi8(zero, bytes);
-    __m256i halves = _mm256_and_si256(_mm256_srai_epi16(words, 1), sign_and_value);
-    halves = _mm256_or_si256(halves, _mm256_cmpeq_epi16(_mm256_or_si256(halves, sign), sign_and_value));  // NaN
-    w[h] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-    w[h + 2] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+    w[2 * h] = even_halves(halves[h]);
+    w[2 * h + 1] = odd_halves(halves[h]);
   }
 }
 
@@ -100,62 +104,59 @@ INLINED inline void decode_plain(const uint8_t* p, __m256 (&w)[4]) {
 }
 
 inline Layout dot_layout(const Weight& weight) {
-  return weight.format == NVFP4 ? QUARTERS : weight.format == PLAIN ? PAIRS : FLOATS;
+  return weight.format == NVFP4 ? QUARTERS : PAIRS;
 }
 
-// Up to 64 values of NVFP4 or 32 others that end a row, padded with zeros.
-struct Rest {
-  alignas(32) uint8_t bytes[64] = {};
-  uint8_t scale[4] = {};
+// Weights at the end of a row, or between scale blocks that share a step, among zeros.
+struct Padded {
+  alignas(32) uint8_t bytes[CHUNK / 2] = {};
+  uint8_t scale[CHUNK / 16] = {};
 
-  Rest(const uint8_t* p, int64_t size) { __builtin_memcpy(bytes, p, size); }
-  Rest(const uint8_t* p, const uint8_t* scales, int64_t blocks) : Rest(p, blocks * 8) {
+  Padded(const uint8_t* p, int64_t size, int64_t at = 0) { __builtin_memcpy(bytes + at, p, size); }
+  Padded(const uint8_t* p, const uint8_t* scales, int64_t blocks) : Padded(p, blocks * 8) {
     __builtin_memcpy(scale, scales, blocks);
   }
 };
 
-// A chunk of one weight row, in the activations' layout and with its scales; zeros behind the row's end.
+// A chunk of NVFP4, with its scales times 2^-8, in QUARTERS.
+inline void decode_nvfp4_chunk(const uint8_t* p, const uint8_t* scale, float* out) {
+  __m256 scales[2], w[2][4];
+  decode_scales(scale, scales);
+  each<4>([&](auto i) INLINED {
+    decode_nvfp4(p + i * 32, w);
+    each<2>([&](auto h) INLINED {
+      UNROLL for (int j = 0; j < 4; j++)
+        _mm256_storeu_ps(out + i * 64 + h * 32 + j * 8, _mm256_mul_ps(w[h][j], two_scales<i, h>(scales)));
+    });
+  });
+}
+
+// A chunk of one weight row, in the activations' layout and with its scales, but for decoded_factor(); zeros behind the end.
 inline void decode_chunk(const View& v, int64_t row, int64_t chunk, float* out) {
   const uint8_t* p = v.values + row * v.row_bytes;
   const int64_t begin = chunk * CHUNK, left = v.in - begin < CHUNK ? v.in - begin : CHUNK;
-  if (left < CHUNK) __builtin_memset(out, 0, CHUNK * 4);
   if (v.format == NVFP4) {
     const uint8_t* scale = v.scale + row * v.scale_cols + begin / 16;
-    p += begin / 2;
-    for (int64_t k = 0; k < left; k += 64) {
-      __m256 w[2][4];
-      if (left - k >= 64) {
-        decode_nvfp4(p + k / 2, scale + k / 16, w);
-      } else {
-        const Rest rest(p + k / 2, scale + k / 16, (left - k) / 16);
-        decode_nvfp4(rest.bytes, rest.scale, w);
-      }
-      UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + k + i * 8, w[i / 4][i % 4]);
-    }
-  } else if (v.format == PLAIN) {
-    p += begin * 2;
-    for (int64_t k = 0; k < left; k += 32) {
+    if (left == CHUNK) return decode_nvfp4_chunk(p + begin / 2, scale, out);
+    const Padded padded(p + begin / 2, scale, left / 16);
+    return decode_nvfp4_chunk(padded.bytes, padded.scale, out);
+  }
+  const int64_t size = v.format == PLAIN ? 2 : 1, width = v.scale ? v.block_cols : v.in;
+  if (left < CHUNK) __builtin_memset(out, 0, CHUNK * 4);
+  for (int64_t k = 0; k < left; k += 32) {
+    const int64_t count = left - k < 32 ? left - k : 32, block = (begin + k) / width;
+    const bool together = (block + 1) * width >= begin + k + count;  // in one scale block
+    const __m256 scale = _mm256_set1_ps(together ? block_scale(v, row, block) : 1.0f);
+    auto decode = [&](const uint8_t* from) INLINED {
       __m256 w[4];
-      if (left - k >= 32) decode_plain(p + k * 2, w);
-      else decode_plain(Rest(p + k * 2, (left - k) * 2).bytes, w);
-      UNROLL for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + k + i * 8, w[i]);
-    }
-  } else {
-    p += begin;
-    const int64_t width = v.scale ? v.block_cols : v.in;
-    for (int64_t k = 0, stop; k < left; k = stop) {
-      const int64_t block = (begin + k) / width, block_end = (block + 1) * width - begin;
-      stop = block_end < left ? block_end : left;
-      const __m256 scale = _mm256_set1_ps(block_scale(v, row, block) * SCALE_SHIFT);
-      for (int64_t i = k; i < stop; i += 32) {
-        __m256 w[4];
-        if (stop - i >= 32) decode_fp8(p + i, w);
-        else decode_fp8(Rest(p + i, stop - i).bytes, w);
-        float values[32];
-        UNROLL for (int j = 0; j < 4; j++) _mm256_storeu_ps(values + j * 8, _mm256_mul_ps(w[j], scale));
-        __builtin_memcpy(out + i, values, (stop - i < 32 ? stop - i : 32) * 4);
-      }
-    }
+      if (v.format == PLAIN) decode_plain(from, w);
+      else decode_fp8(from, w);
+      UNROLL for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + k + i * 8, _mm256_mul_ps(w[i], scale));
+    };
+    if (count == 32) decode(p + (begin + k) * size);
+    else decode(Padded(p + (begin + k) * size, count * size).bytes);
+    for (int64_t i = 0; i < count && !together; i++)
+      out[k + i / 16 * 16 + i % 2 * 8 + i % 16 / 2] *= block_scale(v, row, (begin + k + i) / width);
   }
 }
 
@@ -163,37 +164,36 @@ inline void decode_chunk(const View& v, int64_t row, int64_t chunk, float* out) 
 inline void decode_e4m3(const uint8_t* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    __m256 w[4];
-    decode_fp8(from + i, w);
-    UNROLL for (int j = 0; j < 4; j += 2) {
-      const __m256 factor = _mm256_set1_ps(SCALE_SHIFT);
-      const __m256i a = _mm256_srli_epi32((__m256i)_mm256_mul_ps(w[j], factor), 16);
-      const __m256i b = _mm256_srli_epi32((__m256i)_mm256_mul_ps(w[j + 1], factor), 16);
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(to + i + j * 8), _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8));
-    }
+    __m256i halves[2];
+    fp8_halves(from + i, halves);
+    UNROLL for (int h = 0; h < 2; h++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + h * 16), halves[h]);
   }
   for (; i < n; i++) to[i] = to_bf16(from_e4m3(from[i]));
 }
 
-// A row of NVFP4 as BF16 in its order, scaled by its blocks' scales; n a multiple of 16.
-inline void decode_nvfp4_row(const uint8_t* p, const uint8_t* scale, int64_t n, uint16_t* to) {
-  for (int64_t k = 0; k < n; k += 64) {
-    const int64_t blocks = n - k < 64 ? (n - k) / 16 : 4;
-    const Rest rest(p + k / 2, scale + k / 16, blocks);
-    __m256i codes[2];
-    split_nibbles(rest.bytes, codes);
-    alignas(32) uint16_t values[4][16];
-    UNROLL for (int i = 0; i < 2; i++) {
-      __m256i halves[2];
-      decode_blocks(codes[i], rest.scale[i], rest.scale[i + 2], halves);
-      const __m256i first = _mm256_unpacklo_epi16(halves[0], halves[1]), second = _mm256_unpackhi_epi16(halves[0], halves[1]);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(values[i]), _mm256_permute2x128_si256(first, second, 0x20));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(values[i + 2]), _mm256_permute2x128_si256(first, second, 0x31));
+// A row of NVFP4 in its order, scaled by its blocks' scales times 2^-8, as BF16: they have 6 significant bits.
+inline void decode_nvfp4_row(const View& v, int64_t row, uint16_t* to) {
+  float decoded[CHUNK];
+  alignas(32) uint16_t values[CHUNK];
+  for (int64_t begin = 0; begin < v.in; begin += CHUNK) {
+    decode_chunk(v, row, begin / CHUNK, decoded);
+    for (int64_t k = 0; k < CHUNK; k += 32) {
+      // Elements 0 4 8 12, 2 6 10 14, 1 5 9 13 and 3 7 11 15 of two blocks, of which one in each half.
+      __m256i quarter[4];
+      UNROLL for (int i = 0; i < 4; i++) quarter[i] = load_bytes(decoded + k + i * 8);
+      const __m256i even = _mm256_blend_epi16(_mm256_srli_epi32(quarter[0], 16), quarter[1], 0xaa);
+      const __m256i odd = _mm256_blend_epi16(_mm256_srli_epi32(quarter[2], 16), quarter[3], 0xaa);
+      const __m256i first = _mm256_unpacklo_epi16(even, odd), second = _mm256_unpackhi_epi16(even, odd);
+      uint16_t* block = values + k / 64 * 64 + k % 64 / 2;  // the other one is two further
+      _mm256_store_si256(reinterpret_cast<__m256i*>(block), _mm256_permute2x128_si256(first, second, 0x20));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(block + 32), _mm256_permute2x128_si256(first, second, 0x31));
     }
-    __builtin_memcpy(to + k, values, blocks * 32);
+    __builtin_memcpy(to + begin, values, (v.in - begin < CHUNK ? v.in - begin : CHUNK) * 2);
   }
 }
+
+// What is missing in decoded weights and in sums of their products.
+inline float decoded_factor(const View& v) { return v.format == NVFP4 ? v.factor * SCALE_SHIFT : v.factor; }
 
 }  // namespace
 }  // namespace ISA

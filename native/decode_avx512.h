@@ -103,20 +103,6 @@ inline __m512i load_now(const uint8_t* p) {
 #endif
 }
 
-template <int N>
-struct Number {
-  constexpr operator int() const { return N; }
-};
-
-// f(0), ..., f(N - 1) with constants, so that arrays indexed by them become registers.
-template <int N, int I = 0, class F>
-INLINED inline void each(const F& f) {
-  if constexpr (I < N) {
-    f(Number<I>());
-    each<N, I + 1>(f);
-  }
-}
-
 // The sum over the lanes of each of four vectors.
 inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

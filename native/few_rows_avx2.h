@@ -32,51 +32,79 @@ struct Near {
   }
 };
 
-// total[r] += w times 32 activations of row r.
+// sum[r] = w times 32 activations of row r.
 template <int R>
-INLINED inline void add_products(const __m256 (&w)[4], const Near<R>& near, int64_t at, __m256 (&total)[R]) {
+INLINED inline void products(const __m256 (&w)[4], const Near<R>& near, int64_t at, __m256 (&sum)[R]) {
   UNROLL for (int r = 0; r < R; r++) {
-    __m256 sum = _mm256_mul_ps(w[0], _mm256_loadu_ps(near.x[r] + at));
-    UNROLL for (int i = 1; i < 4; i++) sum = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(near.x[r] + at + i * 8), sum);
-    total[r] = _mm256_add_ps(total[r], sum);
+    sum[r] = _mm256_mul_ps(w[0], _mm256_loadu_ps(near.x[r] + at));
+    UNROLL for (int i = 1; i < 4; i++) sum[r] = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(near.x[r] + at + i * 8), sum[r]);
   }
 }
-
 template <int R>
-struct Nvfp4Row {
+INLINED inline void add_products(const __m256 (&w)[4], const Near<R>& near, int64_t at, __m256 (&total)[R]) {
+  __m256 sum[R];
+  products(w, near, at, sum);
+  UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_add_ps(total[r], sum[r]);
+}
+
+// Weight rows one after the other, in each of them chunks from the turn's first one on.
+//
+// Of NVFP4: the sums of a block are scaled before they join the row's.
+template <int R>
+struct Nvfp4Rows {
   static constexpr int64_t CHUNK_BYTES = CHUNK / 2;
   static constexpr bool BLOCK_SCALES = true;
-  const uint8_t *p, *scale;
+  const uint8_t *p = nullptr, *scale = nullptr, *next, *next_scale;
+  const int64_t row_bytes, scale_cols;
 
-  Nvfp4Row(const View& v, int64_t row, int64_t chunk)
-      : p(v.values + row * v.row_bytes + chunk * CHUNK_BYTES), scale(v.scale + row * v.scale_cols + chunk * 16) {}
+  Nvfp4Rows(const View& v, const Turn& turn)
+      : next(v.values + turn.row * v.row_bytes + turn.begin * CHUNK_BYTES),
+        next_scale(v.scale + turn.row * v.scale_cols + turn.begin * 16), row_bytes(v.row_bytes), scale_cols(v.scale_cols) {}
 
-  INLINED static void multiply(const uint8_t* p, const uint8_t* scale, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
-    __m256 w[2][4];
-    decode_nvfp4(p, scale, w);
-    add_products(w[0], near, at, total);
-    add_products(w[1], near, at + 32, total);
+  INLINED void next_row() {
+    p = next, scale = next_scale;
+    next += row_bytes, next_scale += scale_cols;
+  }
+
+  INLINED static void multiply(const uint8_t* p, const uint8_t* scale, const Near<R>& near, __m256 (&total)[R]) {
+    __m256 scales[2];
+    decode_scales(scale, scales);
+    each<4>([&](auto i) INLINED {
+      __m256 w[2][4];
+      decode_nvfp4(p + i * 32, w);
+      each<2>([&](auto h) INLINED {
+        __m256 sum[R];
+        products(w[h], near, i * 64 + h * 32, sum);
+        const __m256 factor = two_scales<i, h>(scales);
+        UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_fmadd_ps(sum[r], factor, total[r]);
+      });
+    });
   }
   INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
-    for (int i = 0; i < 4; i++) multiply(p + i * 32, scale + i * 4, near, i * 64, total);
+    multiply(p, scale, near, total);
     p += CHUNK_BYTES;
     scale += 16;
   }
   void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
-    for (int64_t k = 0; k < n; k += 64) {
-      const Rest padded(p + k / 2, scale + k / 16, n - k < 64 ? (n - k) / 16 : 4);
-      multiply(padded.bytes, padded.scale, near, k, total);
-    }
+    const Padded padded(p, scale, n / 16);
+    multiply(padded.bytes, padded.scale, near, total);
   }
 };
 
 template <int R>
-struct PlainRow {
+struct PlainRows {
   static constexpr int64_t CHUNK_BYTES = CHUNK * 2;
   static constexpr bool BLOCK_SCALES = false;
-  const uint8_t* p;
+  const uint8_t *p = nullptr, *next;
+  const int64_t row_bytes;
 
-  PlainRow(const View& v, int64_t row, int64_t chunk) : p(v.values + row * v.row_bytes + chunk * CHUNK_BYTES) {}
+  PlainRows(const View& v, const Turn& turn)
+      : next(v.values + turn.row * v.row_bytes + turn.begin * CHUNK_BYTES), row_bytes(v.row_bytes) {}
+
+  INLINED void next_row() {
+    p = next;
+    next += row_bytes;
+  }
 
   INLINED static void multiply(const uint8_t* p, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
     __m256 w[4];
@@ -90,28 +118,37 @@ struct PlainRow {
   void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
     int64_t k = 0;
     for (; n - k >= 32; k += 32) multiply(p + k * 2, near, k, total);
-    if (k < n) multiply(Rest(p + k * 2, (n - k) * 2).bytes, near, k, total);
+    if (k < n) multiply(Padded(p + k * 2, (n - k) * 2).bytes, near, k, total);
   }
 };
 
-// Sums of a scale block, at most a chunk, are scaled before they join the row's.
+// Of FP8: the sums of a scale block, at most a chunk, are scaled before they join the row's.
 template <int R>
-struct Fp8Row {
+struct Fp8Rows {
   static constexpr int64_t CHUNK_BYTES = CHUNK;
   static constexpr bool BLOCK_SCALES = false;
-  const uint8_t* p;
-  const float* scale;  // of the scale block that `left` inputs are left of; null: 1
-  int64_t width, left;
+  const uint8_t *p = nullptr, *next;
+  const float* scale = nullptr;  // of the scale block that `left` inputs are left of; null: 1
+  int64_t left = 0;
+  const float* row_scale = nullptr;  // of a row's first scale block in this turn, for so many rows more
+  int64_t rows_left, first_left;
+  const int64_t row_bytes, width, height, scale_cols;
 
-  Fp8Row(const View& v, int64_t row, int64_t chunk)
-      : p(v.values + row * v.row_bytes + chunk * CHUNK_BYTES), scale(nullptr), width(v.in), left(v.in) {
+  Fp8Rows(const View& v, const Turn& turn)
+      : next(v.values + turn.row * v.row_bytes + turn.begin * CHUNK_BYTES), rows_left(v.out), first_left(v.in),
+        row_bytes(v.row_bytes), width(v.scale ? v.block_cols : v.in), height(v.block_rows), scale_cols(v.scale_cols) {
     if (!v.scale) return;
-    const int64_t block = chunk * CHUNK / v.block_cols;
-    scale = reinterpret_cast<const float*>(v.scale) + row / v.block_rows * v.scale_cols + block;
-    width = v.block_cols;
-    left = (block + 1) * width - chunk * CHUNK;
+    const int64_t block = turn.begin * CHUNK / width;
+    row_scale = reinterpret_cast<const float*>(v.scale) + turn.row / height * scale_cols + block;
+    rows_left = height - turn.row % height;
+    first_left = (block + 1) * width - turn.begin * CHUNK;
   }
 
+  INLINED void next_row() {
+    if (rows_left-- == 0) rows_left = height - 1, row_scale += scale_cols;
+    p = next, scale = row_scale, left = first_left;
+    next += row_bytes;
+  }
   INLINED static void multiply(const uint8_t* p, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
     __m256 w[4];
     decode_fp8(p, w);
@@ -123,9 +160,13 @@ struct Fp8Row {
       const int64_t stop = left < n - k ? k + left : n;
       __m256 part[R] = {};
       left -= stop - k;
-      for (; stop - k >= 32; k += 32) multiply(p + k, near, k, part);
-      if (k < stop) multiply(Rest(p + k, stop - k).bytes, near, k, part);
-      k = stop;
+      if (k % 32 == 0)
+        for (; stop - k >= 32; k += 32) multiply(p + k, near, k, part);
+      while (k < stop) {
+        const int64_t step = k / 32 * 32, end = step + 32 < stop ? step + 32 : stop;
+        multiply(Padded(p + k, end - k, k - step).bytes, near, step, part);
+        k = end;
+      }
       const __m256 factor = _mm256_set1_ps(scale ? *scale : 1.0f);
       UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_fmadd_ps(part[r], factor, total[r]);
       if (left == 0) left = width, scale += scale != nullptr;
@@ -135,19 +176,21 @@ struct Fp8Row {
 };
 
 // sums[output of the group * BATCH + r]: of what came before this turn, and after it.
-template <template <int> class Row, int R>
+template <template <int> class Weights, int R>
 __attribute__((noinline)) void turn_of_rows(const View& v, const Turn& turn, const Rows& rows, int64_t r, __m256* sums) {
   Address next = turn.next, next_scale = turn.next_scale;
   const int64_t whole = turn.end * CHUNK <= v.in ? turn.end : turn.end - 1;
+  Weights<R> weights(v, turn);
+  const Near<R> first(rows, r, turn.begin);
   for (int64_t row = turn.row; row < turn.stop; row++, sums += BATCH) {
-    Row<R> weights(v, row, turn.begin);
-    Near<R> near(rows, r, turn.begin);
+    weights.next_row();
+    Near<R> near = first;
     __m256 total[R];
     UNROLL for (int i = 0; i < R; i++) total[i] = sums[i];
     for (int64_t c = turn.begin; c < whole; c++) {
-      fetch_bytes(next, Row<R>::CHUNK_BYTES);
-      next += Row<R>::CHUNK_BYTES;
-      if constexpr (Row<R>::BLOCK_SCALES) fetch(next_scale), next_scale += 16;
+      fetch_bytes(next, Weights<R>::CHUNK_BYTES);
+      next += Weights<R>::CHUNK_BYTES;
+      if constexpr (Weights<R>::BLOCK_SCALES) fetch(next_scale), next_scale += 16;
       weights.chunk(near, total);
       near.advance(rows.step);
     }
@@ -157,13 +200,13 @@ __attribute__((noinline)) void turn_of_rows(const View& v, const Turn& turn, con
 }
 
 // As many rows of activations at once, up to 4, as spread them evenly. Returns how many.
-template <template <int> class Row>
+template <template <int> class Weights>
 inline int64_t turn_of_some(const View& v, const Turn& turn, const Rows& rows, int64_t r, int64_t left, __m256* sums) {
   const int64_t count = left <= 4 ? left : left < 8 ? (left + 1) / 2 : 4;
-  if (count == 4) turn_of_rows<Row, 4>(v, turn, rows, r, sums);
-  else if (count == 3) turn_of_rows<Row, 3>(v, turn, rows, r, sums);
-  else if (count == 2) turn_of_rows<Row, 2>(v, turn, rows, r, sums);
-  else turn_of_rows<Row, 1>(v, turn, rows, r, sums);
+  if (count == 4) turn_of_rows<Weights, 4>(v, turn, rows, r, sums);
+  else if (count == 3) turn_of_rows<Weights, 3>(v, turn, rows, r, sums);
+  else if (count == 2) turn_of_rows<Weights, 2>(v, turn, rows, r, sums);
+  else turn_of_rows<Weights, 1>(v, turn, rows, r, sums);
   return count;
 }
 
@@ -177,12 +220,12 @@ inline __m256 lane_sums(const __m256* v, int64_t stride) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-template <template <int> class Row>
+template <template <int> class Weights>
 inline void few_rows_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   const int64_t chunks = ceil_div(v.in, CHUNK), together = rows.count < 4 ? rows.count : 4;
   const int64_t length = together ? NEAR / (together * rows.row_bytes) : chunks;
   const int64_t ahead = ceil_div(v.ahead, GROUP * v.row_bytes) * GROUP;  // weight rows
-  const float factor = v.factor * (v.format == FP8_BLOCK ? SCALE_SHIFT : 1.0f);
+  const float factor = decoded_factor(v);
   __m256 sums[GROUP * BATCH];
   for (int64_t group = first; group < last; group += GROUP) {
     const int64_t stop = group + GROUP < last ? group + GROUP : last;
@@ -194,8 +237,8 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
       for (int64_t i = 0; i < GROUP; i++) __builtin_memset(sums + i * BATCH, 0, count * sizeof(__m256));
       for (int64_t begin = 0; begin < chunks; begin += length) {
         const int64_t end = begin + length < chunks ? begin + length : chunks, done = begin * (stop - group);
-        const Turn turn{group, stop, begin, end, next + done * Row<1>::CHUNK_BYTES, next_scale + done * 16};
-        for (int64_t r = 0; r < count;) r += turn_of_some<Row>(v, turn, rows, r0 + r, count - r, sums + r);
+        const Turn turn{group, stop, begin, end, next + done * Weights<1>::CHUNK_BYTES, next_scale + done * 16};
+        for (int64_t r = 0; r < count;) r += turn_of_some<Weights>(v, turn, rows, r0 + r, count - r, sums + r);
       }
       for (int64_t r = 0; r < count; r++) {
         alignas(32) float results[GROUP];
@@ -208,9 +251,9 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
 
 // out[r * stride + o - first], o in [first, last). A row's results do not depend on the number of rows.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
-  if (v.format == NVFP4) few_rows_product<Nvfp4Row>(v, first, last, rows, out, stride);
-  else if (v.format == PLAIN) few_rows_product<PlainRow>(v, first, last, rows, out, stride);
-  else few_rows_product<Fp8Row>(v, first, last, rows, out, stride);
+  if (v.format == NVFP4) few_rows_product<Nvfp4Rows>(v, first, last, rows, out, stride);
+  else if (v.format == PLAIN) few_rows_product<PlainRows>(v, first, last, rows, out, stride);
+  else few_rows_product<Fp8Rows>(v, first, last, rows, out, stride);
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ inline void decode_chunk(const View& v, int64_t row, int64_t chunk, float* out) 
   if (end < begin + CHUNK) __builtin_memset(out + end - begin, 0, (begin + CHUNK - end) * 4);
 }
 
+inline float decoded_factor(const View& v) { return v.factor; }
+
 // out[r * stride + o - first], o in [first, last). A row's results do not depend on the number of rows.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   constexpr int O = 4;

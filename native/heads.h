@@ -114,7 +114,7 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
       const uint8_t* from = v.values + (row + i) * v.row_bytes;
       uint16_t* to = decoded + i * v.in;
       if (v.format != PLAIN) fetch_bytes(address(from) + v.ahead, v.row_bytes);
-      if (v.format == NVFP4) decode_nvfp4_row(from, v.scale + (row + i) * v.scale_cols, v.in, to);
+      if (v.format == NVFP4) decode_nvfp4_row(v, row + i, to);
       else if (v.format == FP8_BLOCK) decode_e4m3(from, v.in, to);
       entry[i - n] = v.format == PLAIN ? reinterpret_cast<const uint16_t*>(from) : to;
     }
@@ -180,6 +180,8 @@ inline void absorb(const HeadArgs& a) {
     float factor = v.factor;
 #if defined(__AVX512BF16__)
     if (v.format == NVFP4) factor *= SCALE_SHIFT;
+#elif defined(__AVX2__)
+    if (v.in % SUMMED == 0) factor = decoded_factor(v);
 #endif
     if (factor != 1.0f)
       for (int64_t i = 0; i < a.tokens * v.in; i++) total[i] *= factor;

@@ -103,9 +103,10 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
       }
     }
   }
-  if (v.factor != 1.0f)
+  const float factor = decoded_factor(v);
+  if (factor != 1.0f)
     for (int64_t r = 0; r < rows.count; r++)
-      for (int64_t o = 0; o < width; o += W) store(out + r * stride + o, load(out + r * stride + o) * v.factor);
+      for (int64_t o = 0; o < width; o += W) store(out + r * stride + o, load(out + r * stride + o) * factor);
 }
 
 inline Layout layout_for(const Weight& weight, int64_t) { return dot_layout(weight); }

@@ -44,6 +44,9 @@ inline vf fma(vf a, vf b, vf c) {
 }
 
 inline vf load_bf16(const uint16_t* p) {
+#if defined(__SSE2__) && !defined(__AVX2__)  // GCC takes seven instructions for what needs two
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
   vh half = *reinterpret_cast<const vh_any*>(p);
   return (vf)(__builtin_convertvector(half, vu) << 16);
 }
@@ -173,6 +176,20 @@ inline uint8_t to_e4m3(float x) {
 }
 
 #define INLINED __attribute__((always_inline))
+
+template <int N>
+struct Number {
+  constexpr operator int() const { return N; }
+};
+
+// f(0), ..., f(N - 1) with constants, so that arrays indexed by them become registers.
+template <int N, int I = 0, class F>
+INLINED inline void each(const F& f) {
+  if constexpr (I < N) {
+    f(Number<I>());
+    each<N, I + 1>(f);
+  }
+}
 
 // Into the second cache, whose queue of requests to memory is longer than the first one's. Calls to a function that does
 // nothing else may be dropped by the compiler, so that it must be inlined early.

@@ -1,6 +1,7 @@
 """The C++ itself: headers by themselves, the pool under the thread sanitizer, the kernels under the others."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,33 @@ def _stress(compiler: str, folder: Path, sanitizer: str, options: str, rounds: i
     environment = {**os.environ, "TSAN_OPTIONS": options, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "the pool held\n"), (result.stdout + result.stderr)[-5000:]
+
+
+@pytest.mark.proof
+def test_kernels_without_python(compiler, tmp_path):
+    """The check that processors without a Python at hand run."""
+    assert _kernels_check([compiler], [], tmp_path, [NATIVE / "avx2.cpp"]) == "portable holds\navx2 holds\n"
+
+
+@pytest.mark.proof
+def test_kernels_on_an_emulated_arm_processor(tmp_path):
+    cross, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (cross and emulator):
+        pytest.skip("needs a cross compiler and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user")
+    assert _kernels_check([cross, "-static"], [emulator], tmp_path, []) == "portable holds\n"
+
+
+def _kernels_check(compiler: list[str], emulator: list[str], folder: Path, units: list[Path]) -> str:
+    objects = []
+    for unit in units:
+        objects.append(folder / f"{unit.stem}.o")
+        subprocess.run([*compiler, *FLAGS, "-O2", *AVX2, "-c", unit, "-o", objects[-1]], check=True)
+    sources = [NATIVE / "tests" / "kernels_check.cpp", NATIVE / "portable.cpp", NATIVE / "pool.cpp"]
+    defined = ["-DWITH_AVX2"] if units else []
+    program = folder / "kernels_check"
+    flags = [*FLAGS, "-O2", "-ffp-contract=off", "-pthread", *defined]
+    subprocess.run([*compiler, *flags, *sources, *objects, "-o", program], check=True)
+    return subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
 
 
 TESTS = [ROOT / "tests" / "parity" / name for name in ("test_cpu_kernels.py", "test_cpu_boundary.py")]
