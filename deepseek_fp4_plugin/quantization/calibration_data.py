@@ -1,27 +1,37 @@
-"""Calibration text: from a data set, a file or the package, to token ids; seed, count and length in one place.
+"""Calibration text: from data sets, files or the package, to token ids; seed, count and length in one place.
 
 Every sample is at most `tokens` long and never padded: padding would enter the largest magnitudes. Of a large input
 only what the samples need is tokenized and kept: tokenizing takes some 200 bytes of memory a character.
 """
 
-import gzip
 import hashlib
 import json
 import logging
 import random
+import re
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from deepseek_fp4_plugin.quantization.calibration_records import (
+    READERS,
+    Record,
+    content_of,
+    ids_of,
+    is_blank,
+    one_line,
+    open_text,
+)
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 CNN_DAILYMAIL, BUILTIN = "cnn_dailymail", "builtin"
 HUB_ID, HUB_CONFIG = "abisee/cnn_dailymail", "3.0.0"  # the card's calibration set; its field is `article`
-_TEXT_FIELDS = ("text", "article", "content", "document", "prompt")
-_SHUFFLE_BUFFER = 10_000  # articles of the stream among which the seed chooses
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?")  # OWNER/NAME:CONFIG:SPLIT
+_SHUFFLE_BUFFER = 10_000  # records of the stream among which the seed chooses
+_MOST_BLANKS = 10_000  # records without text of a stream before it is taken to have none
 _MAX_TEXT = 64 * 2**20  # characters of a plain text that are used
 _WHOLE_TEXT = 2**20  # characters that are tokenized in one piece
 _TOKEN_CHARS = 16  # characters that hold a token, nearly always
@@ -50,22 +60,57 @@ def load_calibration(
 ) -> CalibrationData:
     """At most `samples` token sequences of at most `tokens` each, chosen by `seed`.
 
-    name: `cnn_dailymail` (through the `datasets` library), `builtin` (the package's own text), or a file: .txt, .jsonl
-    (objects with one of text, article, content, document, prompt or messages), .parquet (the same columns), .gz of the
-    first two. A plain text is cut into consecutive stretches; of records each is one sample, cut at its end.
+    name: `cnn_dailymail`, or any data set of the Hugging Face hub as OWNER/NAME, OWNER/NAME:CONFIG or
+    OWNER/NAME:CONFIG:SPLIT (train, if left out), through the `datasets` library; `builtin` (the package's own text); a
+    file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .gz of all but the last; or several of these with commas between,
+    which share the samples evenly. A plain text is cut into consecutive stretches; of records
+    (calibration_records.py) each is one sample, cut at its end.
     Raises ValueError naming the file or data set that cannot be used, and why.
     """
     if samples < 1 or tokens < 1:
         raise ValueError(f"calibration needs at least one sample of one token, got {samples} of {tokens}")
-    if str(name) == CNN_DAILYMAIL:
-        where, description = CNN_DAILYMAIL, f"cnn_dailymail {HUB_CONFIG} (train, `article`)"
-        sequences: Iterable[list[int]] = (
-            _first_tokens(text, tokens, tokenizer) for text in _cnn_dailymail(samples, seed)
-        )
+    sources = _sources(name)
+    if samples < len(sources):
+        raise ValueError(f"calibration on {len(sources)} sources needs a sample of each, got {samples}")
+    shares = [samples // len(sources) + (index < samples % len(sources)) for index in range(len(sources))]
+    parts = [
+        _load_one(source, tokenizer, share, tokens, vocab_size, seed)
+        for source, share in zip(sources, shares, strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    described = (f"{part.description} ({len(part.samples)} samples)" for part in parts)
+    return CalibrationData([sample for part in parts for sample in part.samples], ", ".join(described))
+
+
+def _sources(name: str | Path) -> list[str]:
+    """One source, or those between commas; a file whose name has a comma is one."""
+    whole = str(name)
+    if isinstance(name, Path) or Path(whole).expanduser().is_file():
+        return [whole]
+    sources = [part.strip() for part in whole.split(",")]
+    if not all(sources):
+        raise ValueError(f"calibration {whole!r} names nothing between two commas, or at an end")
+    return sources
+
+
+def _load_one(
+    name: str, tokenizer: Tokenizer, samples: int, tokens: int, vocab_size: int, seed: int
+) -> CalibrationData:
+    path = _builtin() if name == BUILTIN else Path(name).expanduser()
+    is_file = path.is_file() or _kind(path) in _KINDS or name.startswith((".", "/", "~"))
+    hub = None if is_file else _HUB_NAME.fullmatch(name)
+    sequences: Iterable[list[int]]
+    if name == CNN_DAILYMAIL:
+        where, description = name, f"cnn_dailymail {HUB_CONFIG} (train, `article`)"
+        sequences = _from_hub(name, HUB_ID, HUB_CONFIG, "train", tokenizer, samples, tokens, seed)
+    elif hub is not None:
+        split = hub[3] or "train"
+        where, description = name, f"{hub[1]}{f' {hub[2]}' if hub[2] else ''} ({split})"
+        sequences = _from_hub(name, hub[1], hub[2] or None, split, tokenizer, samples, tokens, seed)
     else:
-        path = _builtin() if str(name) == BUILTIN else Path(name).expanduser()
         where = str(path)
-        description = "the package's own text" if str(name) == BUILTIN else f"the file {path.name}"
+        description = "the package's own text" if name == BUILTIN else f"the file {path.name}"
         sequences = _from_file(path, tokenizer, samples, tokens, seed)
     result = [sequence for sequence in sequences if sequence]
     if not result:
@@ -73,7 +118,8 @@ def load_calibration(
     largest = max(map(max, result))
     if largest >= vocab_size:
         raise ValueError(
-            f"the tokenizer gives token id {largest}, but the model has {vocab_size} tokens; do they belong together?"
+            f"the samples of {where} hold token id {largest}, but the model has {vocab_size} tokens; do tokenizer and "
+            "model belong together?"
         )
     data = CalibrationData(result, description)
     _warn_of_little(data, where, samples, tokens)
@@ -107,47 +153,66 @@ def _builtin() -> Path:
     return Path(__file__).parents[1] / "assets" / "calibration.txt"
 
 
-def _cnn_dailymail(samples: int, seed: int) -> Iterator[str]:
+def _from_hub(
+    name: str, hub_id: str, config: str | None, split: str, tokenizer: Tokenizer, samples: int, tokens: int, seed: int
+) -> Iterator[list[int]]:
     advice = "pass a .txt, .jsonl or .parquet file with --calibration, or --calibration builtin"
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"calibration on cnn_dailymail needs the `datasets` package (pip install datasets); or {advice}"
+            f"calibration on {name} needs the `datasets` package (pip install datasets); or {advice}"
         ) from None
     try:
-        stream = datasets.load_dataset(HUB_ID, HUB_CONFIG, split="train", streaming=True)
-        texts = [row["article"] for row in stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(samples)]
+        given = (hub_id,) if config is None else (hub_id, config)
+        stream = datasets.load_dataset(*given, split=split, streaming=True)
+        records = _with_text(stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), samples)
     except Exception as error:  # the library's errors are those of every layer below it
-        raise ValueError(f"cnn_dailymail cannot be fetched ({_one_line(error)}); {advice}") from None
-    return iter(texts)
+        raise ValueError(f"{name} cannot be fetched ({one_line(error)}); {advice}") from None
+    return (_encode(record, f"a record of {name}", tokens, tokenizer) for record in records)
+
+
+def _with_text(stream: Iterable[Record], samples: int) -> list[Record]:
+    found: list[Record] = []
+    for count, record in enumerate(stream):
+        if not is_blank(record):
+            found.append(record)
+        if len(found) == samples or count - len(found) > _MOST_BLANKS:
+            break
+    return found
+
+
+_KINDS = (".txt", *READERS)
+
+
+def _kind(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def _from_file(path: Path, tokenizer: Tokenizer, samples: int, tokens: int, seed: int) -> Iterable[list[int]]:
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    readers = {".txt": None, ".jsonl": _jsonl, ".parquet": _parquet}
-    if kind not in readers:
+    kind = _kind(path)
+    if kind not in _KINDS:
+        kinds = f"{', '.join(_KINDS[:-1])} or {_KINDS[-1]}"
         raise ValueError(
-            f"calibration {str(path)!r} is neither cnn_dailymail, builtin nor a .txt, .jsonl or .parquet file"
+            f"calibration {str(path)!r} is neither cnn_dailymail, builtin nor a {kinds} file, nor a data set's id "
+            "(OWNER/NAME)"
         )
     if path.exists() and not path.is_file():  # a pipe could be read only once
         raise ValueError(f"calibration file {path} cannot be read: it is not a regular file")
     try:
         if kind == ".txt":
             return _stretches(_text(path), tokenizer, samples, tokens, seed)
-        records = _chosen(_jsonl if kind == ".jsonl" else _parquet, path, samples, seed)
+        records = _chosen(READERS[kind], path, samples, seed)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"calibration file {path} cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"calibration file {path} cannot be read: {one_line(error)}") from None
     return (_encode(record, f"record {number} of {path}", tokens, tokenizer) for number, record in records)
 
 
-def _chosen(
-    read: Callable[[Path], Iterator[Mapping[str, Any]]], path: Path, samples: int, seed: int
-) -> list[tuple[int, Mapping[str, Any]]]:
+def _chosen(read: Callable[[Path], Iterator[Record]], path: Path, samples: int, seed: int) -> list[tuple[int, Record]]:
     """`samples` records that have a text, and their numbers from 1; two passes, so that only those are kept."""
     usable, total = array("q"), 0
     for total, record in enumerate(read(path), 1):
-        if not _is_blank(record):
+        if not is_blank(record):
             usable.append(total)
     if len(usable) < total:
         _log.warning("%d of the %d records of %s have no text and are left out", total - len(usable), total, path)
@@ -157,12 +222,6 @@ def _chosen(
     if len(kept) < len(wanted):
         raise ValueError(f"calibration file {path} changed while it was being read; run again")
     return [(number, kept[number]) for number in chosen]
-
-
-def _is_blank(record: Mapping[str, Any]) -> bool:
-    """Whether a record has text fields but nothing in them; one without any is a mistake to be told of."""
-    values = [record[field] for field in (*_TEXT_FIELDS, "messages") if field in record]
-    return bool(values) and all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
 
 
 def _stretches(text: str, tokenizer: Tokenizer, samples: int, tokens: int, seed: int) -> list[list[int]]:
@@ -214,70 +273,21 @@ def _first_tokens(text: str, tokens: int, tokenizer: Tokenizer, add_special_toke
     return tokenizer.encode(text, add_special_tokens)[:tokens]
 
 
-def _encode(record: Mapping[str, Any], where: str, tokens: int, tokenizer: Tokenizer) -> list[int]:
-    """The first ids of one record's text, or of its chat through the checkpoint's template."""
-    messages = record.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f"{where}: messages is not a list of objects with role and content")
-        try:
-            chat = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-            return _first_tokens(chat, tokens, tokenizer, add_special_tokens=False)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    texts = [record[field] for field in _TEXT_FIELDS if isinstance(record.get(field), str)]
-    if not texts:
-        odd = next((field for field in _TEXT_FIELDS if field in record), None)
-        if odd is not None:
-            raise ValueError(f"{where}: {odd} is {type(record[odd]).__name__}, expected a text")
-        found = ", ".join(map(str, record)) or "none"
-        raise ValueError(f"{where} has none of the fields {', '.join(_TEXT_FIELDS)}, messages; it has {found}")
+def _encode(record: Record, where: str, tokens: int, tokenizer: Tokenizer) -> list[int]:
+    """The first ids of one record: its own, or of its text, or of its chat through the checkpoint's template."""
     try:
-        return _first_tokens(next((text for text in texts if text.strip()), texts[0]), tokens, tokenizer)
+        if (ids := ids_of(record)) is not None:
+            return ids[:tokens]
+        content = content_of(record)
+        if isinstance(content, str):
+            return _first_tokens(content, tokens, tokenizer)
+        chat = tokenizer.apply_chat_template(content, add_generation_prompt=False)
+        return _first_tokens(chat, tokens, tokenizer, add_special_tokens=False)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        joint = " " if str(error).startswith("has none") else ": "
+        raise ValueError(f"{where}{joint}{error}") from None
 
 
 def _text(path: Path) -> str:
-    with _open(path) as file:
+    with open_text(path) as file:
         return file.read(_MAX_TEXT)
-
-
-def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            line = line.lstrip("\ufeff")  # a mark inside, where files were put together
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands
-                raise ValueError(f"line {number} of {path} is not JSON: {getattr(error, 'msg', error)}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"line {number} of {path} is a JSON {type(record).__name__}, expected an object")
-            yield record
-
-
-def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ValueError(f"{path} is Parquet, which needs the `pyarrow` package (pip install pyarrow)") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in (*_TEXT_FIELDS, "messages") if name in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=columns or None):
-                yield from batch.to_pylist()
-    except (OSError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(f"{path} is not a readable Parquet file: {_one_line(error)}") from None
-
-
-def _open(path: Path):
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]

@@ -128,7 +128,12 @@ def test_builtin_text(tokenizer):
         ),
         ("deep.jsonl", b"[" * 100_000, r"line 1 of .*deep\.jsonl is not JSON"),
         ("long.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"line 1 of .*long\.jsonl is not JSON"),
-        ("data.csv", b"a,b\n", r"neither cnn_dailymail, builtin nor a \.txt"),
+        ("data.csv", b"a,b\n", r"data\.csv holds no text"),
+        ("data.csv", b"a,b\n1,2\n", r"record 1 of .* has none of the fields text, .*; it has a, b"),
+        ("wide.csv", b"text\nx,y,z\n", r"a line of .*wide\.csv has more fields than its first line names"),
+        ("data.json", b"{", r"data\.json is not JSON"),
+        ("data.json", b"[1]", r"entry 1 of .*data\.json is a JSON int"),
+        ("a.xml", b"<a/>", r"neither cnn_dailymail, builtin nor a \.txt, \.jsonl, .* nor a data set's id"),
         ("wikitext", None, r"neither cnn_dailymail, builtin nor a \.txt"),
     ],
 )
