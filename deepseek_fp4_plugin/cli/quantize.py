@@ -44,8 +44,9 @@ class Bytes(click.ParamType):
     default="cnn_dailymail",
     show_default=True,
     metavar="NAME|PATH",
-    help="Text the activations are measured on: cnn_dailymail or another data set of the hub (OWNER/NAME[:CONFIG[:SPLIT]]), "
-    "builtin, a txt, jsonl, json, csv, tsv or parquet file, or several with commas between.",
+    help="Text the activations are measured on: cnn_dailymail or another data set of the hub "
+    "(OWNER/NAME[:CONFIG[:SPLIT]]), builtin, a txt, jsonl, json, csv, tsv or parquet file, or several with commas "
+    "between.",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Texts to take of it.")
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each text.")
