@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 
 from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
-from deepseek_fp4_plugin.quantization.recipes.max import quantize_weight
+from deepseek_fp4_plugin.quantization.recipe import SourceWeight
+from deepseek_fp4_plugin.quantization.recipes import RECIPES
 
 SHAPE, R1_WEIGHTS = (2048, 7168), 657.65e9
 
@@ -44,11 +45,12 @@ def main() -> None:
     w = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     weight, scale_inv = fp8_block.quantize(w)
     scale_2 = nvfp4.tensor_scale(w.abs().amax())
+    solve_source = RECIPES["max"].solve_source
     steps = {
         "decode FP8 blocks": lambda: fp8_block.dequantize(weight, scale_inv),
         "round to NVFP4": lambda: nvfp4.quantize(w, scale_2),
-        "round, and measure the error": lambda: quantize_weight(w, scale_2),
-        "all of a conversion": lambda: quantize_weight(fp8_block.dequantize(weight, scale_inv), scale_2),
+        "round, and measure the error": lambda: solve_source([SourceWeight(w, None)]),
+        "all of a conversion": lambda: solve_source([SourceWeight(weight, scale_inv)]),
     }
     rows = []
     print(f"{'':<30} {'M weights/s':>12} {'hours for R1':>13}")

@@ -193,6 +193,30 @@ inline void check_range(const char* what, int64_t value, int64_t first, int64_t 
   if (value < first || value > last) out_of_range(what, value, first, last);
 }
 
+// A source's weight: E4M3 [rows, n] with scale_inv FP32, one a block of block_rows x block_cols (a multiple of 16); or
+// BF16, scale_inv null. n is a multiple of 16.
+struct SourceWeight {
+  const uint8_t* values;
+  const float* scale_inv;
+  int64_t rows, n, block_rows, block_cols;
+};
+
+// amax: FP32 [rows], the largest magnitude of each row in BF16; NaN where one is not finite.
+struct WeightAmaxArgs {
+  SourceWeight weight;
+  float* amax;
+  int threads;
+};
+
+// packed: uint8 [rows, n / 2].  scale: E4M3 [rows, n / 16].  energies: FP64 [rows, 2], of the weight and of the error.
+struct ConvertArgs {
+  SourceWeight weight;
+  float scale_2;
+  uint8_t *packed, *scale;
+  double* energies;
+  int threads;
+};
+
 struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
@@ -211,6 +235,8 @@ struct Kernels {
   void (*argmax)(const ArgmaxArgs&);
   void (*add)(const AddArgs&);
   void (*concat)(const ConcatArgs&);
+  void (*weight_amax)(const WeightAmaxArgs&);
+  void (*convert)(const ConvertArgs&);
   uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof
 };
 

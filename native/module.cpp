@@ -164,7 +164,7 @@ NB_MODULE(_native, m) {
       .def_static("stop", &Recording::stop)
       .def("replay", &Recording::replay, Unlocked())
       .def("__len__", &Recording::size);
-  m.attr("INTERFACE") = 2;  // counts with kernels/cpu/extension.py's
+  m.attr("INTERFACE") = 3;  // counts with kernels/cpu/extension.py's
   m.def("paths", paths, "Instruction-set paths this processor can run, fastest first.");
   m.def("path", [] { return name_of(kernels); }, "The path in use.");
   m.def("use_path", use_path, "Take another path; returns the one before. For tests and measurements.");
@@ -318,6 +318,29 @@ NB_MODULE(_native, m) {
          int threads) {
         launch(&Kernels::linear_fp32, Fp32Args{at<const uint16_t>(x), x_stride, rows, in, out, at<const float>(weight),
                                                at<float>(y), threads});
+      },
+      Unlocked());
+  const auto source_weight = [](uintptr_t values, uintptr_t scale_inv, int64_t rows, int64_t n, int64_t block_rows,
+                                int64_t block_cols) {
+    if (n % 16 || (scale_inv && (block_cols % 16 || block_rows < 1)))
+      throw std::invalid_argument("a weight and its blocks are multiples of 16 wide");
+    return SourceWeight{at<const uint8_t>(values), at<const float>(scale_inv), rows, n, block_rows, block_cols};
+  };
+  m.def(
+      "weight_amax",
+      [source_weight](uintptr_t values, uintptr_t scale_inv, int64_t rows, int64_t n, int64_t block_rows,
+                      int64_t block_cols, uintptr_t amax, int threads) {
+        kernels.load()->weight_amax(
+            {source_weight(values, scale_inv, rows, n, block_rows, block_cols), at<float>(amax), threads});
+      },
+      Unlocked());
+  m.def(
+      "convert",
+      [source_weight](uintptr_t values, uintptr_t scale_inv, int64_t rows, int64_t n, int64_t block_rows,
+                      int64_t block_cols, float scale_2, uintptr_t packed, uintptr_t scale, uintptr_t energies,
+                      int threads) {
+        kernels.load()->convert({source_weight(values, scale_inv, rows, n, block_rows, block_cols), scale_2,
+                                 at<uint8_t>(packed), at<uint8_t>(scale), at<double>(energies), threads});
       },
       Unlocked());
   m.def(

@@ -96,6 +96,15 @@ struct Rows {
   uint8_t* at(int64_t r) const { return base + (index ? index[r] : r) * row_bytes; }
 };
 
+// The nearest E2M1 codes 0 .. 15; a NaN's is 7.
+inline vi e2m1_codes(vf q) {
+  const vf m = (vf)((vi)q & 0x7fffffff);
+  // Midpoints between neighbouring values; a tie goes to the even code. A comparison gives 0 or -1.
+  vi code = -((m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + (m > 5.0f));
+  code |= (m != m) & 7;
+  return code | ((q < 0.0f) & 8);
+}
+
 // Rounds one block of 16 to FP4, as numerics/nvfp4.py does operation by operation. codes: 0 .. 15. Returns the E4M3
 // scale's byte.
 inline uint8_t quantize_block(const float* x, float input_scale, int32_t* codes) {
@@ -114,11 +123,7 @@ inline uint8_t quantize_block(const float* x, float input_scale, int32_t* codes)
   float out_scale = 1.0f / (from_e4m3(byte) * (1.0f / global_factor));
   out_scale = out_scale > 3.4028234663852886e38f ? 3.4028234663852886e38f : out_scale;
   for (int i = 0; i < 16; i += W) {
-    const vf q = load(x + i) * out_scale, m = (vf)((vi)q & 0x7fffffff);
-    // Midpoints between neighbouring values; a tie goes to the even code. A comparison gives 0 or -1.
-    vi code = -((m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + (m > 5.0f));
-    code |= (m != m) & 7;
-    code |= (q < 0.0f) & 8;
+    const vi code = e2m1_codes(load(x + i) * out_scale);
     __builtin_memcpy(codes + i, &code, sizeof(code));
   }
   return byte;

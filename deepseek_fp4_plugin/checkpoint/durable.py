@@ -6,6 +6,7 @@ checksum: a line that is cut, zeroed or altered reads as absent, never as someth
 """
 
 import errno
+import fcntl
 import json
 import os
 import zlib
@@ -82,25 +83,53 @@ def read_sealed(path: Path) -> Any | None:
         return None
 
 
+def forget(descriptor: int, offset: int = 0, count: int = 0) -> None:
+    """Let the kernel drop its copy of a file's bytes from memory, as far as they are on disk.  count: 0 for all."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+
+
 class Journal:
     """A file of sealed lines, appended as they come and safe after `sync`.
 
     lines: the contents of the lines that an earlier run wrote and nothing damaged, in their order.
+    shared: other processes may append to it as well; their lines are found by `reload`.
+    alone: none of them does so yet, so that what is damaged can be taken out.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self.lines = [content for line in found if (content := unseal(line)) is not None]
-        if len(self.lines) < len(found) or not path.exists():  # what comes next must begin a line of its own
+    def __init__(self, path: Path, shared: bool = False, alone: bool = True):
+        self.path, self._shared = path, shared
+        self.lines: list[Any] = []
+        damaged = self.reload()
+        if alone and (damaged or not path.exists()):  # what comes next must begin a line of its own
             write_file(path, "".join(map(seal, self.lines)))
+        elif not path.exists():
+            open(path, "ab").close()
+            sync_folder(path.parent)
+
+    def reload(self) -> int:
+        """Read the lines that are there now; returns how many of them are damaged."""
+        found = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        self.lines = [content for line in found if (content := unseal(line)) is not None]
+        return len(found) - len(self.lines)
 
     def append(self, content: Any) -> None:
         try:
             with open(self.path, "ab") as file:
-                file.write(seal(content).encode())
+                if self._shared:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(self._line_end() + seal(content).encode())
         except OSError as error:
             raise not_written(self.path, error) from None
+
+    def _line_end(self) -> bytes:
+        """What ends the line of another process that was stopped within it."""
+        if not self._shared:
+            return b""
+        with open(self.path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            return b"" if file.read(1) in (b"", b"\n") else b"\n"
 
     def sync(self) -> None:
         try:

@@ -10,6 +10,7 @@ import click
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.cli.chat import chat
 from deepseek_fp4_plugin.cli.demo import demo
+from deepseek_fp4_plugin.cli.dequantize import dequantize
 from deepseek_fp4_plugin.cli.doctor import doctor
 from deepseek_fp4_plugin.cli.evaluate import evaluate
 from deepseek_fp4_plugin.cli.flags import Group
@@ -41,7 +42,7 @@ def app() -> None:
     """
 
 
-for command in (demo, quantize, generate, chat, serve, evaluate, inspect, doctor, plan):
+for command in (demo, quantize, dequantize, generate, chat, serve, evaluate, inspect, doctor, plan):
     app.add_command(command)
 
 

@@ -31,7 +31,13 @@ class Bytes(click.ParamType):
 @click.command(cls=Command, short_help="Write an FP8 checkpoint as an NVFP4 one.")
 @click.argument("source", type=ModelName())
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--recipe", default="max", show_default=True, help="How scales are found; max: from largest magnitudes.")
+@click.option(
+    "--recipe",
+    default="max",
+    show_default=True,
+    help="How scales and codes are found: max, four-over-six, mse-sweep, local-hessian or gptq.",
+)
+@click.option("--arithmetic", metavar="RELEASE", help="Of max: modelopt-0.47.0 (default), or modelopt-0.31.0's bits.")
 @click.option(
     "--layout",
     type=click.Choice(["v1", "v2"]),
@@ -46,7 +52,7 @@ class Bytes(click.ParamType):
     metavar="NAME|PATH",
     help="Text the activations are measured on: cnn_dailymail or another data set of the hub "
     "(OWNER/NAME[:CONFIG[:SPLIT]]), builtin, a txt, jsonl, json, csv, tsv or parquet file, or several with commas "
-    "between.",
+    "between; or what --save-calibration kept.",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Texts to take of it.")
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each text.")
@@ -62,11 +68,26 @@ class Bytes(click.ParamType):
     "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N; calibrates there."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of texts.")
+@click.option(
+    "--max-memory",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Stay below this much memory, such as 4GB; experts then come in groups. By default a layer is held whole.",
+)
+@click.option(
+    "--share",
+    is_flag=True,
+    help="Work beside other runs of the same command with --share, here or on machines that see the same folders.",
+)
+@click.option(
+    "--save-calibration", metavar="FILE", help="Keep what was measured in a file for another run's --calibration."
+)
 @json_flag
 def quantize(
     source: str,
     destination: Path,
     recipe: str,
+    arithmetic: str | None,
     layout: str,
     calibration: str,
     samples: int,
@@ -75,6 +96,9 @@ def quantize(
     max_shard_size: int,
     device: str,
     seed: int,
+    max_memory: int | None,
+    share: bool,
+    save_calibration: str | None,
     json_path: str | None,
 ) -> None:
     """Write the FP8 or BF16 checkpoint SOURCE as an NVFP4 checkpoint to DESTINATION, a folder that is not there yet.
@@ -87,14 +111,16 @@ def quantize(
       deepseek-fp4 quantize r1_nano ./r1_nano-NVFP4 --calibration builtin --samples 64
       deepseek-fp4 quantize deepseek-ai/DeepSeek-R1-0528 ./DeepSeek-R1-0528-NVFP4 --device cuda
       deepseek-fp4 quantize ./fp8 ./nvfp4 --calibration articles.jsonl --layout v2 --kv-cache bf16
+      deepseek-fp4 quantize ./fp8 ./nvfp4 --calibration kept.json --max-memory 4GB --share
     """
     from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 
-    with screen.stages() as progress:
+    with screen.stages() as stages:
         report = quantize_checkpoint(
             source,
             destination,
             recipe=recipe,
+            arithmetic=arithmetic,
             layout=layout,
             calibration=calibration,
             samples=samples,
@@ -103,7 +129,11 @@ def quantize(
             max_shard_bytes=max_shard_size,
             device=device,
             seed=seed,
-            progress=progress,
+            max_memory=max_memory,
+            share=share,
+            save_calibration=save_calibration,
+            progress=lambda stage, done, total: stages(stage, done, total) if stage != "convert" else None,
+            moved=screen.Transfer("convert"),
         )
     out = screen.Output(json_path)
     for table in report.tables():

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,36 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         return
     lines: dict[str, _Lines] = {}
     yield lambda stage, done, total: lines.setdefault(stage, _Lines(stage))(done, total)
+
+
+class Transfer:
+    """Bytes read and written as lines or a status on standard error: how many, how fast, and how long still.
+
+    The speed is that of this run so far, and the time left assumes that it stays so.
+    """
+
+    def __init__(self, description: str):
+        self._description, self._began, self._last = description, time.monotonic(), -_LINE_SECONDS
+        self._interval = 0.5 if sys.stderr.isatty() else _LINE_SECONDS
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < self._interval:
+            return
+        self._last = now
+        line = self.line(done, total, now - self._began)
+        if sys.stderr.isatty():
+            click.echo(f"\r{line:<{_WIDTH - 1}}", err=True, nl=done >= total)
+        else:
+            click.echo(line, err=True)
+
+    def line(self, done: int, total: int, seconds: float) -> str:
+        """What is said after so many seconds."""
+        said = f"{self._description}: {size(done)} of {size(total)} read and written"
+        if not done or seconds < 1:
+            return said
+        left = timedelta(seconds=int((total - done) * seconds / done))
+        return f"{said}, {size(done / seconds)}/s" + (f", {left} left at this speed" if left else "")
 
 
 @contextmanager

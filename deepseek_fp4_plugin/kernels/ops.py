@@ -13,6 +13,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference, select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
 __all__ = [
     "absorb",
@@ -21,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "concat",
+    "convert_weight",
     "cos_sin",
     "embedding",
     "expanded_attention",
@@ -35,6 +37,7 @@ __all__ = [
     "route",
     "store_entries",
     "values_from_latent",
+    "weight_amax",
 ]
 
 
@@ -157,6 +160,24 @@ def route(
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x: [rows, in] by an unquantized weight [out, in], in the weight's dtype (FP32 for the router): [rows, out]."""
     return select.kernels(x.device, x.dtype).plain_linear(x, weight)
+
+
+def weight_amax(weight: Tensor, scale_inv: Tensor | None, block: tuple[int, int]) -> Tensor:
+    """The largest magnitude of a source's weight in BF16: FP32 [], NaN where a value is NaN or infinite.
+
+    weight: [rows, cols], E4M3 with scale_inv FP32, one a block of `block` rows and columns; any other dtype with None.
+    """
+    return select.kernels(weight.device).weight_amax(weight, scale_inv, block)
+
+
+def convert_weight(
+    weight: Tensor, scale_inv: Tensor | None, block: tuple[int, int], scale_2: Tensor
+) -> tuple[NVFP4Tensor, float, float]:
+    """`numerics.nvfp4.quantize` of a source's weight in BF16: weight, scale_inv and block as in `weight_amax`, finite.
+
+    scale_2: FP32 [].  Returns the tensor, the sum of the BF16 values' squares, and that of their errors' squares.
+    """
+    return select.kernels(weight.device).convert_weight(weight, scale_inv, block, scale_2)
 
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:

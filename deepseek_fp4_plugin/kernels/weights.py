@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
 Activations = Literal["bf16", "fp4"]
 OptionalTensor = Any  # a Tensor; None where the weight's format has none, which `format` says
@@ -131,6 +132,12 @@ class Backend(Protocol):
         scaling: float,
         /,
     ) -> tuple[Tensor, Tensor]: ...
+
+    def weight_amax(self, weight: Tensor, scale_inv: OptionalTensor, block: tuple[int, int], /) -> Tensor: ...
+
+    def convert_weight(
+        self, weight: Tensor, scale_inv: OptionalTensor, block: tuple[int, int], scale_2: Tensor, /
+    ) -> tuple[NVFP4Tensor, float, float]: ...
 
     def latent_entries(self, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, /) -> Tensor: ...
 

@@ -29,7 +29,12 @@ def dequantize(
             f"weight_scale_inv has shape {list(scale_inv.shape)}, but a weight of shape {list(weight.shape)} "
             f"in blocks of {block[0]} x {block[1]} needs {list(expected)}"
         )
-    return (weight.float() * expand_scale(scale_inv, rows, cols, block)).to(dtype)
+    if rows % block[0] or cols % block[1]:
+        return (weight.float() * expand_scale(scale_inv, rows, cols, block)).to(dtype)
+    values = weight.to(torch.float32, copy=True)  # the same product in place: half of the memory
+    blocks = values.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    blocks *= scale_inv.unsqueeze(-1).unsqueeze(-3)
+    return values.to(dtype)
 
 
 def quantize(w: Tensor) -> tuple[Tensor, Tensor]:

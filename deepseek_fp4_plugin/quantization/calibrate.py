@@ -3,36 +3,43 @@
 The source's own weights are used, in the reference backend, so that the result does not depend on which fast kernels a
 machine has. Hidden states of all samples lie in two files (input and output of the layer at hand, in turns); they and
 each finished layer's maxima are all that a resumed run needs. A layer's result carries the checksum of its output, so
-that hidden states are continued from only where they are the right ones. Memory holds one layer, as stored, and one
-batch.
+that hidden states are continued from only where they are the right ones. How much of a layer and how many tokens are
+in memory at once is memory.py's to say.
 """
 
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.checkpoint.durable import not_written, read_sealed, seal, write_file
+from deepseek_fp4_plugin.checkpoint.durable import forget, not_written, read_sealed, seal, write_file
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.job_lock import claim
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.embedding import VocabEmbedding
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAngles
+from deepseek_fp4_plugin.models.decoder import RotaryAngles
 from deepseek_fp4_plugin.numerics import nvfp4
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, token_batches
 from deepseek_fp4_plugin.quantization.convert import decoded
-from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
+from deepseek_fp4_plugin.quantization.memory import Portions
+from deepseek_fp4_plugin.quantization.observer import LayerAmax
 from deepseek_fp4_plugin.quantization.plan import Plan
+from deepseek_fp4_plugin.quantization.recipe import Recipe
+from deepseek_fp4_plugin.quantization.streaming import StreamedLayer
 
 ZERO_INPUT_SCALE = 1.0  # of a projection whose every input was zero: holds block maxima of 0.1 to 2688 in full
+Solve = Callable[[StreamedLayer, Sequence[tuple[ForwardBatch, Tensor]]], list[Tensor]]
 BATCH_TOKENS = 8192  # a layer's weights are decoded once a batch; attention's queries of R1 take 0.4 GB for so many
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -51,33 +58,16 @@ def calibrate(
     work: an existing folder for the hidden states and the finished layers; an interrupted run continues from it.
     Raises CheckpointError naming a weight that holds NaN, or ValueError naming a projection whose input became NaN.
     """
-    results = _finished(work, config.num_hidden_layers)
-    batches = list(token_batches(data.samples, BATCH_TOKENS))
-    total = config.num_hidden_layers * len(batches)
-    run = _Run(reader, config, data, work, device)
-    with torch.inference_mode():
-        for index in run.remaining(results, batches):
-            done = index * len(batches)
-            try:
-                result = run.layer(index, batches, lambda batch, done=done: progress(done + batch, total))  # type: ignore[misc]
-            except CheckpointError:
-                raise
-            except ValueError:
-                _blame_weights(reader, plan, index, device)
-                raise
-            write_file(_result_file(work, index), seal(result._asdict()))
-            results[index] = result
-    for path in run.hidden:
-        path.unlink(missing_ok=True)
-    progress(total, total)
+    calibration = Calibration(reader, config, plan, data, work, device, progress)
     merged = LayerAmax()
-    for index in sorted(results):
-        merged = merged.merge(LayerAmax.from_json(results[index].seen))
+    for index in range(config.num_hidden_layers):
+        merged = merged.merge(calibration.seen(index))
+    calibration.end()
     return merged
 
 
-def input_scales(found: LayerAmax, modules: Iterable[str]) -> dict[str, Tensor]:
-    """Module -> `input_scale`, FP32 []: amax / 2688, over all experts of a layer the same for each projection.
+def input_scales(found: LayerAmax, modules: Iterable[str], recipe: Recipe | None = None) -> dict[str, Tensor]:
+    """Module -> `input_scale`, FP32 []: the recipe's, or amax / 2688, over all experts of a layer the same.
 
     So an expert that saw no token has the scale of its peers, and every run-time kernel finds one value whichever
     expert it asks. Where nothing but zeros was seen (behind weights that are all zero, mostly) any scale decodes them
@@ -88,7 +78,8 @@ def input_scales(found: LayerAmax, modules: Iterable[str]) -> dict[str, Tensor]:
     for module in modules:
         if _shared(module) not in amax:
             raise ValueError(f"calibration saw no input of {module}; calibrate on more text")
-        scale = nvfp4.tensor_scale(torch.tensor(amax[_shared(module)], dtype=torch.float32))
+        largest = torch.tensor(amax[_shared(module)], dtype=torch.float32)
+        scale = recipe.input_scale(largest) if recipe else nvfp4.tensor_scale(largest)
         scales[module] = scale if scale > 0 else torch.full_like(scale, ZERO_INPUT_SCALE)
     return scales
 
@@ -129,84 +120,157 @@ class _LayerResult(NamedTuple):
     output: int
 
 
-class _Run:
-    """The state between layers: where the hidden states are, and which sample starts where in them."""
+class Calibration:
+    """What each layer's projections see, layer after layer, when it is asked for.
+
+    Arguments as of `calibrate`.  memory: how much is computed at once.  shared: other processes may ask for the layers
+    of the same folder; whichever asks first for one that nobody has computed does so, and the others wait.
+    solve: computes a layer's outputs from all samples' inputs, for a recipe that quantizes on the way.
+    """
 
     def __init__(
         self,
         reader: CheckpointReader,
         config: DeepseekV3Config,
+        plan: Plan,
         data: CalibrationData,
         work: Path,
         device: torch.device,
+        progress: Callable[[int, int], None],
+        memory: Portions | None = None,
+        shared: bool = False,
+        solve: Solve | None = None,
     ):
-        self.reader, self.config, self.samples, self.device = reader, config, data.samples, device
+        self.reader, self.config, self.plan, self.samples = reader, config, plan, data.samples
+        self.work, self.device, self.progress, self.shared = work, device, progress, shared
+        self.memory = memory or Portions(BATCH_TOKENS, BATCH_TOKENS, config.n_routed_experts or 1)
+        self.batches = list(token_batches(data.samples, self.memory.batch_tokens))
         self.source = WeightSource(reader, device, torch.bfloat16, backend="reference")
         self.rotary = RotaryAngles(config)
         self.hidden = (work / "hidden-0.bin", work / "hidden-1.bin")
         self.starts = [0]
         for sample in data.samples:
             self.starts.append(self.starts[-1] + len(sample))
+        self._solve = solve
+        self._ready: int | None = None  # the layer whose input is known to be in its file
+        self._results = _finished(work, range(config.num_hidden_layers))
 
-    def remaining(self, results: Mapping[int, _LayerResult], batches: list[tuple[int, int]]) -> Iterator[int]:
-        """The layers to compute, in order; before the first its input is made ready, from scratch if nothing is left.
+    def seen(self, index: int) -> LayerAmax:
+        """Of layer `index`, computed now, with the layers before it that are missing, unless an earlier run did."""
+        if index not in self._results:
+            with claim(self.work / "calibration", wait=True) if self.shared else nullcontext():
+                if self.shared and (others := _finished(self.work, self._missing())):
+                    self._results |= others
+                    self._ready = None
+                if index not in self._results:
+                    with torch.inference_mode():
+                        self._compute(index)
+        return LayerAmax.from_json(self._results[index].seen)
 
-        They begin at the last layer whose input is still there and end where nothing after them is missing.
-        """
-        layers = range(self.config.num_hidden_layers)
-        missing = [index for index in layers if index not in results]
-        if not missing:
-            return
-        start = missing[0]
-        while start and _checksum(self.hidden[start % 2]) != results[start - 1].output:
-            start -= 1
-        if not start:
-            self.embed(batches)
-        yield from range(start, missing[-1] + 1)
+    def again(self, index: int) -> None:
+        """Layer `index` must pass once more: something that comes of it is missing."""
+        self._results.pop(index, None)
+        self._ready = None
 
-    def embed(self, batches: list[tuple[int, int]]) -> None:
+    def end(self) -> None:
+        """Every layer was asked for: nobody needs the hidden states any more."""
+        for path in self.hidden:
+            path.unlink(missing_ok=True)
+        total = self.config.num_hidden_layers * len(self.batches)
+        self.progress(total, total)
+
+    def _missing(self) -> list[int]:
+        return [index for index in range(self.config.num_hidden_layers) if index not in self._results]
+
+    def _compute(self, index: int) -> None:
+        """Up to and with layer `index`, from the last one whose input is still there, or from the embedding."""
+        total = self.config.num_hidden_layers * len(self.batches)
+        start = self._ready if self._ready is not None and self._ready <= index else self._latest_input(index)
+        for layer in range(start, index + 1):
+            done = layer * len(self.batches)
+            try:
+                result = self._layer(layer, lambda batch, done=done: self.progress(done + batch, total))  # type: ignore[misc]
+            except CheckpointError:
+                raise
+            except ValueError:
+                _blame_weights(self.reader, self.plan, layer, self.device)
+                raise
+            write_file(_result_file(self.work, layer), seal(result._asdict()))
+            self._results[layer] = result
+            self._ready = layer + 1
+
+    def _latest_input(self, index: int) -> int:
+        """The last layer up to `index` whose input is there; that of layer 0 is made if there is none."""
+        for start in range(index, 0, -1):
+            before = self._results.get(start - 1)
+            if before is not None and _checksum(self.hidden[start % 2]) == before.output:
+                return start
+        self._embed()
+        return 0
+
+    def _embed(self) -> None:
         """Write the input of layer 0."""
         c = self.config
         embedding = VocabEmbedding("model.embed_tokens", c.vocab_size, c.hidden_size, Mesh())
         embedding.load(self.source)
-        self._advance(batches, None, self.hidden[0], lambda batch, _: embedding(batch.input_ids), lambda done: None)
 
-    def layer(self, index: int, batches: list[tuple[int, int]], progress: Callable[[int], None]) -> _LayerResult:
+        def embed(span: Sequence[tuple[ForwardBatch, Tensor]]) -> list[Tensor]:
+            return [embedding(batch.input_ids) for batch, _ in span]
+
+        self._advance([[batch] for batch in self.batches], None, self.hidden[0], embed, lambda done: None)
+
+    def _layer(self, index: int, progress: Callable[[int], None]) -> _LayerResult:
         """Read the input of layer `index`, write its output, return what its projections saw."""
-        layer = DeepseekV3DecoderLayer(index, self.config, Mesh())
-        layer.load(self.source)
-        observer = LayerObserver(layer)
-
-        def forward(batch: ForwardBatch, hidden: Tensor) -> Tensor:
-            cos, sin = self.rotary(batch.positions)
-            return layer(hidden, cos, sin, batch, None)
-
-        output = self._advance(batches, self.hidden[index % 2], self.hidden[(index + 1) % 2], forward, progress)
+        layer = StreamedLayer(index, self.config, self.source, self.rotary, self.memory.experts)
+        spans = self._spans(self.memory.span_tokens if layer.moe else self.memory.batch_tokens)
+        forward = layer.forward
+        if self._solve is not None:
+            spans, forward = [self.batches], partial(self._solve, layer)
+        source, target = self.hidden[index % 2], self.hidden[(index + 1) % 2]
+        output = self._advance(spans, source, target, forward, progress)
         self.reader.close()
-        return _LayerResult(observer.result().to_json(), output)
+        return _LayerResult(layer.observer.result().to_json(), output)
+
+    def _spans(self, tokens: int) -> list[list[tuple[int, int]]]:
+        """Consecutive batches that go through a layer together, of at most `tokens` but at least one batch."""
+        spans: list[list[tuple[int, int]]] = []
+        size = 0
+        for start, stop in self.batches:
+            count = self.starts[stop] - self.starts[start]
+            if not spans or size + count > tokens:
+                spans.append([])
+                size = 0
+            spans[-1].append((start, stop))
+            size += count
+        return spans
 
     def _advance(
         self,
-        batches: list[tuple[int, int]],
+        spans: list[list[tuple[int, int]]],
         source: Path | None,
         target: Path,
-        forward: Callable[[ForwardBatch, Tensor], Tensor],
+        forward: Callable[[Sequence[tuple[ForwardBatch, Tensor]]], list[Tensor]],
         progress: Callable[[int], None],
     ) -> int:
-        """Apply `forward` batch after batch; returns the CRC-32 of what was written to `target`."""
-        checksum = 0
+        """Apply `forward` span after span; returns the CRC-32 of what was written to `target`."""
+        checksum = done = 0
         try:
             with open(source or os.devnull, "rb") as read, open(target, "wb") as write:
-                for done, (start, stop) in enumerate(batches):
-                    progress(done)
-                    batch = ForwardBatch.from_sequences(self.samples[start:stop], self.device)
-                    hidden = self._read(read, self.starts[stop] - self.starts[start]) if source else torch.empty(0)
-                    result = forward(batch, hidden.to(self.device)).to("cpu", torch.bfloat16)
-                    data = result.contiguous().view(torch.uint8).numpy().data
-                    checksum = zlib.crc32(data, checksum)
-                    write.write(data)
+                for span in spans:
+                    inputs = []
+                    for start, stop in span:
+                        progress(done)
+                        done += 1
+                        batch = ForwardBatch.from_sequences(self.samples[start:stop], self.device)
+                        hidden = self._read(read, self.starts[stop] - self.starts[start]) if source else torch.empty(0)
+                        inputs.append((batch, hidden.to(self.device)))
+                    for result in forward(inputs):
+                        data = result.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data
+                        checksum = zlib.crc32(data, checksum)
+                        write.write(data)
                 write.flush()
                 os.fsync(write.fileno())
+                forget(write.fileno())
         except OSError as error:
             raise not_written(target, error) from None
         return checksum
@@ -223,9 +287,9 @@ def _result_file(work: Path, layer: int) -> Path:
     return work / f"layer-{layer:03d}.json"
 
 
-def _finished(work: Path, layers: int) -> dict[int, _LayerResult]:
-    """Results of the layers that an earlier run finished, as far as they are undamaged."""
-    found = {layer: read_sealed(_result_file(work, layer)) for layer in range(layers)}
+def _finished(work: Path, layers: Iterable[int]) -> dict[int, _LayerResult]:
+    """Results of those of `layers` that are finished, as far as they are undamaged."""
+    found = {layer: read_sealed(_result_file(work, layer)) for layer in layers}
     return {layer: _LayerResult(**content) for layer, content in found.items() if content is not None}
 
 

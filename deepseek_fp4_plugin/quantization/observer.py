@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.layers.linear import Linear
 from deepseek_fp4_plugin.layers.moe import RoutedExperts
 from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer
@@ -53,7 +54,7 @@ class LayerObserver:
             if isinstance(part, Linear):
                 part.observer = self._of_linear(part.modules_named)
             elif isinstance(part, RoutedExperts):
-                part.observer = self._of_experts(part.name, part.local)
+                part.observer = self.of_experts(part.name, part.local)
 
     def result(self) -> LayerAmax:
         """Raises ValueError naming a projection whose input was not finite."""
@@ -68,7 +69,9 @@ class LayerObserver:
     def _of_linear(self, modules: Sequence[str]):
         return lambda x: self._record(modules, x)
 
-    def _of_experts(self, prefix: str, local: Sequence[int]):
+    def of_experts(self, prefix: str, local: Sequence[int]) -> Observe:
+        """What sees the inputs of experts `<prefix>.<local[i]>`, for each i that a kernel calls an expert by."""
+
         def observe(projection: str, expert: int, rows: Tensor) -> None:
             self._record([f"{prefix}.{local[expert]}.{name}" for name in _EXPERT_INPUTS[projection]], rows)
 

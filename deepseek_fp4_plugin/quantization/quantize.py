@@ -4,16 +4,21 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.hub import is_small_file, resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
+from deepseek_fp4_plugin.checkpoint.shards import Shards
 from deepseek_fp4_plugin.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     CheckpointWriter,
@@ -26,17 +31,21 @@ from deepseek_fp4_plugin.models.declarations import absent_code
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import checked_device
 from deepseek_fp4_plugin.quantization.calibrate import (
-    calibrate,
+    BATCH_TOKENS,
+    Calibration,
     cold_experts,
     hidden_bytes,
     input_scales,
     zero_inputs,
 )
-from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, load_calibration
-from deepseek_fp4_plugin.quantization.convert import convert
+from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, CalibrationData, load_calibration
+from deepseek_fp4_plugin.quantization.convert import DEFAULT_BUDGET, Converter
+from deepseek_fp4_plugin.quantization.memory import Portions, capped, portions
 from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
-from deepseek_fp4_plugin.quantization.plan import Plan, make_plan
-from deepseek_fp4_plugin.quantization.recipes import RECIPES
+from deepseek_fp4_plugin.quantization.observer import LayerAmax
+from deepseek_fp4_plugin.quantization.plan import Plan, Unit, make_plan
+from deepseek_fp4_plugin.quantization.recipe import Needs, Recipe, Rounding
+from deepseek_fp4_plugin.quantization.recipes import find_recipe
 from deepseek_fp4_plugin.quantization.report import (
     DEEPSEEK_R1,
     QuantizationReport,
@@ -46,6 +55,8 @@ from deepseek_fp4_plugin.quantization.report import (
     sqnr_by_class,
 )
 from deepseek_fp4_plugin.quantization.report_page import report_files
+from deepseek_fp4_plugin.quantization.saved_calibration import SavedCalibration, is_saved, load_saved
+from deepseek_fp4_plugin.quantization.solve import LayerSolver
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, parts done, parts in all
@@ -60,6 +71,7 @@ def quantize_checkpoint(
     destination: str | Path,
     *,
     recipe: str = "max",
+    arithmetic: str | None = None,
     layout: str = "v1",
     calibration: str | Path = CNN_DAILYMAIL,
     samples: int = 512,
@@ -68,21 +80,30 @@ def quantize_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
     seed: int = 0,
+    max_memory: int | None = None,
+    share: bool = False,
+    save_calibration: str | Path | None = None,
     progress: Progress | None = None,
+    moved: Callable[[int, int], None] | None = None,
 ) -> QuantizationReport:
     """Write the FP8 or BF16 checkpoint `source` as a calibrated NVFP4 checkpoint to `destination`.
 
     source: a folder, a Hugging Face id, or `r1_nano`.  destination: a folder that is absent or empty; `~` and links
     are followed.
-    recipe: a name in recipes.RECIPES.  layout: a key of plan.LAYOUTS.  kv_cache: what the config files ask for.
-    calibration, samples, tokens, seed: see calibration_data.load_calibration.  device: where layers and weights are
-    computed.  progress: called with ("calibrate" or "convert", done, total).
+    recipe: a name in recipes.RECIPES.  arithmetic: of max, a release in recipes.ARITHMETICS.
+    layout: a key of plan.LAYOUTS.  kv_cache: what the config files ask for.
+    calibration, samples, tokens, seed: see calibration_data.load_calibration; or what save_calibration wrote.
+    device: where layers and weights are computed.
+    max_memory: bytes of this process's resident memory that it stays below; None takes whole layers.
+    share: with other runs of the same call, in other processes or on other machines that see the same folders.
+    save_calibration: a file for what the projections saw.
+    progress: called with ("calibrate" or "convert", done, total).
+    moved: called with bytes that converting has read and written, done and in all.
     An interrupted run leaves `<destination>.incomplete`; the same call goes on from there and writes the same bytes.
     Raises ValueError for a wrong choice or unusable calibration text, CheckpointError (a ValueError) for a checkpoint
     that cannot be used or written; before calibration starts wherever headers can tell.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
+    chosen = find_recipe(recipe, arithmetic)
     if kv_cache not in _KV_CACHES:
         raise ValueError(f"kv_cache {kv_cache!r} is unknown; choose from {', '.join(_KV_CACHES)}")
     target = checked_device(device)
@@ -92,8 +113,11 @@ def quantize_checkpoint(
     config, reader = examine(folder).usable(result="the result")
     _note_absent_code(folder)
     plan = make_plan(reader, config, layout)
-    data = load_calibration(calibration, Tokenizer.from_folder(folder), samples, tokens, config.vocab_size, seed)
-    job = {
+    data = _calibration(calibration, folder, samples, tokens, config, seed)
+    if chosen.needs is not Needs.NOTHING:
+        _refuse_without_forward(chosen, data, share)
+    memory = _portions(reader, plan, config, data, max_memory)
+    job: dict[str, Any] = {
         "version": __version__,
         "source": _fingerprint(reader),
         "recipe": recipe,
@@ -102,31 +126,31 @@ def quantize_checkpoint(
         "calibration": data.digest,
         "device": target.type,
     }
+    if memory is not None and memory.batch_tokens != BATCH_TOKENS:
+        job["batch_tokens"] = memory.batch_tokens  # sums over more rows may round otherwise
+    if arithmetic is not None:
+        job["arithmetic"] = arithmetic
     where = str(Path(destination).expanduser())
     tell = progress or (lambda stage, done, total: None)
-    writer = CheckpointWriter(destination, plan.tensors, job, max_shard_bytes, hidden_bytes(config, data))
+    work_bytes = hidden_bytes(config, data) if isinstance(data, CalibrationData) else 0
+    writer = CheckpointWriter(destination, plan.tensors, job, max_shard_bytes, work_bytes, share)
     try:
         if writer.finished is not None:  # an earlier run got as far as tidying up
             writer.finish({})
             return replace(QuantizationReport.from_state(writer.finished), destination=where)
+        with capped(max_memory):
+            found, roundings = _layers(reader, writer, plan, config, chosen, data, target, tell, memory, moved)
         modules = [c.weight.module for unit in plan.units for c in unit.conversions if c.nvfp4]
-        found = calibrate(
-            reader, config, plan, data, writer.work, target, lambda done, total: tell(CALIBRATE, done, total)
-        )
-        scales = input_scales(found, modules)
-        roundings = convert(
-            reader, writer, plan, RECIPES[recipe], scales, target, lambda done, total: tell(CONVERT, done, total)
-        )
         sqnr, worst = sqnr_by_class(plan, config, roundings)
         report = QuantizationReport(
             source=str(source),
             destination=where,
-            recipe=recipe,
+            recipe=recipe if arithmetic is None else f"{recipe} ({arithmetic})",
             layout=layout,
             kv_cache=kv_cache,
             calibration=data.description,
-            samples=len(data.samples),
-            tokens=data.num_tokens,
+            samples=data.samples if isinstance(data, SavedCalibration) else len(data.samples),
+            tokens=data.tokens if isinstance(data, SavedCalibration) else data.num_tokens,
             size=sizes(reader, config, plan),
             sqnr_db=sqnr,
             worst=worst,
@@ -136,6 +160,9 @@ def quantize_checkpoint(
             zero_inputs=tuple(zero_inputs(found, modules)),
             r1=planned_sizes(DEEPSEEK_R1, layout),
         )
+        if save_calibration is not None:
+            saved = SavedCalibration(found, report.calibration, report.samples, report.tokens)
+            saved.write(save_calibration, config)
         files = _files(folder, plan, report, config)
         _refuse_changed(reader, job["source"], writer.folder)
         writer.finish(files, report.to_state())
@@ -146,6 +173,93 @@ def quantize_checkpoint(
         writer.close()
         reader.close()
     return report
+
+
+def _layers(
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    plan: Plan,
+    config: DeepseekV3Config,
+    recipe: Recipe,
+    data: CalibrationData | SavedCalibration,
+    device: torch.device,
+    tell: Progress,
+    memory: Portions | None,
+    moved: Callable[[int, int], None] | None,
+) -> tuple[LayerAmax, dict[str, Rounding]]:
+    """The loop: observe a layer, solve and write its weights, free it, advance. What was seen, and what was lost."""
+    own = CheckpointReader(reader.folder, Shards(reader.shards, reader.tensors, []))  # read by a thread of its own
+    budget = memory.convert if memory else DEFAULT_BUDGET
+    converted, quiet = partial(tell, CONVERT), lambda done, total: None
+    converter = Converter(own, writer, plan, recipe, device, converted, budget, moved or quiet)
+    solver = LayerSolver(reader, writer, plan, recipe, converter.notes) if recipe.needs is not Needs.NOTHING else None
+    inputs: Calibration | SavedCalibration
+    if isinstance(data, SavedCalibration):
+        inputs = data
+    else:
+        solve, observed = solver.forward if solver else None, partial(tell, CALIBRATE)
+        inputs = Calibration(reader, config, plan, data, writer.work, device, observed, memory, writer.shared, solve)
+    try:
+        for _ in writer.parts():
+            for layer, members in groupby(plan.units, key=lambda unit: unit.layer):
+                needed = [unit for unit in members if converter.needs(unit)]
+                modules = [c.weight.module for unit in needed for c in unit.conversions if c.nvfp4]
+                seen = inputs.seen(layer) if modules and layer is not None else LayerAmax()
+                scales = input_scales(seen, modules, recipe)
+                if solver and modules:
+                    solver.write_input_scales(scales)
+                    if (
+                        isinstance(inputs, Calibration)
+                        and layer is not None
+                        and any(map(converter.needs, _nvfp4(needed)))
+                    ):
+                        inputs.again(layer)  # an earlier run wrote them, and they are damaged
+                        inputs.seen(layer)
+                converter.convert([unit for unit in needed if converter.needs(unit)], scales)
+        found = LayerAmax()
+        for index in range(config.num_hidden_layers):
+            found = found.merge(inputs.seen(index))
+        inputs.end()
+        return found, converter.end()
+    finally:
+        own.close()
+
+
+def _nvfp4(units: Iterable[Unit]) -> list[Unit]:
+    return [unit for unit in units if unit.conversions[0].nvfp4]
+
+
+def _refuse_without_forward(recipe: Recipe, data: CalibrationData | SavedCalibration, share: bool) -> None:
+    """Refuse what a recipe cannot do that solves a layer while all samples pass through it."""
+    if isinstance(data, SavedCalibration):
+        raise ValueError(
+            f"recipe {recipe.name} needs more of the inputs than a kept calibration holds; give --calibration a text"
+        )
+    if share:
+        raise ValueError(f"recipe {recipe.name} solves layer after layer on its own results, which cannot be shared")
+
+
+def _calibration(
+    name: str | Path, folder: Path, samples: int, tokens: int, config: DeepseekV3Config, seed: int
+) -> CalibrationData | SavedCalibration:
+    kept = Path(name).expanduser()
+    if is_saved(kept):
+        return load_saved(kept, config)
+    return load_calibration(name, Tokenizer.from_folder(folder), samples, tokens, config.vocab_size, seed)
+
+
+def _portions(
+    reader: CheckpointReader,
+    plan: Plan,
+    config: DeepseekV3Config,
+    data: CalibrationData | SavedCalibration,
+    max_memory: int | None,
+) -> Portions | None:
+    if max_memory is None:
+        return None
+    widths = [reader.info(c.weight.name).dtype.itemsize for unit in plan.units for c in unit.conversions if c.nvfp4]
+    longest = 0 if isinstance(data, SavedCalibration) else max(map(len, data.samples))
+    return portions(config, max_memory, longest, max(widths, default=1))
 
 
 def _refuse_in_the_way(source: Path, destination: Path) -> None:

@@ -8,12 +8,12 @@ call. Names, dtypes and sizes of what it returns are those of numerics/nvfp4.py,
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.numerics import nvfp4
+from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
 
 HELD_OUT = 5  # every fifth input row is kept out of a Hessian, for a recipe to choose by
@@ -43,6 +43,30 @@ class InputStatistics:
 
 
 MAX_HELD_OUT = 4096
+
+
+class SourceWeight(NamedTuple):
+    """A weight as the source stores it.
+
+    weight: [out, in].  scale_inv: of an FP8 one, FP32, one a block of `block` rows and columns.
+    """
+
+    weight: Tensor
+    scale_inv: Tensor | None
+    block: tuple[int, int] = (fp8_block.BLOCK, fp8_block.BLOCK)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Its values: the FP32 product of an FP8 one, rounded once to `dtype`."""
+        if self.scale_inv is None:
+            return self.weight.to(dtype)
+        values = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        rows = self.block[0]
+        step = max(_CHUNK // self.weight.shape[1] // rows, 1) * rows
+        for start in range(0, self.weight.shape[0], step):
+            chunk = self.weight[start : start + step]
+            scales = self.scale_inv[start // rows : -(-(start + step) // rows)]
+            values[start : start + step] = fp8_block.dequantize(chunk, scales, dtype, self.block)
+        return values
 
 
 class Rounding(NamedTuple):
@@ -87,6 +111,14 @@ class Recipe(Protocol):
 
     def input_scale(self, amax: Tensor) -> Tensor:
         """`input_scale` for inputs whose largest magnitude is `amax`, FP32 [], over all experts of the layer."""
+
+
+@runtime_checkable
+class FromSource(Protocol):
+    """A recipe that can do without decoded weights, for speed; the bits are those of `solve`."""
+
+    def solve_source(self, weights: Sequence[SourceWeight]) -> list[Solution] | None:
+        """None where a weight holds NaN or infinity."""
 
 
 def measured(w: Tensor, quantized: NVFP4Tensor) -> Rounding:

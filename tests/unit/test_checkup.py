@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.findings import Fault
+from deepseek_fp4_plugin.checkpoint.planned_shard import layout
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import INDEX_NAME, CheckpointReader
-from deepseek_fp4_plugin.checkpoint.writer import _layout
 from deepseek_fp4_plugin.checkup import order
 from deepseek_fp4_plugin.checkup.consequences import CONSEQUENCES, RUNTIMES
 from deepseek_fp4_plugin.checkup.diagnosis import diagnose
@@ -126,7 +126,7 @@ def r1_shaped(tmp_path):
     for weight in weights(DEEPSEEK_R1):
         dtype = torch.float32 if weight.name.endswith("bias") else torch.bfloat16
         specs += result_tensors(Conversion(weight, WeightFormat.PLAIN, becomes_nvfp4(weight, DEEPSEEK_R1, "v1")), dtype)
-    shards = _layout(specs, 2_640_000_000)
+    shards = layout(specs, 2_640_000_000)
     assert 160 <= len(shards) <= 170
     index = {}
     for shard in shards:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
 from deepseek_fp4_plugin.cli.app import app, run
 from deepseek_fp4_plugin.cli.flags import Command, engine_config, engine_flags, field_flags
+from deepseek_fp4_plugin.cli.screen import Transfer
 from deepseek_fp4_plugin.llm import LLM, SamplingParams
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -369,3 +370,11 @@ def test_flags_come_from_the_fields():
         "max_seq_len": 99,
     }
     assert CliRunner().invoke(show, ["--dtype", "int3"]).exit_code == 2
+
+
+def test_progress_in_bytes_says_the_speed_and_what_is_left():
+    transfer = Transfer("convert")
+    assert transfer.line(0, 10**9, 0.0) == "convert: 0 B of 1.0 GB read and written"
+    half = transfer.line(5 * 10**9, 20 * 10**9, 100.0)
+    assert half == "convert: 5.0 GB of 20.0 GB read and written, 50.0 MB/s, 0:05:00 left at this speed"
+    assert transfer.line(10**9, 10**9, 4.0) == "convert: 1.0 GB of 1.0 GB read and written, 250.0 MB/s"

@@ -9,6 +9,7 @@ import torch
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
+from deepseek_fp4_plugin.kernels.reference import convert as reference_module
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 from deepseek_fp4_plugin.numerics.error import first_mismatch, sqnr_db
@@ -17,8 +18,6 @@ from deepseek_fp4_plugin.quantization.convert import convert
 from deepseek_fp4_plugin.quantization.plan import make_plan
 from deepseek_fp4_plugin.quantization.recipe import Rounding
 from deepseek_fp4_plugin.quantization.recipes import RECIPES
-from deepseek_fp4_plugin.quantization.recipes import max as max_module
-from deepseek_fp4_plugin.quantization.recipes.max import quantize_weight
 from deepseek_fp4_plugin.quantization.report import Bytes, sizes, sqnr_by_class
 from tests.tiny import write_checkpoint
 
@@ -49,20 +48,20 @@ def converted(tiny_fp8, tmp_path_factory):
 
 
 def test_chunks_of_rows_equal_the_whole(monkeypatch):
-    w = torch.randn(37, 64).bfloat16()
-    monkeypatch.setattr(max_module, "_CHUNK", 64 * 5)
+    w = torch.randn(300, 64).bfloat16()
+    monkeypatch.setattr(reference_module, "_CHUNK", 64 * 5)
     scale_2 = nvfp4.tensor_scale(w.abs().amax())
-    quantized, rounding = quantize_weight(w, scale_2)
+    quantized, signal, noise = reference_module.convert_weight(w, None, (128, 128), scale_2)
     for expected, actual in zip(nvfp4.quantize(w), quantized, strict=True):
         assert first_mismatch(expected, actual) is None
-    assert 10 * math.log10(rounding.signal / rounding.noise) == pytest.approx(sqnr_db(w, nvfp4.dequantize(quantized)))
-    assert rounding.amax == w.abs().max().item()
+    assert 10 * math.log10(signal / noise) == pytest.approx(sqnr_db(w, nvfp4.dequantize(quantized)))
+    assert reference_module.weight_amax(w, None, (128, 128)) == w.abs().max()
 
 
 def test_an_all_zero_weight_is_exact():
-    quantized, rounding = quantize_weight(torch.zeros(4, 32).bfloat16(), torch.tensor(0.0))
-    assert quantized.scale.view(torch.uint8).unique().tolist() == [0x38] and quantized.packed.sum() == 0
-    assert rounding == Rounding(0.0, 0.0, 0.0)
+    (solution,) = RECIPES["max"].solve([torch.zeros(4, 32).bfloat16()], None)
+    assert solution.tensor.scale.view(torch.uint8).unique().tolist() == [0x38] and solution.tensor.packed.sum() == 0
+    assert solution.rounding == Rounding(0.0, 0.0, 0.0)
 
 
 def weight_of(reader, module) -> torch.Tensor:

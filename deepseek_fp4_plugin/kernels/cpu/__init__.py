@@ -13,6 +13,7 @@ from deepseek_fp4_plugin.kernels.cpu.attention import (
     store_entries,
     values_from_latent,
 )
+from deepseek_fp4_plugin.kernels.cpu.convert import convert_weight, weight_amax
 from deepseek_fp4_plugin.kernels.cpu.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.cpu.embedding import embedding
 from deepseek_fp4_plugin.kernels.cpu.extension import NOT_BUILT, available, path, paths, use_path
@@ -36,6 +37,7 @@ __all__ = [
     "argmax",
     "available",
     "concat",
+    "convert_weight",
     "cos_sin",
     "embedding",
     "expanded_attention",
@@ -55,4 +57,5 @@ __all__ = [
     "store_entries",
     "use_path",
     "values_from_latent",
+    "weight_amax",
 ]

@@ -13,7 +13,7 @@ from deepseek_fp4_plugin.kernels.cuda.norm import add_rms_norm, latent_entries, 
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.routing import plain_linear, route
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
-from deepseek_fp4_plugin.kernels.reference import add, argmax, concat, cos_sin, embedding
+from deepseek_fp4_plugin.kernels.reference import add, argmax, concat, convert_weight, cos_sin, embedding, weight_amax
 
 __all__ = [
     "NOT_INSTALLED",
@@ -24,6 +24,7 @@ __all__ = [
     "argmax",
     "available",
     "concat",
+    "convert_weight",
     "cos_sin",
     "embedding",
     "expanded_attention",
@@ -39,4 +40,5 @@ __all__ = [
     "route",
     "store_entries",
     "values_from_latent",
+    "weight_amax",
 ]

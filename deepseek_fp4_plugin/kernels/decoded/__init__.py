@@ -17,6 +17,7 @@ from deepseek_fp4_plugin.kernels.reference import (
     add_rms_norm,
     argmax,
     concat,
+    convert_weight,
     cos_sin,
     embedding,
     gated_mlp,
@@ -26,6 +27,7 @@ from deepseek_fp4_plugin.kernels.reference import (
     rotary,
     route,
     store_entries,
+    weight_amax,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "concat",
+    "convert_weight",
     "cos_sin",
     "embedding",
     "expanded_attention",
@@ -49,4 +52,5 @@ __all__ = [
     "route",
     "store_entries",
     "values_from_latent",
+    "weight_amax",
 ]

@@ -9,10 +9,11 @@ from deepseek_fp4_plugin.kernels.reference.attention import (
     store_entries,
     values_from_latent,
 )
+from deepseek_fp4_plugin.kernels.reference.convert import convert_weight, weight_amax
 from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.reference.embedding import embedding
 from deepseek_fp4_plugin.kernels.reference.linear import linear, plain_linear, prepare
-from deepseek_fp4_plugin.kernels.reference.moe import experts_mlp, gated_mlp
+from deepseek_fp4_plugin.kernels.reference.moe import add_experts, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.reference.routing import route
@@ -21,9 +22,11 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
+    "add_experts",
     "add_rms_norm",
     "argmax",
     "concat",
+    "convert_weight",
     "cos_sin",
     "embedding",
     "expanded_attention",
@@ -38,4 +41,5 @@ __all__ = [
     "route",
     "store_entries",
     "values_from_latent",
+    "weight_amax",
 ]

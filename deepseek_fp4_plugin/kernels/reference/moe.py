@@ -31,6 +31,20 @@ def experts_mlp(
     observe(projection, expert, rows) sees the input rows of "gate_up" and "down" of each expert that got tokens.
     """
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    add_experts(y, x, expert_ids, expert_weights, gate_up, down, observe)
+    return y.to(x.dtype)
+
+
+def add_experts(
+    y: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: PreparedWeight,
+    down: PreparedWeight,
+    observe: Observe | None = None,
+) -> None:
+    """The sum of `experts_mlp` onto y, FP32 [T, hidden]: experts that come in groups make one sum, in their order."""
     flat = expert_ids.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat[flat >= 0], minlength=1).tolist()
@@ -49,4 +63,3 @@ def experts_mlp(
             observe("down", expert, hidden)
         output = down.backend.linear(hidden, down, expert).float() * expert_weights.flatten()[slots].unsqueeze(-1)
         y.index_add_(0, tokens, output)
-    return y.to(x.dtype)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.numerics import nvfp4
+from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
-from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Needs, Rounding, Solution
+from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Needs, Rounding, Solution, SourceWeight
 
-_CHUNK = 2**22  # elements quantized at once: temporaries of 16 MB each
+_BLOCK = (fp8_block.BLOCK, fp8_block.BLOCK)
 
 
 class Max:
@@ -22,23 +23,27 @@ class Max:
     weight_dtype = torch.bfloat16
 
     def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[Solution]:
-        scale_2 = nvfp4.tensor_scale(torch.stack([weight.abs().amax() for weight in weights]).amax())
-        return [Solution(*quantize_weight(weight, scale_2), self.name) for weight in weights]
+        solutions = self.solve_source([SourceWeight(weight, None) for weight in weights])
+        if solutions is None:
+            raise ValueError("NVFP4 cannot hold NaN or infinity, and a weight has some")
+        return solutions
+
+    def solve_source(self, weights: Sequence[SourceWeight]) -> list[Solution] | None:
+        amax = torch.stack([ops.weight_amax(*weight) for weight in weights])
+        if not torch.isfinite(amax).all():
+            return None
+        scale_2 = nvfp4.tensor_scale(amax.amax())
+        return [
+            Solution(tensor, Rounding(signal, noise, float(largest)), self.name)
+            for weight, largest in zip(weights, amax, strict=True)
+            for tensor, signal, noise in [ops.convert_weight(*weight, scale_2)]
+        ]
 
     def input_scale(self, amax: Tensor) -> Tensor:
         return nvfp4.tensor_scale(amax)
 
 
 def quantize_weight(w: Tensor, scale_2: Tensor) -> tuple[NVFP4Tensor, Rounding]:
-    """`nvfp4.quantize(w, scale_2)` in chunks of rows, and the error it makes.  w: BF16 [out, in], finite."""
-    rows, cols = w.shape
-    step = max(1, _CHUNK // cols)
-    pieces, signal, noise = [], 0.0, 0.0
-    for start in range(0, rows, step):
-        chunk = w[start : start + step]
-        piece = nvfp4.quantize(chunk, scale_2)
-        pieces.append(piece)
-        signal += float(chunk.float().square().sum(dtype=torch.float64))
-        noise += float((nvfp4.dequantize(piece) - chunk.float()).square().sum(dtype=torch.float64))
-    packed, scale = torch.cat([p.packed for p in pieces]), torch.cat([p.scale for p in pieces])
-    return NVFP4Tensor(packed, scale, scale_2), Rounding(signal, noise, float(w.abs().amax()))
+    """`nvfp4.quantize(w, scale_2)` and the error it makes.  w: BF16 [out, in], finite."""
+    tensor, signal, noise = ops.convert_weight(w, None, _BLOCK, scale_2)
+    return tensor, Rounding(signal, noise, float(w.abs().amax()))

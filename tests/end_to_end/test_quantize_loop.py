@@ -1,0 +1,223 @@
+"""The quantizer's loop: work shared by processes, commits within a shard, portions under a cap, kept calibrations."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_fp4_plugin.checkpoint import writer as writer_module
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.quantization import quantize as quantize_module
+from deepseek_fp4_plugin.quantization.memory import Portions
+from deepseek_fp4_plugin.quantization.overlap import overlapped
+from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
+from deepseek_fp4_plugin.quantization.recipes.max import Max
+from tests.stops import SETTINGS, contents, small  # noqa: F401 (fixture)
+
+ROOT = Path(__file__).parents[2]
+# A run in a process of its own, with commits after a few tensors; `stop`: it kills itself after so many units.
+CODE = """
+import os, signal, sys, torch
+torch.set_num_threads(int(sys.argv[3]))
+from deepseek_fp4_plugin.checkpoint import writer
+from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
+writer.COMMIT_BYTES = 30_000
+def tell(stage, done, total):
+    if stage == "convert" and done == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+quantize_checkpoint(sys.argv[1], sys.argv[2], **{settings!r}, share=True, progress=tell)
+"""
+
+
+def quantize(source, destination, **changes):
+    return quantize_checkpoint(source, destination, **{**SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def expected(small, tmp_path_factory) -> dict[str, bytes]:  # noqa: F811
+    folder = tmp_path_factory.mktemp("expected") / "out"
+    quantize(small, folder, save_calibration=folder.parent / "kept.json")
+    return contents(folder) | {"kept.json": (folder.parent / "kept.json").read_bytes()}
+
+
+def checkpoint_of(expected: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in expected.items() if name != "kept.json"}
+
+
+def start(source: Path, destination: Path, stop: int = -1) -> subprocess.Popen:
+    code = CODE.replace("{settings!r}", repr(SETTINGS))
+    arguments = [str(source), str(destination), str(torch.get_num_threads()), str(stop)]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_three_processes_share_a_job_and_one_of_them_is_killed(small, expected, tmp_path):  # noqa: F811
+    stops = (9, -1, -1)
+    processes = [start(small, tmp_path / "out", stop) for stop in stops]
+    said = [process.communicate(timeout=600)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes[0] in (0, -signal.SIGKILL) and codes[1:] == [0, 0], said
+    assert contents(tmp_path / "out") == checkpoint_of(expected) and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_shared_job_that_all_left_is_finished_by_one(small, expected, tmp_path):  # noqa: F811
+    for stop in (7, 11):
+        process = start(small, tmp_path / "out", stop)
+        assert process.communicate(timeout=600) and process.returncode == -signal.SIGKILL
+    quantize(small, tmp_path / "out")  # alone: nobody shares with it
+    assert contents(tmp_path / "out") == checkpoint_of(expected) and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_who_does_not_share_is_told_of_those_who_do(small, tmp_path):  # noqa: F811
+    said = []
+
+    def second(where: str, done: int, total: int) -> None:
+        if where == "convert" and done == 5 and not said:
+            with pytest.raises(CheckpointError, match="is being written by another run") as error:
+                quantize(small, tmp_path / "out")
+            said.append(str(error.value))
+
+    quantize(small, tmp_path / "out", share=True, progress=second)
+    assert len(said) == 1
+
+
+def test_what_was_committed_of_a_shard_is_not_made_again(small, expected, tmp_path, monkeypatch):  # noqa: F811
+    """One shard of everything: without commits a stopped run would begin it again."""
+    monkeypatch.setattr(writer_module, "COMMIT_BYTES", 30_000)
+    solved = []
+    original = Max.solve_source
+    monkeypatch.setattr(Max, "solve_source", lambda self, weights: solved.append(1) or original(self, weights))
+    quantize(small, tmp_path / "whole" / "out", max_shard_bytes=10**9)
+    whole, solved[:] = len(solved), []
+
+    def stop(where: str, done: int, total: int) -> None:
+        if where == "convert" and done == total * 3 // 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(small, tmp_path / "out", max_shard_bytes=10**9, progress=stop)
+    before, solved[:] = len(solved), []
+    assert not list((tmp_path / "out.incomplete").glob("*.safetensors"))
+    partial = next((tmp_path / "out.incomplete").glob("*.safetensors.partial"))
+    quantize(small, tmp_path / "out", max_shard_bytes=10**9)
+    assert len(solved) <= whole - before + 4 < whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "gone"])
+def test_committed_tensors_that_are_damaged_are_made_again(small, tmp_path, monkeypatch, damage):  # noqa: F811
+    monkeypatch.setattr(writer_module, "COMMIT_BYTES", 30_000)
+
+    def stop(where: str, done: int, total: int) -> None:
+        if where == "convert" and done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(small, tmp_path / "out", max_shard_bytes=10**9, progress=stop)
+    partial = next((tmp_path / "out.incomplete").glob("*.safetensors.partial"))
+    data = bytearray(partial.read_bytes())
+    data[len(data) // 3] ^= 1
+    {"cut": lambda: partial.write_bytes(data[: len(data) // 3]), "altered": lambda: partial.write_bytes(data)}.get(
+        damage, partial.unlink
+    )()
+    quantize(small, tmp_path / "out", max_shard_bytes=10**9)
+    quantize(small, tmp_path / "whole" / "out", max_shard_bytes=10**9)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_experts_in_groups_and_spans_change_no_byte(small, expected, tmp_path, monkeypatch, experts):  # noqa: F811
+    chosen = Portions(quantize_module.BATCH_TOKENS, 10**6, experts, 1)
+    monkeypatch.setattr(quantize_module, "portions", lambda *arguments: chosen)
+    quantize(small, tmp_path / "out", max_memory=10**12)
+    assert contents(tmp_path / "out") == checkpoint_of(expected)
+
+
+def test_a_cap_below_what_a_model_needs_is_refused_before_anything_is_read(small, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match=r"--max-memory 100.0 MB is too little for this model: it takes .* at least"):
+        quantize(small, tmp_path / "out", max_memory=10**8)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- kept calibrations
+
+
+def test_a_kept_calibration_gives_the_same_checkpoint_without_a_forward(small, expected, tmp_path):  # noqa: F811
+    kept = tmp_path / "kept.json"
+    kept.write_bytes(expected["kept.json"])
+    stages = set()
+    quantize(small, tmp_path / "out", calibration=kept, progress=lambda stage, done, total: stages.add(stage))
+    assert stages == {"convert"} and contents(tmp_path / "out") == checkpoint_of(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(hidden_size=128), "the calibration of another model"),
+        (lambda c: c.pop("amax"), "is not a calibration that --save-calibration wrote"),
+        (lambda c: c["amax"].update({"model.layers.0.mlp.up_proj": -1}), "is not a calibration"),
+        (lambda c: c["amax"].clear(), "calibration saw no input of"),
+    ],
+)
+def test_a_kept_calibration_that_does_not_fit_is_refused(small, expected, tmp_path, change, message):  # noqa: F811
+    content = json.loads(expected["kept.json"])
+    change(content)
+    (tmp_path / "kept.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        quantize(small, tmp_path / "out", calibration=tmp_path / "kept.json")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- reading, computing and writing at once
+
+
+def test_jobs_come_in_their_order_and_within_the_budget():
+    held = most = 0
+    stored = []
+
+    def load(job: int) -> int:
+        nonlocal held, most
+        held += job
+        most = max(most, held)
+        return job
+
+    def store(job: int, result: int) -> None:
+        nonlocal held
+        held -= job
+        stored.append((job, result))
+
+    jobs = [3, 1, 4, 1, 5, 9, 2, 6, 30, 5, 3, 5]
+    done = list(overlapped(jobs, load, lambda job, loaded: loaded * 2, store, lambda job: job, 10))
+    assert done == jobs and stored == [(job, 2 * job) for job in jobs]
+    assert most <= 30  # the one job above the budget is alone
+
+
+@pytest.mark.parametrize("step", ["load", "work", "store"])
+def test_an_error_comes_in_its_turn_and_nothing_behind_it_is_stored(step):
+    stored = []
+
+    def fails(where: str, job: int) -> int:
+        if where == step and job == 5:
+            raise ValueError("five")
+        return job
+
+    run = overlapped(
+        range(1, 10),
+        lambda job: fails("load", job),
+        lambda job, loaded: fails("work", job),
+        lambda job, result: stored.append(fails("store", job)),
+        lambda job: 1,
+        3,
+    )
+    with pytest.raises(ValueError, match="five"):
+        list(run)
+    assert stored == [1, 2, 3, 4]
