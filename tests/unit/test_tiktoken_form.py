@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_fp4_plugin.checkpoint.findings import Fault
+from deepseek_fp4_plugin.checkup.text_files import examine_text_files
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer, Tokenizer, _byte_of_symbol
 from tests.tiktoken_folder import BYTES, KIMI, write_tiktoken
 
@@ -66,6 +69,31 @@ def test_ids_of_any_text_are_tiktokens(tokenizer, theirs, text):
     assert ids == theirs.encode(text, disallowed_special=())
     stream = IncrementalDetokenizer(tokenizer)
     assert "".join(stream.add([i]) for i in ids) + stream.flush() == text
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ids_of_vocabularies_with_many_ways_to_join(tmp_path, seed):
+    """Tokens that two pairs make, in words of two letters, where the order of merges is all that decides."""
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    draw, known = random.Random(seed), [b"a", b"b"]
+    while len(known) < 14:
+        joined = draw.choice(known) + draw.choice(known)
+        if joined not in known:
+            known.append(joined)
+    tokens = [*BYTES, *known[2:]]
+    write_tiktoken(tmp_path, tokens)
+    tokenizer, ranks = Tokenizer.from_folder(tmp_path), {token: rank for rank, token in enumerate(tokens)}
+    theirs = tiktoken.Encoding("two letters", pat_str="|".join(KIMI), mergeable_ranks=ranks, special_tokens={})
+    words = ["".join(draw.choices("ab", k=draw.randint(1, 30))) for _ in range(200)]
+    assert [tokenizer.encode(word) for word in words] == [theirs.encode(word) for word in words]
+
+
+def test_the_doctor_takes_it_for_a_tokenizer(tmp_path):
+    write_tiktoken(tmp_path, BYTES)
+    assert examine_text_files(tmp_path, {}) == []
+    (tmp_path / "tokenization_kimi.py").unlink()
+    (finding,) = examine_text_files(tmp_path, {})
+    assert "says its pattern" in finding.sentence and finding.fault is Fault.NO_TOKENIZER
 
 
 def test_ids_behind_the_ranks(tokenizer, tokens):
