@@ -55,8 +55,8 @@ def prepare(
     with the largest `input_scale` of the parts; other formats ignore it.
     Raises ValueError when formats or widths differ, or "fp4" is asked for and a part has no positive input_scale.
     """
-    if len({(part.format, part.in_features, part.weight.shape[:-2]) for part in parts}) != 1:
-        raise ValueError("fused projections must share format, input width and number of experts")
+    if len({(part.format, part.in_features, part.weight.shape[:-2], part.fp8_block) for part in parts}) != 1:
+        raise ValueError("fused projections must share format, size of scale blocks, input width and number of experts")
     nvfp4 = parts[0].format is WeightFormat.NVFP4
     input_scale = None
     if nvfp4 and activations == "fp4":

@@ -65,3 +65,15 @@ def test_fp8(tmp_path, strategy, cut):
     theirs = dequantize(stored, scale, args=args, dtype=torch.float32)
     part = read(tmp_path, {"weight": stored, "weight_scale": scale}, cut)
     assert torch.equal(dequantized(part), sliced(theirs, cut))
+
+
+def test_projections_with_scales_of_different_kinds_are_not_fused(tmp_path):
+    values = torch.ones(128, 128).to(torch.float8_e4m3fn)
+    scales = {"gate_proj": torch.ones(128, 1), "up_proj": torch.ones(())}
+    tensors = {f"{name}.weight": values.clone() for name in scales}
+    save_file(
+        tensors | {f"{name}.weight_scale": scale for name, scale in scales.items()}, tmp_path / "model.safetensors"
+    )
+    source = WeightSource(CheckpointReader(tmp_path))
+    with pytest.raises(ValueError, match="must share format, size of scale blocks"):
+        source.linear(tuple(scales), (128, 128), 128, CUTS[0])

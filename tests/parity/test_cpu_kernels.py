@@ -196,12 +196,15 @@ def test_a_row_does_not_depend_on_its_company(path, rows):
 
 
 @pytest.mark.parametrize("block", [64, 128, 192, 512])
-def test_fp8_scale_blocks_of_other_widths(path, block):
-    """192 does not fit the 256 inputs that few rows are multiplied in: such a row is not cut into turns."""
+@pytest.mark.parametrize("height", [1, 128])
+def test_fp8_scale_blocks_of_other_sizes(path, height, block):
+    """A scale a row comes as blocks one row high. A width of 192 does not fit the 256 inputs that few rows are
+    multiplied in: such a row is not cut into turns.
+    """
     out, width = 40, 4000
     codes = random_part(WeightFormat.FP8_BLOCK, out, width).weight
-    scale = torch.rand(1, -(-width // block)) + 0.5
-    part = WeightTensors(WeightFormat.FP8_BLOCK, codes, scale, fp8_block=(128, block))
+    scale = torch.rand(-(-out // height), -(-width // block)) + 0.5
+    part = WeightTensors(WeightFormat.FP8_BLOCK, codes, scale, fp8_block=(height, block))
     native, law = both([part], "bf16")
     assert native.backend is cpu
     x = torch.randn(16, width).to(BF16)
