@@ -23,6 +23,7 @@ from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, ou
 from deepseek_fp4_plugin.quantization.recipes.scale_search import (
     MAX_CODE,
     MIN_CODE,
+    chunk,
     encoded,
     max_codes,
     roomy_input_scale,
@@ -35,7 +36,6 @@ from deepseek_fp4_plugin.quantization.recipes.scale_search import (
 OFFSETS = range(-2, 8)
 DAMPING = 0.05  # of the mean diagonal, added to the diagonal
 _GROUP = 8  # blocks whose errors reach the columns behind them in one product
-_CHUNK = 2**18  # weights times scales that are rounded at once
 
 
 class Gptq:
@@ -147,7 +147,7 @@ def _round_block(
     tried = torch.tensor(offsets, device=panel.device).unsqueeze(-1)
     code = (base.unsqueeze(-2) + tried).clamp_(MIN_CODE, MAX_CODE)  # [experts, scales, rows]
     rows = panel.shape[1]
-    height = max(1, _CHUNK // (panel.shape[0] * len(offsets) * BLOCK))
+    height = max(1, chunk(panel.device) // (panel.shape[0] * len(offsets) * BLOCK))
     best = []
     for row in range(0, rows, height):
         some = code[..., row : row + height]

@@ -17,7 +17,6 @@ from deepseek_fp4_plugin.quantization.recipe import Solution, measured
 
 MIN_CODE, MAX_CODE = 1, 126  # 2^-9 and 448: every positive finite E4M3 value
 INPUT_HEADROOM = 8.0  # a power of two: an input of the calibrated amax is rounded as without, larger ones still fit
-_CHUNK = 2**18  # weights searched at once: temporaries of 1 MB stay in a core's cache
 
 
 def search(w: Tensor, scale_2: Tensor, offsets: Sequence[int], metric: Tensor | None = None) -> NVFP4Tensor:
@@ -36,7 +35,7 @@ def search(w: Tensor, scale_2: Tensor, offsets: Sequence[int], metric: Tensor | 
     metrics = None if metric is None else metric.reshape(experts, cols // BLOCK, BLOCK, BLOCK)
     scale = torch.empty(experts, rows, cols // BLOCK, dtype=torch.uint8, device=w.device)
     for expert, tensor_scale in enumerate(scale_2.expand(experts)):
-        for columns, some in _chunks(rows, cols // BLOCK, whole_rows=metrics is None):
+        for columns, some in _chunks(rows, cols // BLOCK, chunk(w.device), whole_rows=metrics is None):
             part = blocks[expert, some, columns].transpose(0, 1)
             weight = None if metrics is None else metrics[expert, columns]
             scale[expert, some, columns] = best_codes(part, tensor_scale, offsets, weight).T.to(torch.uint8)
@@ -101,6 +100,11 @@ def roomy_input_scale(amax: Tensor) -> Tensor:
     return nvfp4.tensor_scale(amax) * INPUT_HEADROOM
 
 
+def chunk(device: torch.device) -> int:
+    """How many weights are searched at once: temporaries of 1 MB stay in a core's cache, of 64 MB fill a GPU."""
+    return 2**18 if device.type == "cpu" else 2**24
+
+
 def _rounding_error(blocks: Tensor, step: Tensor) -> Tensor:
     """What rounding `blocks` [..., 16] with `step` [...] takes from them."""
     step = step.unsqueeze(-1)
@@ -112,9 +116,9 @@ def _weighted(error: Tensor, metric: Tensor | None) -> Tensor:
     return (error * (error if metric is None else error @ metric)).sum(-1)
 
 
-def _chunks(rows: int, blocks: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
+def _chunks(rows: int, blocks: int, weights: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
     """Pieces of a matrix of blocks as (columns, rows): of whole rows, or of few columns where each has its metric."""
-    size = max(1, _CHUNK // BLOCK)
+    size = max(1, weights // BLOCK)
     height = min(rows, max(1, size // blocks if whole_rows else size))
     width = blocks if whole_rows else min(blocks, max(1, size // height))
     for column in range(0, blocks, width):
