@@ -44,13 +44,10 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.calibration_data import load_calibration
 from deepseek_fp4_plugin.quantization.recipe import HELD_OUT, InputStatistics, Needs, Recipe, shrunk
 from deepseek_fp4_plugin.quantization.recipes import RECIPES
-from deepseek_fp4_plugin.quantization.recipes.gptq import Gptq
 from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks
-from deepseek_fp4_plugin.quantization.recipes.local_hessian import LocalHessian
 from deepseek_fp4_plugin.quantization.recipes.scale_search import roomy_input_scale
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
-OURS: dict[str, Recipe] = {**RECIPES, **{recipe.name: recipe for recipe in (LocalHessian(), Gptq())}}
 THEIRS = {
     "modelopt 4/6": "NVFP4_FOUR_OVER_SIX_CFG",
     "modelopt 126 codes": "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
@@ -62,7 +59,7 @@ FEW = (8, 32, 128)
 class Unit(NamedTuple):
     """Weights of one input that share a tensor scale.
 
-    weights: FP32 [out, in] each.  fit, test: input rows FP32 [n, in].  layer: mean x x^T over all experts of the layer,
+    weights: FP32 [out, in] each.  fit, test: input rows FP32 [n, in].  layer: what an expert's mean x x^T is drawn to,
     None for a unit that is no expert.  amax: the largest input of the layer's experts.
     """
 
@@ -129,7 +126,7 @@ def _statistics(unit: Unit, needs: Needs) -> InputStatistics | None:
 def measure(units: Sequence[Unit], solve: Callable[[Unit], tuple[list[NVFP4Tensor], list[str]]], name: str) -> Result:
     rows, seconds, weights, choices = [], 0.0, 0, dict[str, int]()
     for unit in units:
-        scale = OURS[name].input_scale(unit.amax) if name in OURS else roomy_input_scale(unit.amax)
+        scale = RECIPES[name].input_scale(unit.amax) if name in RECIPES else roomy_input_scale(unit.amax)
         rounded = nvfp4.dequantize(NVFP4Tensor(*nvfp4.quantize_activation(unit.test, scale), scale))
         began = time.thread_time()
         tensors, chosen = solve(unit)
@@ -163,7 +160,9 @@ def table(title: str, results: dict[str, Result]) -> list[dict[str, Any]]:
         figures = (squared, w4a16, worst, w4a4, result.seconds_per_million)
         chosen = " ".join(f"{count} {choice}" for choice, count in result.choices.items() if choice != name)
         print(
-            f"{name:<24}" + "".join(f"{figure:>12.3f}" for figure in figures) + ("  " + chosen if name in OURS else "")
+            f"{name:<24}"
+            + "".join(f"{figure:>12.3f}" for figure in figures)
+            + ("  " + chosen if name in RECIPES else "")
         )
         found.append(
             {"model": title, "recipe": name, **dict(zip(head, figures, strict=False)), "choices": result.choices}
@@ -269,19 +268,22 @@ def r1_nano_units(samples: int = 64) -> list[Unit]:
     fit = _r1_nano_inputs(reader, config, [text for i, text in enumerate(texts) if i % 3])
     test = _r1_nano_inputs(reader, config, texts[::3])
     amax: dict[str, Tensor] = {}
-    total: dict[str, tuple[Tensor, int]] = {}
     for name, rows in fit.items():
         shared = _EXPERT.sub(".experts.*.", name)
         amax[shared] = torch.maximum(amax.get(shared, torch.tensor(0.0)), rows.abs().amax())
-        before, count = total.get(shared, (torch.tensor(0.0), 0))
-        total[shared] = before + rows.T @ rows, count + len(rows)
     units = []
     for name, rows in fit.items():
-        shared = _EXPERT.sub(".experts.*.", name)
         modules = [name, name.replace("gate_proj", "up_proj")] if name.endswith("gate_proj") else [name]
-        layer = total[shared][0] / total[shared][1] if shared != name else None
+        layer = None
+        if shared := _EXPERT.search(name):  # every token passes the shared expert
+            tokens = fit[f"{name[: shared.start()]}.shared_experts.gate_proj"][::16]
+            if name.endswith("down_proj"):
+                gate, up = (_fp32(reader, name.replace("down_proj", other)) for other in ("gate_proj", "up_proj"))
+                tokens = torch.nn.functional.silu(tokens @ gate.T) * (tokens @ up.T)
+            layer = tokens.T @ tokens / len(tokens)
         if name in test and len(test[name]) >= 16:
-            units.append(Unit(name, [_fp32(reader, m) for m in modules], rows, test[name], layer, amax[shared]))
+            weights = [_fp32(reader, module) for module in modules]
+            units.append(Unit(name, weights, rows, test[name], layer, amax[_EXPERT.sub(".experts.*.", name)]))
     return units
 
 
@@ -319,7 +321,7 @@ def few_tokens(units: Sequence[Unit], tokens: int, modelopt: bool) -> list[dict[
     """Every fourth of r1_nano's routed experts on `tokens` rows; how often gptq is worse than local-hessian."""
     experts = [unit._replace(fit=unit.fit[:tokens]) for unit in units if unit.layer is not None]
     experts = [unit for unit in experts if int(unit.name.split(".experts.")[1].split(".")[0]) % 4 == 0]
-    solvers = {name: solve_ours(recipe) for name, recipe in OURS.items()}
+    solvers = {name: solve_ours(recipe) for name, recipe in RECIPES.items()}
     if modelopt:
         solvers["modelopt local-Hessian"] = solve_theirs(THEIRS["modelopt local-Hessian"])
     results = {name: measure(experts, solve, name) for name, solve in solvers.items()}
@@ -346,7 +348,7 @@ def main() -> None:
     found = []
     for model in options.model or ["minilm", "r1_nano"]:
         units = minilm_units() if model == "minilm" else r1_nano_units()
-        solvers = {name: solve_ours(recipe) for name, recipe in OURS.items()}
+        solvers = {name: solve_ours(recipe) for name, recipe in RECIPES.items()}
         if options.modelopt and model == "minilm":
             solvers |= {name: solve_theirs(config) for name, config in THEIRS.items()}
         found += table(model, {name: measure(units, solve, name) for name, solve in solvers.items()})

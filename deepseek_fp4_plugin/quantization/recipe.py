@@ -33,7 +33,7 @@ class InputStatistics:
 
     tokens: rows in `hessian`; 0 for an expert that saw none.
     hessian: FP32, the mean of x x^T over tokens: [in, in], or [in / 16, 16, 16] of BLOCK_HESSIAN. An expert's is shrunk
-        to its layer's, the mean over all experts' rows: (1 - a) own + a layer, a = in / (in + tokens).
+        to what all of its layer's tokens would make it: (1 - a) own + a layer, a = in / (in + tokens).
     held_out: FP32 [n, in], rows that are in no Hessian, at most `recipe.MAX_HELD_OUT`; n is 0 where there are none.
     """
 

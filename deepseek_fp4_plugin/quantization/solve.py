@@ -5,8 +5,9 @@ what the solution then gives for the next projection. With a sequential recipe t
 weights, so that each projection sees, and can make up for, what those before it became; else with the source's.
 
 Every fifth token is held out of all second moments, for a recipe to judge by. Routed experts are solved one after the
-other: their gates and ups, whose inputs are known from the start, then their downs, whose inputs' mean over all experts
-is known only then.
+other, and an expert that saw few tokens is helped by its layer's: second moments of gate's and up's input are drawn to
+those of all tokens, of down's to those of what this expert answers to a sample of all tokens. (The inputs of different
+experts' downs share no basis, so that a mean over experts would tell little.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from deepseek_fp4_plugin.quantization.recipe import (
 )
 from deepseek_fp4_plugin.quantization.streaming import StreamedLayer
 
+SAMPLE = 2048  # tokens of a layer that every expert answers to
 _TENSORS = ("weight", "weight_scale", "weight_scale_2")
 
 
@@ -64,7 +66,7 @@ class Moments:
         return self.total / max(self.tokens, 1)
 
     def statistics(self, layer: Tensor | None = None) -> InputStatistics:
-        """layer: the mean over all experts' rows, which an expert's is drawn to."""
+        """layer: the mean over its layer's rows, which an expert's is drawn to."""
         hessian = self.mean() if layer is None else shrunk(self.mean(), layer, self.tokens, self._width)
         held = torch.cat(self._held) if self._held else torch.zeros(0, self._width, device=self._device)
         return InputStatistics(self.tokens, hessian, held)
@@ -165,37 +167,30 @@ class LayerSolver:
         layer = Moments(inputs[0].shape[1], needs, device)
         for normed, mask in zip(inputs, held, strict=True):
             layer.add(normed, mask)
-        mean, inner = layer.mean(), Moments(streamed.config.moe_intermediate_size, needs, device)
-        rows = [_rows_of(expert, chosen) for expert in range(count)]
-        hidden: list[list[Tensor]] = []
+        mean, sample = layer.mean(), _sample(inputs, held)
+        sums = [torch.zeros(normed.shape, dtype=torch.float32, device=device) for normed in inputs]
         for expert in range(count):
+            rows = _rows_of(expert, chosen)
             observe = streamed.observer.of_experts(name, [expert])
-            moments = Moments(mean.shape[0] * (1 if needs is Needs.HESSIAN else 16), needs, device)
-            for part in rows[expert]:
+            moments = Moments(inputs[0].shape[1], needs, device)
+            for part in rows:
                 observe("gate_up", 0, inputs[part.batch][part.tokens])
                 moments.add(inputs[part.batch][part.tokens], held[part.batch][part.tokens])
-            modules = [f"{name}.{expert}.{projection}" for projection in ("gate_proj", "up_proj")]
-            weight = self._solved(modules, moments.statistics(mean)) or streamed.expert(
-                expert, ("gate_proj", "up_proj")
-            )
-            hidden.append([])
-            for part in rows[expert]:
-                gate, up = ops.linear(inputs[part.batch][part.tokens], weight).chunk(2, -1)
-                hidden[-1].append(torch.nn.functional.silu(gate) * up)
-                observe("down", 0, hidden[-1][-1])
-                inner.add(hidden[-1][-1], held[part.batch][part.tokens])
-        sums = [torch.zeros(normed.shape, dtype=torch.float32, device=device) for normed in inputs]
-        mean = inner.mean()
-        for expert in range(count):
+            pair = ("gate_proj", "up_proj")
+            gate_up = self._solved([f"{name}.{expert}.{p}" for p in pair], moments.statistics(mean))
+            gate_up = gate_up or streamed.expert(expert, pair)
+            hidden = [_gated_rows(inputs[part.batch][part.tokens], gate_up) for part in rows]
             moments = Moments(streamed.config.moe_intermediate_size, needs, device)
-            for part, x in zip(rows[expert], hidden[expert], strict=True):
+            for part, x in zip(rows, hidden, strict=True):
+                observe("down", 0, x)
                 moments.add(x, held[part.batch][part.tokens])
-            down = self._solved([f"{name}.{expert}.down_proj"], moments.statistics(mean))
+            answer = Moments(streamed.config.moe_intermediate_size, needs, device)
+            answer.add(_gated_rows(sample, gate_up), torch.zeros(len(sample), dtype=torch.bool, device=device))
+            down = self._solved([f"{name}.{expert}.down_proj"], moments.statistics(answer.mean()))
             down = down or streamed.expert(expert, ("down_proj",))
-            for part, x in zip(rows[expert], hidden[expert], strict=True):
+            for part, x in zip(rows, hidden, strict=True):
                 result = ops.linear(x, down).float() * part.weights.unsqueeze(-1)
                 sums[part.batch].index_add_(0, part.tokens, result)
-            hidden[expert] = []
         return [total.to(torch.bfloat16) for total in sums]
 
     def _solved(self, modules: Sequence[str], inputs: InputStatistics) -> PreparedWeight | None:
@@ -219,6 +214,17 @@ class LayerSolver:
             return None
         parts = [WeightTensors(WeightFormat.NVFP4, *tensor) for tensor in tensors]
         return ops.prepare(parts, inputs.hessian.device, torch.bfloat16, backend="reference")
+
+
+def _sample(inputs: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:
+    """About SAMPLE of the rows that are not held out, or all if there are fewer; evenly spread over the batches."""
+    step = max(1, sum(map(len, inputs)) // SAMPLE)
+    return torch.cat([rows[~mask][::step] for rows, mask in zip(inputs, held, strict=True)])
+
+
+def _gated_rows(x: Tensor, gate_up: PreparedWeight) -> Tensor:
+    gate, up = ops.linear(x, gate_up).chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def _rows_of(expert: int, chosen: Sequence[tuple[Tensor, Tensor]]) -> list[_Rows]:

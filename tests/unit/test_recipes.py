@@ -13,8 +13,8 @@ from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, ou
 from deepseek_fp4_plugin.quantization.recipes.local_hessian import LocalHessian
 from deepseek_fp4_plugin.quantization.recipes.scale_search import max_codes, search, shared_scale
 
-WITH_DATA: tuple[Recipe, ...] = (LocalHessian(), Gptq())
-ALL = (*(recipe for name, recipe in RECIPES.items() if name not in {r.name for r in WITH_DATA}), *WITH_DATA)
+WITH_DATA = (RECIPES["local-hessian"], RECIPES["gptq"])
+ALL = tuple(RECIPES.values())
 
 
 def heavy_tailed(*shape: int) -> Tensor:
