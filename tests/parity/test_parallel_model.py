@@ -8,7 +8,7 @@ import torch
 
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.parallel.collectives import Counting, Group
+from deepseek_fp4_plugin.parallel.collectives import Counting, Group, Separate
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from tests.ranks import MAPPINGS, on_mesh
 
@@ -113,7 +113,7 @@ def test_ranks_compute_what_one_does(whole, load, mapping):
             assert all(torch.equal(own[name], found[0][name]) for name in own)
 
 
-class Without:
+class Without(Separate):
     """A group that leaves out its n-th collective, counted from 0; `names` are those that were asked for."""
 
     def __init__(self, inner: Group, left_out: int):
