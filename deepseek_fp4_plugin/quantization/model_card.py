@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from deepseek_fp4_plugin.checkpoint.quant_config import PRODUCER
 from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.numerics import nvfp4
 from deepseek_fp4_plugin.quantization.calibrate import ZERO_INPUT_SCALE
+from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.report import WORST, QuantizationReport, decibels
 
 BENCHMARKS = ("MMLU Pro", "GPQA Diamond", "LiveCodeBench", "SCICODE", "MATH-500", "AIME 2024")
@@ -91,11 +94,19 @@ def _calibration(report: QuantizationReport) -> str:
 
 The inputs of {names} were all zero, which every scale decodes exactly;
 their input scale is {ZERO_INPUT_SCALE}."""
+    recipe = RECIPES[report.recipe.partition(" ")[0]]
+    through = (
+        "each layer behind the quantized ones before it" if recipe.sequential else "through the source's own weights"
+    )
+    one = torch.ones(())
+    room = float(recipe.input_scale(one) / nvfp4.tensor_scale(one))
+    scale = f", {room:g} times what the largest input needs" if room > 1 else ""
     return f"""## Post-training quantization
 
 Input scales were calibrated on {text}: {report.samples} samples,
-{report.tokens} tokens in all, through the source's own weights. {report.quantized_modules} linears are NVFP4. All
-experts of a layer share their input scales; {report.cold_experts} expert projections saw no token themselves.{zeros}"""
+{report.tokens} tokens in all, {through}. {report.quantized_modules} linears are NVFP4. All
+experts of a layer share their input scales{scale}; {report.cold_experts} expert projections saw no token
+themselves.{zeros}"""
 
 
 def _sizes(report: QuantizationReport) -> str:

@@ -57,6 +57,14 @@ def test_gate_and_up_share_their_tensor_scale_and_experts_their_input_scale(made
                 assert reader.get(f"{module}.input_scale") == reader.get(f"{first}.input_scale")
 
 
+def test_the_card_says_how_inputs_were_seen_and_scaled(made):
+    cards = {name: " ".join((path / "README.md").read_text(encoding="utf-8").split()) for name, path in made.items()}
+    for name, card in cards.items():
+        assert f"recipe `{name}`" in card
+        assert ("through the source's own weights" in card) == (name not in ("local-hessian", "gptq"))
+        assert ("8 times what the largest input needs" in card) == (name not in ("max", "four-over-six"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_modelopts_tensor_class_decodes_every_recipe_to_our_values(made):
