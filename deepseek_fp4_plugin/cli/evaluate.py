@@ -18,6 +18,7 @@ from deepseek_fp4_plugin.config import did_you_mean
 
 _PATH = click.Path(path_type=Path)
 _BLOCK, _BLOCKS = 512, 256  # tokens of a text that are compared at once, and how many such blocks at most
+_WATCHED = 4  # blocks on which each module's output is compared
 
 
 @click.group(cls=Group, short_help="Score a model on benchmarks, and judge what FP4 costs.")
@@ -354,9 +355,12 @@ def compare(
 
 
 def _divergences(source: str, quantized: str, activations: Sequence[str], path: Path) -> None:
-    """KL and top-1 agreement of each side with the source, over blocks of the text."""
+    """KL and top-1 agreement of each side with the source, over blocks of the text, and each kind of module's output
+    error; they join the report that `quantize` left in the checkpoint's folder."""
     from deepseek_fp4_plugin.evaluation.divergence import divergence
+    from deepseek_fp4_plugin.evaluation.output_error import output_errors
     from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
+    from deepseek_fp4_plugin.quantization.report_page import DOCUMENT, add_comparison
     from deepseek_fp4_plugin.tokenizer import Tokenizer
 
     reference = DeepseekV3ForCausalLM.from_pretrained(source)
@@ -365,11 +369,20 @@ def _divergences(source: str, quantized: str, activations: Sequence[str], path: 
     texts = [ids[i : i + _BLOCK] for i in range(0, len(ids), _BLOCK)][:_BLOCKS]
     if not ids:
         raise ValueError(f"{path} holds no text")
+    sides: list[dict[str, Any]] = []
+    positions, folder = 0, None
     for kind in activations:
         model = DeepseekV3ForCausalLM.from_pretrained(quantized, nvfp4_activations=kind)
         with screen.progress(f"{path.name}, {kind}") as progress:
             d = divergence(reference, model, texts, progress)
+        errors = output_errors(reference, model, texts[:_WATCHED])
+        figures = {"kl": d.kl, "kl_half": d.kl_half, "agreement": d.agreement.mean, "agreement_half": d.agreement.half}
+        sides.append({"activations": kind, **figures, "output_error": errors})
+        positions, folder = d.positions, model.path
         click.echo(
             f"{path.name}, {kind} activations: KL {d.kl:.5f} ± {d.kl_half:.5f} nats, the same first token at "
             f"{d.agreement.mean:.2f} ± {d.agreement.half:.2f} % of {d.positions:,} positions"
         )
+    if folder is not None and (folder / DOCUMENT).is_file():
+        page = add_comparison(folder, {"text": path.name, "positions": positions, "sides": sides})
+        click.echo(f"{page}: the report has these figures now")

@@ -125,14 +125,14 @@ def heat_maps(modules: Sequence[Mapping[str, Any]]) -> list[HeatMap]:
     for projection in ("gate_proj", "up_proj", "down_proj"):
         cells = [Cell(m["layer"], m["expert"], m["sqnr_db"]) for m in routed if m["module"].endswith(f".{projection}")]
         if cells and values:
-            caption = (
-                "Each square is one expert; darker squares lost more. The colours mean the same in all three maps."
-            )
+            caption = "Each square is an expert; what stands out from the page lost more. All three maps have one key."
             found.append(_map(f"SQNR of every expert's {projection}, dB", caption, cells, _even(low, high), 2, ""))
     counts = [Cell(m["layer"], m["expert"], m["tokens"]) for m in routed if m["module"].endswith(".gate_proj")]
     if counts:
         seen = [cell.value for cell in counts if cell.value] or [1.0]
-        caption = "Outlined squares saw no token: their activation scale is that of the other experts of the layer."
+        caption = "How often the router chose each expert while activations were measured."
+        if any(cell.value == 0 for cell in counts):
+            caption += " Outlined squares saw no token; they have the activation scale of the layer's other experts."
         steps = _powers(min(seen), max(seen))
         found.append(_map("Calibration tokens of every expert", caption, counts, steps, 0, "no token"))
     return found

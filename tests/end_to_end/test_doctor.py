@@ -14,6 +14,7 @@ from deepseek_fp4_plugin.cli.app import run
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
+from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from tests.planted import FAULTS, load, planted
 from tests.tiny import tiny_config, write_checkpoint
 from training.tokenizer import write_tokenizer
@@ -58,6 +59,15 @@ def test_nothing_is_found_on_healthy_checkpoints(source, healthy):
         found = diagnose(folder, original)
         assert [str(finding) for finding in found.findings] == []
     assert found.values is not None and diagnose(healthy, source).values.judged > 100
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", ["v1", "v2"])
+def test_nothing_is_found_on_what_a_recipe_makes(recipe, layout, source, tmp_path):
+    choices = {"calibration": "builtin", "samples": 4, "tokens": 64}
+    quantize_checkpoint(source, tmp_path / "out", recipe=recipe, layout=layout, **choices)
+    for original in (None, source):
+        assert [str(finding) for finding in diagnose(tmp_path / "out", original).findings] == []
 
 
 @pytest.mark.parametrize("name", FAULTS)
