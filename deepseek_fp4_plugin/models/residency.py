@@ -2,7 +2,8 @@
 byte what `engine/worker.py` allocates, and the cache.
 
     cpu     the checkpoint's bytes; FP8 whose scale blocks a slice cuts into fewer than 64 columns as BF16
-    cuda    NVFP4 in tiles of 16 outputs by 128 inputs with a factor for each output; everything else as BF16
+    cuda    NVFP4 in tiles of 16 outputs by 128 inputs with a factor for each output; everything else as BF16, and large
+            FP8 matrices that are no experts' besides as they are
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ Kernels = Literal["cpu", "cuda"]
 OTHER = "tables"
 _INNER = ("down_proj", "o_proj")  # cut along their inputs
 _FP8_BLOCK, _FP8_COLUMNS, _GROUP, _SLAB, _SLAB_BYTES = 128, 64, 16, 128, 1152
+_FP8_LARGE = 8 << 20  # weights of one product from which kernels/cuda/dense.py keeps FP8 too
 
 
 class Slice(NamedTuple):
@@ -101,7 +103,10 @@ def _matrix(weight: Weight, form: WeightFormat, shard: Shard, kernels: Kernels, 
         return experts * (rows * columns // 2 + rows * columns // 16 + 4) + 4
     narrow = part.axis == 1 and part.fine % _FP8_COLUMNS != 0
     if form is WeightFormat.PLAIN or kernels == "cuda" or narrow:
-        return 2 * experts * rows * columns
+        fused = 2 if name in ("gate_proj", "up_proj") else 1
+        twice = form is WeightFormat.FP8_BLOCK and weight.role is not Role.ROUTED_EXPERT and not narrow
+        kept = rows * columns if twice and fused * rows * columns >= _FP8_LARGE else 0
+        return 2 * experts * rows * columns + kept
     return experts * rows * columns + 4 * _fp8_scales(weight.shape, part, experts, weight.role is Role.ROUTED_EXPERT)
 
 
