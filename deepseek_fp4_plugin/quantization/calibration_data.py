@@ -29,6 +29,7 @@ from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 CNN_DAILYMAIL, BUILTIN = "cnn_dailymail", "builtin"
 HUB_ID, HUB_CONFIG = "abisee/cnn_dailymail", "3.0.0"  # the card's calibration set; its field is `article`
+_KINDS = (".txt", *READERS)  # of files
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?")  # OWNER/NAME:CONFIG:SPLIT
 _SHUFFLE_BUFFER = 10_000  # records of the stream among which the seed chooses
 _MOST_BLANKS = 10_000  # records without text of a stream before it is taken to have none
@@ -180,9 +181,6 @@ def _with_text(stream: Iterable[Record], samples: int) -> list[Record]:
         if len(found) == samples or count - len(found) > _MOST_BLANKS:
             break
     return found
-
-
-_KINDS = (".txt", *READERS)
 
 
 def _kind(path: Path) -> str:
