@@ -89,7 +89,7 @@ class Converter:
         for unit in units:
             pieces = list(self.steps.of(unit))
             todo += pieces
-            if not pieces:
+            if not any(self.steps.missing(unit)):
                 self._done.add(unit)
         steps.input_scales = input_scales
         self._tell()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -43,7 +43,7 @@ from deepseek_fp4_plugin.quantization.convert import DEFAULT_BUDGET, Converter
 from deepseek_fp4_plugin.quantization.memory import Portions, capped, portions
 from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
 from deepseek_fp4_plugin.quantization.observer import LayerAmax
-from deepseek_fp4_plugin.quantization.plan import Plan, Unit, make_plan
+from deepseek_fp4_plugin.quantization.plan import Plan, make_plan
 from deepseek_fp4_plugin.quantization.recipe import Needs, Recipe, Rounding
 from deepseek_fp4_plugin.quantization.recipes import find_recipe
 from deepseek_fp4_plugin.quantization.report import (
@@ -202,20 +202,18 @@ def _layers(
     try:
         for _ in writer.parts():
             for layer, members in groupby(plan.units, key=lambda unit: unit.layer):
-                needed = [unit for unit in members if converter.needs(unit)]
+                units = list(members)
+                needed = [unit for unit in units if converter.needs(unit)]
                 modules = [c.weight.module for unit in needed for c in unit.conversions if c.nvfp4]
                 seen = inputs.seen(layer) if modules and layer is not None else LayerAmax()
                 scales = input_scales(seen, modules, recipe)
                 if solver and modules:
                     solver.write_input_scales(scales)
-                    if (
-                        isinstance(inputs, Calibration)
-                        and layer is not None
-                        and any(map(converter.needs, _nvfp4(needed)))
-                    ):
+                    lost = any(converter.needs(unit) for unit in needed if unit.conversions[0].nvfp4)
+                    if lost and layer is not None and isinstance(inputs, Calibration):
                         inputs.again(layer)  # an earlier run wrote them, and they are damaged
                         inputs.seen(layer)
-                converter.convert([unit for unit in needed if converter.needs(unit)], scales)
+                converter.convert(units, scales)
         found = LayerAmax()
         for index in range(config.num_hidden_layers):
             found = found.merge(inputs.seen(index))
@@ -223,10 +221,6 @@ def _layers(
         return found, converter.end()
     finally:
         own.close()
-
-
-def _nvfp4(units: Iterable[Unit]) -> list[Unit]:
-    return [unit for unit in units if unit.conversions[0].nvfp4]
 
 
 def _refuse_without_forward(recipe: Recipe, data: CalibrationData | SavedCalibration, share: bool) -> None:

@@ -11,11 +11,14 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint import writer as writer_module
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
+from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.quantization import quantize as quantize_module
 from deepseek_fp4_plugin.quantization.memory import Portions
 from deepseek_fp4_plugin.quantization.overlap import overlapped
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
+from deepseek_fp4_plugin.quantization.recipe import Needs, block_diagonal
 from deepseek_fp4_plugin.quantization.recipes.max import Max
+from deepseek_fp4_plugin.quantization.solve import Moments
 from tests.stops import SETTINGS, contents, small  # noqa: F401 (fixture)
 
 ROOT = Path(__file__).parents[2]
@@ -221,3 +224,90 @@ def test_an_error_comes_in_its_turn_and_nothing_behind_it_is_stored(step):
     with pytest.raises(ValueError, match="five"):
         list(run)
     assert stored == [1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------- layers solved from their own inputs
+
+SOLVED = {"samples": 6, "tokens": 32}
+
+
+@pytest.mark.parametrize(("recipe", "layout"), [("local-hessian", "v1"), ("gptq", "v2")])
+def test_a_layer_solved_from_its_inputs_goes_on_after_a_stop(small, tmp_path, recipe, layout):  # noqa: F811
+    """Same names, dtypes and shapes as of `max`; the same bytes after a stop between its layers."""
+
+    def stop(where: str, done: int, total: int) -> None:
+        if where == "calibrate" and done == 1:
+            raise KeyboardInterrupt
+
+    choices = {**SOLVED, "recipe": recipe, "layout": layout}
+    report = quantize(small, tmp_path / "whole" / "out", **choices)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(small, tmp_path / "out", **choices, progress=stop)
+    assert list((tmp_path / "out.incomplete" / "work").glob("layer-000.json"))
+    assert str(quantize(small, tmp_path / "out", **choices)).splitlines() == str(report).splitlines()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    quantize(small, tmp_path / "max", **SOLVED, layout=layout)
+    ours, theirs = CheckpointReader(tmp_path / "out"), CheckpointReader(tmp_path / "max")
+    assert {n: (i.dtype, i.shape) for n, i in ours.tensors.items()} == {
+        n: (i.dtype, i.shape) for n, i in theirs.tensors.items()
+    }
+    changed = [name for name in ours if not torch.equal(_bytes(ours.get(name)), _bytes(theirs.get(name)))]
+    assert changed and all(
+        name.endswith(("weight", "weight_scale", "weight_scale_2", "input_scale")) for name in changed
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def test_what_was_solved_and_is_damaged_is_solved_again(small, tmp_path):  # noqa: F811
+    choices = {**SOLVED, "recipe": "local-hessian"}
+
+    def stop(where: str, done: int, total: int) -> None:
+        if where == "convert" and done == total - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(small, tmp_path / "out", **choices, progress=stop)
+    shard = sorted((tmp_path / "out.incomplete").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    quantize(small, tmp_path / "out", **choices)
+    quantize(small, tmp_path / "whole" / "out", **choices)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_a_solver_sees_each_row_once_and_holds_every_fifth_token_out():
+    rows = torch.randn(103, 32)
+    held = torch.arange(103) % 5 == 4
+    for needs, expected in (
+        (Needs.HESSIAN, rows[~held].T @ rows[~held] / 83),
+        (Needs.BLOCK_HESSIAN, block_diagonal(rows[~held]) / 83),
+    ):
+        moments = Moments(32, needs, torch.device("cpu"))
+        for start in range(0, 103, 20):
+            moments.add(rows[start : start + 20], held[start : start + 20])
+        found = moments.statistics()
+        assert found.tokens == 83 and torch.equal(found.held_out, rows[held])
+        torch.testing.assert_close(found.hessian, expected)
+        mean = torch.ones_like(expected)
+        torch.testing.assert_close(moments.statistics(mean).hessian, expected * (1 - 32 / 115) + 32 / 115)
+
+
+def test_what_a_solver_cannot_do_is_refused_before_the_work(small, expected, tmp_path):  # noqa: F811
+    (tmp_path / "kept.json").write_bytes(expected["kept.json"])
+    with pytest.raises(ValueError, match="gptq needs more of the inputs than a kept calibration holds"):
+        quantize(small, tmp_path / "out", recipe="gptq", calibration=tmp_path / "kept.json")
+    with pytest.raises(ValueError, match="which cannot be shared"):
+        quantize(small, tmp_path / "out", recipe="local-hessian", share=True)
+    with pytest.raises(ValueError, match=r"arithmetic modelopt-0\.31\.0 is of recipe max"):
+        quantize(small, tmp_path / "out", recipe="gptq", arithmetic="modelopt-0.31.0")
+    with pytest.raises(ValueError, match=r"choose from modelopt-0\.47\.0, modelopt-0\.31\.0"):
+        quantize(small, tmp_path / "out", arithmetic="modelopt-0.32.0")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_max_in_the_arithmetic_of_an_older_release(small, expected, tmp_path):  # noqa: F811
+    quantize(small, tmp_path / "out", arithmetic="modelopt-0.31.0")
+    assert b"max (modelopt-0.31.0)" in (tmp_path / "out" / "README.md").read_bytes()
+    assert contents(tmp_path / "out").keys() == checkpoint_of(expected).keys()
