@@ -24,12 +24,10 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.job_lock import claim
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
-from deepseek_fp4_plugin.layers.embedding import VocabEmbedding
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.decoder import RotaryAngles
 from deepseek_fp4_plugin.numerics import nvfp4
-from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, token_batches
 from deepseek_fp4_plugin.quantization.convert import decoded
 from deepseek_fp4_plugin.quantization.memory import Portions
@@ -209,13 +207,19 @@ class Calibration:
         return 0
 
     def _embed(self) -> None:
-        """Write the input of layer 0."""
-        c = self.config
-        embedding = VocabEmbedding("model.embed_tokens", c.vocab_size, c.hidden_size, Mesh())
-        embedding.load(self.source)
+        """Write the input of layer 0. Of the embedding only the rows of tokens that occur are in memory."""
+        name, c = "model.embed_tokens.weight", self.config
+        used = sorted({token for sample in self.samples for token in sample})
+        if self.reader.info(name).dtype == torch.float8_e4m3fn:
+            rows = self.source.tensor(name, (c.vocab_size, c.hidden_size))[used]
+        else:
+            rows = torch.cat([self.reader.get_slice(name, 0, token, token + 1) for token in used])
+        rows = rows.to(self.device, torch.bfloat16)
+        place = torch.zeros(c.vocab_size, dtype=torch.int64, device=self.device)
+        place[used] = torch.arange(len(used), device=self.device)
 
         def embed(span: Sequence[tuple[ForwardBatch, Tensor]]) -> list[Tensor]:
-            return [embedding(batch.input_ids) for batch, _ in span]
+            return [rows[place[batch.input_ids]] for batch, _ in span]
 
         self._advance([[batch] for batch in self.batches], None, self.hidden[0], embed, lambda done: None)
 

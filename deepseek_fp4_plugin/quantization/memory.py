@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.quantization.recipe import Needs
 
 _BATCHES = (8192, 4096, 2048, 1024, 512, 256)
 _OWN = 300 * 10**6  # beside what is there at the start: journals, the plan, what the allocator keeps
@@ -29,13 +30,16 @@ class Portions(NamedTuple):
     convert: int = 2**29
 
 
-def portions(config: DeepseekV3Config, max_memory: int, longest: int, source_bytes: float) -> Portions:
+def portions(
+    config: DeepseekV3Config, max_memory: int, longest: int, source_bytes: float, solving: float = 0
+) -> Portions:
     """The portions that stay below `max_memory` bytes of this process's resident memory.
 
     longest: tokens of the longest sample, 0 where none pass.  source_bytes: of a weight in the source, 1 in FP8.
+    solving: what a recipe holds besides, see `solving_bytes`.
     Raises ValueError saying how much the model needs at least.
     """
-    free = max_memory - resident() - _OWN
+    free = max_memory - resident() - _OWN - solving
     widest = max(config.intermediate_size, config.moe_intermediate_size) * config.hidden_size
     convert = 2 * widest * (source_bytes + 1)  # gate and up of the widest MLP, before and after
     fixed, each = _attention(config, source_bytes)
@@ -50,11 +54,23 @@ def portions(config: DeepseekV3Config, max_memory: int, longest: int, source_byt
             least = max(least, (fixed + max(longest, _BATCHES[-1]) * each) / 0.6, (decoded + expert) / 0.4)
         raise ValueError(
             f"--max-memory {size_text(max_memory)} is too little for this model: "
-            f"it takes {size_text(least + resident() + _OWN)} at least"
+            f"it takes {size_text(least + resident() + _OWN + solving)} at least"
         )
     batch = batches[0] if longest else _BATCHES[-1]
     span = max(batch, int(free * 0.4 // token))
     return Portions(batch, span, max(1, min(group, config.n_routed_experts or 1)), int(min(free * 0.8, 2**29)))
+
+
+def solving_bytes(config: DeepseekV3Config, needs: Needs, tokens: int) -> float:
+    """What a layer's solver holds: every sample's rows, and the matrices of the widest projection that it solves."""
+    if needs is Needs.NOTHING:
+        return 0
+    dense = config.intermediate_size if config.first_k_dense_replace else 0
+    widest = max(config.hidden_size, dense, config.moe_intermediate_size)
+    chosen = config.num_experts_per_tok or 0
+    rows = tokens * (12 * config.hidden_size + max(2 * chosen * config.moe_intermediate_size, 6 * dense))
+    weights = 6 * 4 * 2 * config.hidden_size * max(dense, config.moe_intermediate_size)
+    return rows + weights + (5 * 4 * widest**2 if needs is Needs.HESSIAN else 0)
 
 
 def _attention(config: DeepseekV3Config, source_bytes: float) -> tuple[float, float]:
@@ -69,7 +85,6 @@ def _attention(config: DeepseekV3Config, source_bytes: float) -> tuple[float, fl
     dense = config.intermediate_size * config.hidden_size
     fixed = max(output * (source_bytes * 2 + 4), dense * (3 * source_bytes + 4))
     attention = heads * ((nope + rope) * 14 + (nope + v) * 12 + v * 8) + config.hidden_size * 20
-    fixed = max(fixed, 2 * config.vocab_size * config.hidden_size)  # the embedding
     return fixed, max(attention, config.intermediate_size * 20 + config.hidden_size * 20)
 
 

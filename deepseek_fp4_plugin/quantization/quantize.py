@@ -19,6 +19,7 @@ from deepseek_fp4_plugin.checkpoint.hub import is_small_file, resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
 from deepseek_fp4_plugin.checkpoint.shards import Shards
+from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     CheckpointWriter,
@@ -40,7 +41,7 @@ from deepseek_fp4_plugin.quantization.calibrate import (
 )
 from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, CalibrationData, load_calibration
 from deepseek_fp4_plugin.quantization.convert import DEFAULT_BUDGET, Converter
-from deepseek_fp4_plugin.quantization.memory import Portions, capped, portions
+from deepseek_fp4_plugin.quantization.memory import Portions, capped, portions, solving_bytes
 from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
 from deepseek_fp4_plugin.quantization.observer import LayerAmax
 from deepseek_fp4_plugin.quantization.plan import Plan, make_plan
@@ -116,7 +117,7 @@ def quantize_checkpoint(
     data = _calibration(calibration, folder, samples, tokens, config, seed)
     if chosen.needs is not Needs.NOTHING:
         _refuse_without_forward(chosen, data, share)
-    memory = _portions(reader, plan, config, data, max_memory)
+    memory = _portions(reader, plan, config, data, chosen, max_memory)
     job: dict[str, Any] = {
         "version": __version__,
         "source": _fingerprint(reader),
@@ -169,6 +170,13 @@ def quantize_checkpoint(
     except OSError as error:
         what = f"{error.filename or folder}: {error.strerror or error}"
         raise CheckpointError(f"{what}; run again to continue from {writer.folder}") from None
+    except (MemoryError, RuntimeError) as error:
+        if max_memory is None or not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+            raise
+        raise CheckpointError(
+            f"--max-memory {size_text(max_memory)} was reached; give it more and run again to continue from "
+            f"{writer.folder}"
+        ) from None
     finally:
         writer.close()
         reader.close()
@@ -247,13 +255,17 @@ def _portions(
     plan: Plan,
     config: DeepseekV3Config,
     data: CalibrationData | SavedCalibration,
+    recipe: Recipe,
     max_memory: int | None,
 ) -> Portions | None:
     if max_memory is None:
         return None
     widths = [reader.info(c.weight.name).dtype.itemsize for unit in plan.units for c in unit.conversions if c.nvfp4]
-    longest = 0 if isinstance(data, SavedCalibration) else max(map(len, data.samples))
-    return portions(config, max_memory, longest, max(widths, default=1))
+    longest, tokens = 0, 0
+    if isinstance(data, CalibrationData):
+        longest, tokens = max(map(len, data.samples)), data.num_tokens
+    solving = solving_bytes(config, recipe.needs, tokens)
+    return portions(config, max_memory, longest, max(widths, default=1), solving)
 
 
 def _refuse_in_the_way(source: Path, destination: Path) -> None:

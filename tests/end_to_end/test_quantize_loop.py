@@ -13,11 +13,12 @@ from deepseek_fp4_plugin.checkpoint import writer as writer_module
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.quantization import quantize as quantize_module
-from deepseek_fp4_plugin.quantization.memory import Portions
+from deepseek_fp4_plugin.quantization.memory import Portions, portions, solving_bytes
 from deepseek_fp4_plugin.quantization.overlap import overlapped
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.quantization.recipe import Needs, block_diagonal
 from deepseek_fp4_plugin.quantization.recipes.max import Max
+from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 from deepseek_fp4_plugin.quantization.solve import Moments
 from tests.stops import SETTINGS, contents, small  # noqa: F401 (fixture)
 
@@ -149,6 +150,30 @@ def test_a_cap_below_what_a_model_needs_is_refused_before_anything_is_read(small
     with pytest.raises(ValueError, match=r"--max-memory 100.0 MB is too little for this model: it takes .* at least"):
         quantize(small, tmp_path / "out", max_memory=10**8)
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_beyond_the_cap_is_refused_by_the_kernel_in_one_sentence(small, expected, tmp_path):  # noqa: F811
+    """A solver that takes more than was planned: the run ends, and goes on with a larger cap."""
+    cap = 3 * 10**9
+
+    def hungry(self, weights):
+        torch.empty(cap, dtype=torch.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Max, "solve_source", hungry)
+        with pytest.raises(CheckpointError, match=r"--max-memory 3\.0 GB was reached; give it more and run again"):
+            quantize(small, tmp_path / "out", max_memory=cap)
+    quantize(small, tmp_path / "out", max_memory=2 * cap)
+    assert contents(tmp_path / "out") == checkpoint_of(expected)
+
+
+def test_what_a_recipe_of_second_moments_holds_counts(small, tmp_path):  # noqa: F811
+    r1 = DEEPSEEK_R1
+    block, full = (solving_bytes(r1, needs, 8192) / 1e9 for needs in (Needs.BLOCK_HESSIAN, Needs.HESSIAN))
+    assert solving_bytes(r1, Needs.NOTHING, 8192) == 0 and 6 < full - block < 8
+    with pytest.raises(ValueError, match="is too little for this model: it takes"):
+        portions(r1, 4 * 10**9, 128, 1, solving_bytes(r1, Needs.HESSIAN, 8192))
+    assert portions(r1, 4 * 10**9, 128, 1).experts > 8
 
 
 # ---------------------------------------------------------------- kept calibrations
