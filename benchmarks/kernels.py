@@ -20,6 +20,7 @@ groups: products, experts, attention, small, threads
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -140,18 +141,22 @@ def run_group(cases: list[Case], repeats: int, threads: int) -> list[Row]:
 
 
 def random_weight(weight_format: WeightFormat, *shape: int) -> WeightTensors:
-    """Random bytes with plausible scales; one projection, or a stack of them."""
+    """Random values with plausible scales; one projection, or a stack of them."""
     *lead, out, width = shape
     if weight_format is WeightFormat.PLAIN:
-        return WeightTensors(
-            weight_format, torch.randn(1 << 16).to(BF16).repeat(-(-out * width >> 16))[: out * width].view(out, width)
-        )
+        return WeightTensors(weight_format, normal(out, width).to(BF16))
     if weight_format is WeightFormat.FP8_BLOCK:
-        codes = torch.randint(0, 120, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        codes = (normal(*shape) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)  # as 128 x 128 with one scale are
         return WeightTensors(weight_format, codes, torch.rand(*lead, -(-out // 128), -(-width // 128)))
     packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
     scale = torch.randint(40, 90, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
     return WeightTensors(weight_format, packed, scale, torch.full(lead, 1e-2), FP4_SCALE)
+
+
+def normal(*shape: int) -> Tensor:
+    """The same 65,536 values again and again."""
+    size = math.prod(shape)
+    return torch.randn(1 << 16).repeat(-(-size >> 16))[:size].view(shape)
 
 
 def weight_bytes(part: WeightTensors) -> int:

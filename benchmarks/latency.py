@@ -1,6 +1,6 @@
 """One request at a time: time to the first token by prompt length, time a token with and without MTP.
 
-    python benchmarks/latency.py [--model r1_nano] [--repeats 5] [--json FILE]
+    python benchmarks/latency.py [--model r1_nano] [--repeats 5] [--path avx2] [--json FILE]
 
 Sides take turns; medians are printed. `ms a token` is over an r1_nano problem (its natural text, so that drafts are as
 good as they get) where the model is r1_nano, else over a random prompt.
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from deepseek_fp4_plugin import LLM, SamplingParams
+from deepseek_fp4_plugin.kernels import cpu
 
 DRAFTS = (0, 1, 2, 3, 5)
 PROMPTS = (32, 128, 512, 2048)
@@ -46,8 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="r1_nano")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--path", choices=("avx512", "avx2", "portable"), help="another instruction set")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    with cpu.use_path(options.path or cpu.path()):
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
     engines = {}
     for k in DRAFTS:
         speculative = {"num_nextn_predict_layers": k} if k else None
@@ -56,7 +63,8 @@ def main() -> None:
             break
     prompt = problem(engines[0])
     rows = []
-    print(f"{options.model}, one request, {torch.get_num_threads()} threads; medians of {options.repeats}")
+    threads = torch.get_num_threads()
+    print(f"{options.model}, one request, {threads} threads, path {cpu.path()}; medians of {options.repeats}")
     for length in PROMPTS:
         times = [first_token(engines[0], length, seed) for seed in range(options.repeats + 1)][1:]
         rows.append({"measure": "first token", "prompt": length, "seconds": statistics.median(times)})

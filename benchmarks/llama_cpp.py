@@ -2,7 +2,7 @@
 
     python benchmarks/llama_cpp.py write FOLDER
     python benchmarks/llama_cpp.py run FOLDER [--llama-bench BINARY --gguf NAME=FILE ...] [--repeats 7] [--prompt 128]
-        [--json FILE]
+        [--path avx2] [--json FILE]
 
 `write` makes FOLDER/bf16 (for llama.cpp's convert_hf_to_gguf.py) and FOLDER/nvfp4 (every linear in NVFP4, for us).
 llama.cpp is yours to build, for example from the sources inside the llama-cpp-python package:
@@ -14,6 +14,9 @@ llama.cpp is yours to build, for example from the sources inside the llama-cpp-p
     python convert_hf_to_gguf.py FOLDER/bf16 --outtype bf16 --outfile bf16.gguf
     build/bin/llama-quantize bf16.gguf q4_0.gguf Q4_0
     build/bin/llama-quantize --tensor-type ".*=nvfp4" bf16.gguf nvfp4.gguf Q8_0
+
+To measure a processor with AVX-512 as if it had none: --path avx2 for us, and for them a build with -DGGML_NATIVE=OFF,
+-DGGML_AVX2=ON, -DGGML_FMA=ON, -DGGML_F16C=ON and -DGGML_BMI2=ON.
 
 The converter refuses tokenizers that it does not know: make its get_vocab_base_pre return "deepseek-v3".
 Rates are tokens a second for a prompt and for 64 generated ones, as `llama-bench -p 128 -n 64` measures them (its
@@ -32,6 +35,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from deepseek_fp4_plugin import LLM, SamplingParams
+from deepseek_fp4_plugin.kernels import cpu
 
 from random_checkpoint import CONFIG, write_checkpoint  # isort: skip
 
@@ -131,21 +135,23 @@ def main() -> None:
     runner.add_argument("--repeats", type=int, default=7)
     runner.add_argument("--prompt", type=int, default=128, help="tokens")
     runner.add_argument("--threads", type=int, default=torch.get_num_threads())
+    runner.add_argument("--path", choices=("avx512", "avx2", "portable"), help="another instruction set for us")
     runner.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.command == "write":
         return write(options.folder)
     if options.gguf and not options.llama_bench:
         parser.error("--gguf needs --llama-bench")
-    run(
-        options.folder,
-        options.llama_bench,
-        options.gguf,
-        options.repeats,
-        options.threads,
-        options.prompt,
-        options.json,
-    )
+    with cpu.use_path(options.path or cpu.path()):
+        run(
+            options.folder,
+            options.llama_bench,
+            options.gguf,
+            options.repeats,
+            options.threads,
+            options.prompt,
+            options.json,
+        )
 
 
 if __name__ == "__main__":
