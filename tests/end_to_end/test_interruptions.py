@@ -2,6 +2,7 @@
 
 import pytest
 
+from deepseek_fp4_plugin.checkpoint import writer as writer_module
 from tests import stops
 from tests.stops import Stop, small  # noqa: F401 (fixture)
 
@@ -55,3 +56,18 @@ def test_the_disk_of_these_tests_loses_what_was_not_synced(tmp_path):
                 if path.name == "unsynced" and data != b"2" * 4096:
                     lost.add("bytes")
     assert kept == {"synced", "unsynced", "renamed"} and lost == {"synced", "unsynced", "renamed", "bytes"}
+
+
+@pytest.mark.slow
+def test_stops_between_the_commits_of_a_shard(small, tmp_path, monkeypatch):  # noqa: F811
+    """Tensors of shards that are not closed: committed ones are found again, and only as they were written."""
+    monkeypatch.setattr(writer_module, "COMMIT_BYTES", 40_000)
+    done, expected = stops.steps(small, tmp_path / "first")
+    syncs = [step for step, what in enumerate(done) if what.startswith("fsync model-") and what.endswith(".partial")]
+    commits = [step for step in syncs if not any("replace model-" in what for what in done[step : step + 6])]
+    assert len(commits) > 4  # besides those that close a shard
+    early, late = commits[1], commits[-2]
+    moments = [Stop(step, kind) for step in (early, early + 1, late + 2) for kind in stops.KINDS]
+    moments += [Stop(step, "power loss") for step in (early - 1, early + 3, late + 5)]
+    ended = stops.prove(small, tmp_path, moments, expected)
+    assert sum(ended.values()) == len(moments)
