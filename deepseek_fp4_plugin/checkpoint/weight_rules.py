@@ -19,6 +19,7 @@ from deepseek_fp4_plugin.checkpoint.scales import (
     wrong_scale_dtype,
 )
 from deepseek_fp4_plugin.checkpoint.shards import TensorInfo
+from deepseek_fp4_plugin.numerics.scale_layout import tiled_size
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILED = "tiled weight_scale"  # kind of a problem
@@ -151,7 +152,7 @@ def _four_bit(group: Group, shape: tuple[int, ...]) -> Verdict:
 
 def _scale_order(group: Group, shape: tuple[int, int]) -> tuple[Problem, ...]:
     """Whether block scales have their shape, or as many numbers as in the tensor cores' order of 128 x 4."""
-    tiled = -(-shape[0] // 128) * 128 * -(-shape[1] // 4) * 4
+    tiled = tiled_size(*shape)
     problems = _shape(group, "weight_scale", shape)
     if (
         problems

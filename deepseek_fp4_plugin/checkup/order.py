@@ -54,11 +54,6 @@ def untiled(scale: Tensor, rows: int, blocks: int) -> Tensor:
     return scale_layout.from_tiled(scale.flatten(), rows, blocks)
 
 
-def tiled_size(rows: int, blocks: int) -> int:
-    """How many scales the tensor cores' order has, its padding included."""
-    return -(-rows // scale_layout.ROWS) * scale_layout.ROWS * -(-blocks // scale_layout.COLS) * scale_layout.COLS
-
-
 def tile_of(start: int, rows: int) -> tuple[int, int]:
     """The rows of the 128-row tile that row `start` is in."""
     first = start // scale_layout.ROWS * scale_layout.ROWS

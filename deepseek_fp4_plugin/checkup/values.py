@@ -22,6 +22,7 @@ from deepseek_fp4_plugin.checkup.samples import Rows, Sampler, source_rows
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
 from deepseek_fp4_plugin.numerics.nvfp4 import AMAX_TO_SCALE, NVFP4Tensor
+from deepseek_fp4_plugin.numerics.scale_layout import tiled_size
 
 _ABSURD = 1e4  # no weight of a language model is as large; a reciprocal scale makes it so
 _COMPARED = 8  # rows of a matrix that are compared with the source at most
@@ -175,7 +176,8 @@ def _without_padding(kinds: _Kinds) -> list[str]:
     return [
         module
         for module, (weight, form) in kinds.items()
-        if form is WeightFormat.NVFP4 and weight.shape[0] % 128 == 0 and weight.shape[1] // 16 % 4 == 0
+        if form is WeightFormat.NVFP4
+        and tiled_size(weight.shape[0], weight.shape[1] // 16) == weight.shape[0] * (weight.shape[1] // 16)
     ]
 
 
@@ -305,7 +307,7 @@ def _tiled_rows(sampler: Sampler, weight: Weight, rows: Rows) -> Tensor | None:
     """The scales of these rows if the file is in the tensor cores' order."""
     height, blocks = weight.shape[0], weight.shape[1] // 16
     first, last = order.tile_of(rows.start, height)
-    if order.tiled_size(height, blocks) != height * blocks:
+    if tiled_size(height, blocks) != height * blocks:
         return None
     last = -(-rows.stop // 128) * 128
     tile = sampler.rows(f"{weight.module}.weight_scale", Rows(first, last))

@@ -106,7 +106,7 @@ def _show_batch_one(content: dict[str, Any], out: screen.Output) -> None:
     read, products = (sum(line[name] for line in lines) for name in ("bytes", "flops"))
     rows = [_line(line["module"], line["bytes"], line["share"], line["flops"], line["bound_by"]) for line in lines]
     rows.append(_line("all", read, 1.0, products, ""))
-    title = f"One token of one request, context {content['context']:,}, whole model"
+    title = f"One token, context {content['context']:,}"
     out(screen.table(("module", "read", "share", "GFLOP", "bound by"), rows, title=title))
     out("")
 

@@ -26,3 +26,8 @@ def from_tiled(tiled: Tensor, rows: int, k: int) -> Tensor:
     tiles = tiled.view(dtype=torch.uint8).reshape(row_tiles, k_tiles, 32, 4, COLS)
     padded = tiles.permute(0, 3, 2, 1, 4).reshape(row_tiles * ROWS, k_tiles * COLS)
     return padded[:rows, :k].contiguous().view(tiled.dtype)
+
+
+def tiled_size(rows: int, k: int) -> int:
+    """How many scales the tiled order has, its padding included."""
+    return -(-rows // ROWS) * ROWS * -(-k // COLS) * COLS
