@@ -11,6 +11,7 @@ from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.executor import InProcessExecutor
 from deepseek_fp4_plugin.engine.kv_cache import allocate
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
+from deepseek_fp4_plugin.engine.pace import PromptPace
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.request import Request, Stopping
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
@@ -35,8 +36,12 @@ def make_engine(
     overlap: bool = False,
     sizes: Sizes | None = None,
     reads: bool | None = None,
+    seconds: float | None = None,
 ) -> LLMEngine:
-    """oracle: request id -> its whole token ids; half of all drafts are then replaced by the truth."""
+    """oracle: request id -> its whole token ids; half of all drafts are then replaced by the truth.
+
+    seconds: that prompts may add to a step; None: as long as `tokens` take.
+    """
     layers = model.config.num_hidden_layers + (1 if drafts else 0)
     cache = allocate(model.config, layers, blocks + 1, block_size, cache_dtype, model.model.norm.weight.device)
     cache.fill_(float("nan"))  # a read of a slot nobody wrote shows
@@ -47,6 +52,7 @@ def make_engine(
         max_seq_len,
         drafts,
         think_ids,
+        None if seconds is None else PromptPace(seconds, least=5),
     )
     runner = ModelRunner(model, cache, drafts, batch, sizes=sizes, reads=reads)
     facts = WorkerFacts(model.config, None, drafts, max_seq_len, blocks, block_size, overlap, 0, cache.nbytes)

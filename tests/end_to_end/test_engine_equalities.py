@@ -92,6 +92,8 @@ def test_alone_equals_the_model_without_a_cache(model, crowd, expected):
         {"overlap": True, "tokens": 13, "blocks": 24, "batch": 16},
         {"overlap": True, "drafts": 3, "tokens": 17, "blocks": 26, "batch": 16},
         {"overlap": True, "drafts": 2, "reads": False},
+        {"seconds": 1e-9},  # five prompt tokens a step, after the first
+        {"seconds": 1e-9, "drafts": 3, "blocks": 26, "batch": 16},
     ],
     ids=str,
 )

@@ -127,6 +127,6 @@ def test_streaming_over_http_keeps_most_of_the_engines_throughput(tmp_path):
     print(f"ratios with --stream_interval=4 {coarse_ratios}")
     print(f"TTFT median direct {statistics.median(direct_ttft) * 1000:.2f} ms, HTTP adds {added:.2f} ms")
     print(f"CPU seconds of {CONCURRENT * TOKENS} tokens: direct {direct_cpu}, the server's {http_cpu}")
-    assert statistics.median(coarse_ratios) >= 0.8
-    assert statistics.median(ratios) >= 0.8
+    assert statistics.median(coarse_ratios) >= 0.85
+    assert statistics.median(ratios) >= 0.85
     assert added < 5
