@@ -91,7 +91,7 @@ class Admission:
     def check_length(self, text: str) -> None:
         """Raises RequestError for a prompt that cannot fit, however it is tokenized. Any thread."""
         limit = self.max_request_tokens
-        if self.tokenizer is not None and len(text.encode("utf-8", "replace")) >= limit:
+        if self.tokenizer is not None and 4 * len(text) >= limit:  # a character has at most four bytes
             fewest = self.tokenizer.fewest_tokens(text)
             if fewest >= limit:
                 raise RequestError(too_long(f"at least {fewest}", limit))

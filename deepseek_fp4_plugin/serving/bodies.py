@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from deepseek_fp4_plugin.serving.aside import Aside
-from deepseek_fp4_plugin.serving.protocol import ApiError, bad_request, describe_validation
+from deepseek_fp4_plugin.serving.protocol import ALL_TEXT, ApiError, bad_request, describe_validation
 
 _SHORT_BODY = 16 << 10  # bytes; these are read sooner than another thread takes over
 
@@ -23,14 +23,14 @@ class RefusedBody(HTTPException):
         self.error = error
 
 
-def read_json(body: bytes) -> Any:
-    """The JSON value. Raises ApiError 400."""
+def read_json(body: bytes) -> tuple[Any, dict[str, Any] | None]:
+    """The JSON value, and what is known of it. Raises ApiError 400."""
     try:
-        return orjson.loads(body)
+        return orjson.loads(body), ALL_TEXT
     except ValueError:  # more strict and less telling than Python's own
         pass
     try:
-        return json.loads(body)
+        return json.loads(body), None
     except json.JSONDecodeError as error:
         raise bad_request(f"the body is not JSON: {error.msg}") from None
     except RecursionError:
@@ -44,7 +44,8 @@ def read_json(body: bytes) -> Any:
 def read_body(body: bytes, model: type[BaseModel]) -> BaseModel:
     """The validated body. Raises ApiError 400."""
     try:
-        return model.model_validate(read_json(body))
+        value, known = read_json(body)
+        return model.model_validate(value, context=known)
     except ValidationError as error:
         message, param = describe_validation(error)
         raise bad_request(message, param) from None

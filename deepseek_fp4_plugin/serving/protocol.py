@@ -6,11 +6,22 @@ the one value that asks for nothing, so that a client which always sends them wo
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from deepseek_fp4_plugin.serving.json_bytes import to_json
 
 MAX_LOGPROBS = 20
+ALL_TEXT = {"all_text": True}  # the context of validating what is known to hold no half of a surrogate pair
 
 
 class ApiError(Exception):
@@ -120,10 +131,10 @@ class _Body(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text(cls, body: Any) -> Any:
+    def _is_text(cls, body: Any, info: ValidationInfo) -> Any:
         # JSON can spell half a surrogate pair; no tokenizer can read it and no answer can repeat it.
         try:
-            if isinstance(body, dict):
+            if isinstance(body, dict) and info.context != ALL_TEXT:
                 to_json(body, errors="strict")
         except UnicodeEncodeError:
             raise ValueError("a text holds half a surrogate pair, which is no Unicode") from None
@@ -449,7 +460,7 @@ class ChatCompletionRequest(GenerationRequest):
 def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:
     """A request of another form as a chat's. Raises ApiError 400."""
     try:
-        return ChatCompletionRequest.model_validate(fields)
+        return ChatCompletionRequest.model_validate(fields, context=ALL_TEXT)  # it was a body before
     except ValidationError as error:
         message, param = describe_validation(error)
         raise bad_request(message, param) from None
@@ -458,15 +469,23 @@ def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:
 TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
 
 
+def _kind_of_prompt(value: Any) -> str:
+    """Which of its types a prompt is meant to be: trying all of them takes seconds for millions of tokens."""
+    first = value[0] if isinstance(value, list) and value else value
+    kind = "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "tokens"
+    return kind if isinstance(value, list) else "text"
+
+
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(min_length=1, max_length=2048), Tag("texts")]
+        | Annotated[TokenIds, Tag("tokens")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048), Tag("lists")],
+        Discriminator(_kind_of_prompt),
+    ]
     max_tokens: Int | None = Field(
         None, ge=0, le=2**31 - 1, description="None: up to the context length. 0: only with echo."
     )

@@ -38,6 +38,7 @@ from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest, as_
 from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params
 from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, TOOL_PARSERS
+from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +320,11 @@ class Service:
         for token in request.tokens:
             if token >= self.vocab_size:
                 raise bad_request(f"tokens: {token} is outside the vocabulary of {self.vocab_size}", "tokens")
-        return {"prompt": self.tokenizer.decode(request.tokens, skip_special_tokens=request.skip_special_tokens)}
+        # Piece by piece: the library's own decoding holds the interpreter from the first token to the last.
+        detokenizer = IncrementalDetokenizer(self.tokenizer, request.skip_special_tokens)
+        tokens = request.tokens
+        pieces = [detokenizer.add(tokens[begin : begin + 4096]) for begin in range(0, len(tokens), 4096)]
+        return {"prompt": "".join(pieces) + detokenizer.flush()}
 
     # ------------------------------------------------------------------ the server itself
 

@@ -59,7 +59,7 @@ HELD: dict[str, tuple[Any, str, tuple[str, dict[str, Any]]]] = {
     "counting tokens": (
         ChatPrompt, "render", ("/v1/messages/count_tokens", {"model": MODEL, "messages": HI})),
     "/tokenize": (Tokenizer, "encode", ("/tokenize", {"prompt": "a"})),
-    "/detokenize": (Tokenizer, "decode", ("/detokenize", {"tokens": [7]})),
+    "/detokenize": (service.Service, "detokenize", ("/detokenize", {"tokens": [7]})),
     "tables of log-probabilities": (
         generation.Answer, "_body", complete([7] * 300, logprobs=5, echo=True)),
     "metrics": (Metrics, "exposition", ("/metrics", {})),
