@@ -101,7 +101,8 @@ class Server:
 
     def gauges(self) -> dict[str, float]:
         """Every sample of /metrics, by name and labels, of which the model's name is left out."""
-        text = re.sub(r',?model_name="[^"]*"', "", httpx.get(f"{self.url}/metrics", timeout=30).text).replace("{}", "")
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        text = re.sub(r'model_name="[^"]*",|,?model_name="[^"]*"', "", text).replace("{}", "")
         lines = text.splitlines()
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
 
