@@ -110,12 +110,10 @@ def solve_theirs(config: str) -> Callable[[Unit], tuple[list[NVFP4Tensor], list[
 
 
 def _statistics(unit: Unit, needs: Needs) -> InputStatistics | None:
-    """As the quantizer's loop hands it over: an expert's moments drawn to its layer's, every fifth row kept apart."""
+    """As the quantizer's loop hands it over: every fifth row kept apart, an expert's moments drawn to its layer's."""
     if needs is Needs.NOTHING:
         return None
     apart = torch.arange(len(unit.fit)) % HELD_OUT == HELD_OUT - 1
-    if needs is Needs.BLOCK_HESSIAN:
-        apart[:] = False
     rows, features = unit.fit[~apart], unit.fit.shape[1]
     hessian = rows.T @ rows / max(1, len(rows))
     if unit.layer is not None:

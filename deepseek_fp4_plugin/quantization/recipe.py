@@ -23,7 +23,7 @@ class Needs(StrEnum):
     """What `solve` reads of InputStatistics. Every recipe's `input_scale` comes from amax besides."""
 
     NOTHING = "nothing"
-    BLOCK_HESSIAN = "block hessian"  # the 16 x 16 blocks of the diagonal, over all rows
+    BLOCK_HESSIAN = "block hessian"  # the 16 x 16 blocks of the diagonal, and rows held out
     HESSIAN = "hessian"  # all of it, and rows held out
 
 
@@ -34,7 +34,7 @@ class InputStatistics:
     tokens: rows in `hessian`; 0 for an expert that saw none.
     hessian: FP32, the mean of x x^T over tokens: [in, in], or [in / 16, 16, 16] of BLOCK_HESSIAN. An expert's is shrunk
         to what all of its layer's tokens would make it: (1 - a) own + a layer, a = in / (in + tokens).
-    held_out: FP32 [n, in], of HESSIAN rows that are not in it, at most MAX_HELD_OUT; n is 0 where there are none.
+    held_out: FP32 [n, in], rows that are in no Hessian, at most `recipe.MAX_HELD_OUT`; n is 0 where there are none.
     """
 
     tokens: int

@@ -4,7 +4,7 @@ Projection after projection in the order of the forward: what its inputs were ov
 what the solution then gives for the next projection. With a sequential recipe that is computed with the quantized
 weights, so that each projection sees, and can make up for, what those before it became; else with the source's.
 
-Every fifth token is held out of full second moments, for a recipe to judge by. Routed experts are solved one after the
+Every fifth token is held out of all second moments, for a recipe to judge by. Routed experts are solved one after the
 other, and an expert that saw few tokens is helped by its layer's: second moments of gate's and up's input are drawn to
 those of all tokens, of down's to those of what this expert answers to a sample of all tokens. (The inputs of different
 experts' downs share no basis, so that a mean over experts would tell little.)
@@ -43,7 +43,7 @@ _TENSORS = ("weight", "weight_scale", "weight_scale_2")
 
 
 class Moments:
-    """The sum of x x^T over rows; of a full one the rows held out of it."""
+    """The sum of x x^T over rows, and the rows held out of it."""
 
     def __init__(self, in_features: int, needs: Needs, device: torch.device):
         self._full = needs is Needs.HESSIAN
@@ -55,11 +55,11 @@ class Moments:
 
     def add(self, rows: Tensor, held_out: Tensor) -> None:
         """rows: [n, in].  held_out: bool [n]."""
-        used = rows[~held_out].float() if self._full else rows.float()
+        used = rows[~held_out].float()
         self.tokens += used.shape[0]
         self.total += used.T @ used if self._full else block_diagonal(used)
         left = MAX_HELD_OUT - sum(map(len, self._held))
-        if self._full and left > 0:
+        if left > 0:
             self._held.append(rows[held_out][:left].float())
 
     def mean(self) -> Tensor:
