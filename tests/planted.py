@@ -214,7 +214,7 @@ FAULTS: dict[str, Planted] = {
     ),
     "block scales 0": Planted(put(f"{UP}.weight_scale", torch.zeros_like), Fault.BLOCK_SCALE, source=True),
     "gate and up differ": Planted(tensors(other_pair_scale), Fault.PAIR_SCALES, exact=False),
-    "reciprocal tensor scales": Planted(every("weight_scale_2", lambda t: 1 / t), Fault.RECIPROCAL, exact=False),
+    "reciprocal tensor scales": Planted(every("weight_scale_2", lambda t: 1 / t), Fault.RECIPROCAL),
     "nibbles swapped": Planted(every("weight", lambda t: (t >> 4) | ((t & 15) << 4)), Fault.NIBBLES, source=True),
     "tiled scales": Planted(every("weight_scale", tiled_in_place), Fault.TILED_SCALES, source=True),
     "tiled scales, flat": Planted(put(f"{UP}.weight_scale", scale_layout.to_tiled), Fault.TILED_SCALES),

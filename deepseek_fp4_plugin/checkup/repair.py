@@ -219,7 +219,7 @@ class _Mender:
         if module in self.nibbles:
             packed = order.swap_nibbles(packed)
         scale_2 = self.reader.get(f"{module}.weight_scale_2").float().reshape(())
-        return NVFP4Tensor(packed, scale, 1 / scale_2 if module in self.reciprocal else scale_2)
+        return NVFP4Tensor(packed, scale, _of_reciprocal(scale_2) if module in self.reciprocal else scale_2)
 
     def _plain(self, mend: Mend, spec: TensorSpec) -> Tensor:
         weight = mend.weight
@@ -265,6 +265,12 @@ class _Mender:
                 scale = self.reader.get(f"{module}.input_scale").float().reshape(())
                 found[_peers(module)] = torch.maximum(found.get(_peers(module), scale), scale)
         return found
+
+
+def _of_reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, to the last bit where it is that of a BF16 magnitude, as a largest weight is."""
+    near = nvfp4.tensor_scale((1 / scale * nvfp4.AMAX_TO_SCALE).bfloat16())
+    return near if torch.allclose(near, 1 / scale, rtol=1e-6, atol=0) else 1 / scale
 
 
 def _is_four_bit(group: Group) -> bool:
