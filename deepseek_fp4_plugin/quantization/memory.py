@@ -15,7 +15,10 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.quantization.recipe import Needs
 
 _BATCHES = (8192, 4096, 2048, 1024, 512, 256)
-_OWN = 300 * 10**6  # beside what is there at the start: journals, the plan, what the allocator keeps
+_OWN = (
+    800 * 10**6
+)  # of the program: libraries, the plan, journals, what the allocator keeps; a constant, as a resumed run
+# must come to the same portions
 
 
 class Portions(NamedTuple):
@@ -39,7 +42,7 @@ def portions(
     solving: what a recipe holds besides, see `solving_bytes`.
     Raises ValueError saying how much the model needs at least.
     """
-    free = max_memory - resident() - _OWN - solving
+    free = max_memory - _OWN - solving
     widest = max(config.intermediate_size, config.moe_intermediate_size) * config.hidden_size
     convert = 2 * widest * (source_bytes + 1)  # gate and up of the widest MLP, before and after
     fixed, each = _attention(config, source_bytes)
@@ -54,7 +57,7 @@ def portions(
             least = max(least, (fixed + max(longest, _BATCHES[-1]) * each) / 0.6, (decoded + expert) / 0.4)
         raise ValueError(
             f"--max-memory {size_text(max_memory)} is too little for this model: "
-            f"it takes {size_text(least + resident() + _OWN + solving)} at least"
+            f"it takes {size_text(least + _OWN + solving)} at least"
         )
     batch = batches[0] if longest else _BATCHES[-1]
     span = max(batch, int(free * 0.4 // token))
@@ -86,11 +89,6 @@ def _attention(config: DeepseekV3Config, source_bytes: float) -> tuple[float, fl
     fixed = max(output * (source_bytes * 2 + 4), dense * (3 * source_bytes + 4))
     attention = heads * ((nope + rope) * 14 + (nope + v) * 12 + v * 8) + config.hidden_size * 20
     return fixed, max(attention, config.intermediate_size * 20 + config.hidden_size * 20)
-
-
-def resident() -> int:
-    """Bytes of this process's memory that are resident now."""
-    return _status("VmRSS")
 
 
 def peak() -> int:
