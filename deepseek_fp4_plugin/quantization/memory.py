@@ -15,10 +15,8 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.quantization.recipe import Needs
 
 _BATCHES = (8192, 4096, 2048, 1024, 512, 256)
-_OWN = (
-    800 * 10**6
-)  # of the program: libraries, the plan, journals, what the allocator keeps; a constant, as a resumed run
-# must come to the same portions
+# Libraries, the plan, journals, what the allocator keeps: a constant, so that a resumed run comes to the same portions.
+_OWN = 800 * 10**6
 
 
 class Portions(NamedTuple):
