@@ -26,7 +26,7 @@ from deepseek_fp4_plugin.numerics.scale_layout import tiled_size
 
 _ABSURD = 1e4  # no weight of a language model is as large; a reciprocal scale makes it so
 _COMPARED = 8  # rows of a matrix that are compared with the source at most
-_ORDER_SHARE, _ORDER_TENSORS = 0.25, 64  # of the budget, and matrices, that the order of scales is judged by
+_ORDER_SHARE, _ORDER_TENSORS = 0.4, 64  # of the budget, and matrices, that the order of scales is judged by
 
 
 @dataclass
@@ -157,8 +157,9 @@ def _plain_numbers(found: Values, sampler: Sampler, kinds: _Kinds) -> None:
 
 def _order_of_scales(found: Values, sampler: Sampler, kinds: _Kinds) -> None:
     """Whole matrices of block scales, the largest first: has their order anything to do with the weights'?"""
-    wide = _without_padding(kinds)
     info = sampler.reader.info
+    # In short rows both orders look much alike.
+    wide = [module for module in _without_padding(kinds) if kinds[module][0].shape[1] >= 16 * 16]
     wide.sort(key=lambda module: -info(f"{module}.weight_scale").nbytes)
     allowed, matrices = sampler.left * _ORDER_SHARE, []
     for module in _spread(wide, _ORDER_TENSORS):
@@ -167,7 +168,7 @@ def _order_of_scales(found: Values, sampler: Sampler, kinds: _Kinds) -> None:
             allowed -= size
             matrices.append(sampler.whole(f"{module}.weight_scale"))
     if order.looks_tiled(matrices):
-        for module in wide:
+        for module in _without_padding(kinds):
             found.add(Fault.TILED_SCALES, module, "weight_scale", "is in the tensor cores' 128 x 4 order, not in rows")
 
 
