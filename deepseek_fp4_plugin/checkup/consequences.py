@@ -1,7 +1,7 @@
 """What each kind of fault does in which runtime, and whether it can be mended.
 
-From reports of their users (vLLM #36094, #38439, #45212, #54974, #43455, SGLang #23625, #25704, Model-Optimizer #750); what
-happens to gate and up scales that differ and to `weight_scale_2` was read in the sources of TensorRT-LLM (PyTorch
+From reports of their users (vLLM #36094, #38439, #45212, #54974, #43455, SGLang #23625, #25704, Model-Optimizer #750);
+what happens to gate and up scales that differ and to `weight_scale_2` was read in the sources of TensorRT-LLM (PyTorch
 backend), vLLM 0.33 and SGLang 0.5.23. Other versions may do otherwise; "ours" is tested.
 """
 
