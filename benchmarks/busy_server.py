@@ -1,6 +1,6 @@
 """How long a heavy request makes everybody else wait: /health and the other streams of a busy server.
 
-    deepseek-fp4 serve r1_nano --max_batch_size 80 --tool_parser deepseek_v3 &
+    deepseek-fp4 serve r1_nano --max_batch_size 80 --max_seq_len 8192 --tool_parser deepseek_v3 &
     python benchmarks/busy_server.py --url http://localhost:8000 --streams 64 --json busy.jsonl
 
 While `--streams` endless streams run, another process asks /health every few milliseconds. For each kind of heavy
