@@ -205,12 +205,16 @@ def _quantize(send, source: Path, target: Path, options: dict) -> None:
 
 
 def killed(source: Path, target: Path, options: dict, times: int, seconds: float) -> int:
-    """Kill a run so many times, each somewhere in its work, then let it end; returns how many died before their end."""
+    """Kill a run so many times, each somewhere in its work and the first as it begins, then let it end.
+
+    Returns how many died before their end.
+    """
     chance, deaths = random.Random(0), 0
     while deaths < times and not target.exists():
         run = Run(source, target, options)
         run.begun()
-        run.process.join(chance.uniform(0, 2 * seconds / times))
+        if deaths:
+            run.process.join(chance.uniform(0, 2 * seconds / times))
         run.process.kill()
         run.process.join()
         deaths += run.process.exitcode == -signal.SIGKILL

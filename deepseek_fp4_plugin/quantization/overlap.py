@@ -23,11 +23,13 @@ def overlapped(
 
     `load` runs in a thread of its own, `store` in another, `work` in the caller's; each does the jobs in their order.
     cost: bytes that a job holds from its load to the end of its store. Loads begin ahead while the sum stays within
-    `budget`; one job is always under way. An error of a job is raised in its turn, and nothing behind it is stored.
+    `budget`; one job is always under way. An error of a job is raised in its turn: all in front of it are stored, and
+    nothing behind it.
     """
     waiting: deque[tuple[Job, Future[Loaded]]] = deque()
     storing: deque[tuple[Job, Future[None]]] = deque()
     failed = Event()
+    error: Exception | None = None
     held = 0
     upcoming = iter(jobs)
     following = next(upcoming, None)
@@ -50,7 +52,11 @@ def overlapped(
                     following = next(upcoming, None)
                 if waiting:
                     job, loading = waiting.popleft()
-                    storing.append((job, writing.submit(store_in_turn, job, work(job, loading.result()))))
+                    try:
+                        storing.append((job, writing.submit(store_in_turn, job, work(job, loading.result()))))
+                    except Exception as raised:  # those in front of it are stored first
+                        error, following = raised, None
+                        waiting.clear()
                     del loading
                 while storing and (not waiting or storing[0][1].done()):
                     job, stored = storing.popleft()
@@ -59,6 +65,8 @@ def overlapped(
                     yield job
                     if following is not None:
                         break
+            if error is not None:
+                raise error
         finally:
             failed.set()
             for threads in (reading, writing):

@@ -147,10 +147,11 @@ def test_a_source_that_changes_under_the_run(small, tmp_path, changed):  # noqa:
 
     def change(where: str, done: int, total: int) -> None:
         if where == "convert" and done == 20:
-            path.write_bytes(path.read_bytes() + b" " * (changed == "config.json"))
+            if changed == "config.json":
+                path.write_bytes(path.read_bytes() + b" ")
             os.utime(path, (1, 1))
 
-    with pytest.raises(CheckpointError, match=r"changed while (it was )?being read"):
+    with pytest.raises(CheckpointError, match="source changed while it was being read"):
         quantize(source, tmp_path / "out", progress=change)
     assert not (tmp_path / "out").exists()
 

@@ -38,8 +38,9 @@ pytestmark = pytest.mark.proof
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     (folder / "keys").write_text("secret\n")
+    # In FP32 a step takes long enough for the pieces of a stream not to gather on a busy machine.
     arguments = ["--mtp", "3", "--max_batch_size", "8", "--max_seq_len", "8192", "--tool_parser", "deepseek_v3",
-                 "--reasoning_parser", "deepseek-r1-0528", "--api_key_file", "keys"]  # fmt: skip
+                 "--reasoning_parser", "deepseek-r1-0528", "--api_key_file", "keys", "--dtype", "float32"]  # fmt: skip
     with running_server(folder, *arguments) as running:
         yield running
 

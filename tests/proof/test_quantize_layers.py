@@ -23,12 +23,7 @@ def measured(folder: Path, *arguments: str) -> list[dict]:
 @pytest.mark.slow
 def test_small_layers_give_one_digest_in_one_go_killed_and_shared(tmp_path):
     rows = {row["what"]: row for row in measured(tmp_path, "--small", "--kills", "3", "--max-memory", "2GB")}
-    assert rows.keys() >= {
-        "conversion",
-        "killed",
-        "shared by two",
-        "calibration",
-    }  # they may end unkilled
+    assert rows["killed"]["deaths"] and rows.keys() >= {"conversion", "shared by two", "calibration"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json"]
 
 
