@@ -265,10 +265,13 @@ def small() -> list[Case]:
         x, weight = torch.randn(rows, 7168).to(BF16), torch.ones(7168, dtype=BF16)
         q, angle = torch.randn(rows, 128, 64).to(BF16), torch.randn(rows, 32)
         logits, bias = torch.randn(rows, 256), torch.zeros(256)
+        own, tables = torch.arange(rows), torch.zeros(rows, 128, dtype=torch.int64)
+        slots = (own, own, own.unsqueeze(1), tables, 128, 32)
         sides = [
             ("norm", "7168", 4 * x.numel(), lambda b, x=x, w=weight: b.rms_norm(x, w, 1e-6)),
             ("rotary", "128 heads of 64", 4 * q.numel(), lambda b, q=q, a=angle: b.rotary(q, a, a)),
             ("route", "8 of 256", 4 * logits.numel(), lambda b, x=logits, o=bias: b.route(x, o, 8, 8, 4, True, 2.5)),
+            ("step inputs", "128 blocks", 16 * tables.numel(), lambda b, s=slots: b.step_inputs(*s)),
         ]
         for name, shape, moved, call in sides:
             cases.append(Case(name, shape, rows, moved, 0, lambda f=call: f(cpu)))

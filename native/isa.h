@@ -10,5 +10,5 @@
 const Kernels TABLE = {ISA::linear,         ISA::experts,       ISA::attention,   ISA::norm,
                        ISA::rotary,         ISA::route,         ISA::quantize,    ISA::absorb,
                        ISA::per_head,       ISA::latent_entries, ISA::store_entries, ISA::linear_fp32,
-                       ISA::embedding,        ISA::angles,         ISA::argmax,        ISA::add,
+                       ISA::embedding,        ISA::angles,         ISA::argmax,        ISA::step_inputs,    ISA::add,
                        ISA::concat,           ISA::weight_amax,   ISA::convert,     ISA::read};

@@ -140,6 +140,18 @@ struct ArgmaxArgs {
   int64_t* ids;
 };
 
+// See kernels/ops.py. slots: [requests], each below `count`.  starts: [count].  tokens: [count, width].  tables: [count,
+// table_columns].  ids, positions, mapping: [requests, width].  own: [requests, blocks].  contexts: [requests].
+struct StepArgs {
+  const int64_t* slots;
+  int64_t requests, count;
+  const int64_t *starts, *tokens;
+  int64_t width;
+  const int64_t* tables;
+  int64_t table_columns, blocks, block_size;
+  int64_t *ids, *positions, *mapping, *own, *contexts;
+};
+
 // sum = x + y, BF16 [n].
 struct AddArgs {
   const uint16_t *x, *y;
@@ -233,6 +245,7 @@ struct Kernels {
   void (*embedding)(const EmbeddingArgs&);
   void (*angles)(const AnglesArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*step_inputs)(const StepArgs&);
   void (*add)(const AddArgs&);
   void (*concat)(const ConcatArgs&);
   void (*weight_amax)(const WeightAmaxArgs&);

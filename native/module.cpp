@@ -164,7 +164,7 @@ NB_MODULE(_native, m) {
       .def_static("stop", &Recording::stop)
       .def("replay", &Recording::replay, Unlocked())
       .def("__len__", &Recording::size);
-  m.attr("INTERFACE") = 3;  // counts with kernels/cpu/extension.py's
+  m.attr("INTERFACE") = 4;  // counts with kernels/cpu/extension.py's
   m.def("paths", paths, "Instruction-set paths this processor can run, fastest first.");
   m.def("path", [] { return name_of(kernels); }, "The path in use.");
   m.def("use_path", use_path, "Take another path; returns the one before. For tests and measurements.");
@@ -280,6 +280,20 @@ NB_MODULE(_native, m) {
       "argmax",
       [](uintptr_t logits, int64_t rows, int64_t n, uintptr_t ids) {
         launch(&Kernels::argmax, ArgmaxArgs{at<const uint16_t>(logits), rows, n, at<int64_t>(ids)});
+      },
+      Unlocked());
+  m.def(
+      "step_inputs",
+      [](std::tuple<uintptr_t, int64_t, int64_t> slots, uintptr_t starts, std::tuple<uintptr_t, int64_t> tokens,
+         std::tuple<uintptr_t, int64_t> tables, int64_t blocks, int64_t block_size,
+         std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t> outputs) {
+        const auto [ids, positions, mapping, own, contexts] = outputs;
+        launch(&Kernels::step_inputs,
+               StepArgs{at<const int64_t>(std::get<0>(slots)), std::get<1>(slots), std::get<2>(slots),
+                        at<const int64_t>(starts), at<const int64_t>(std::get<0>(tokens)), std::get<1>(tokens),
+                        at<const int64_t>(std::get<0>(tables)), std::get<1>(tables), blocks, block_size,
+                        at<int64_t>(ids), at<int64_t>(positions), at<int64_t>(mapping), at<int64_t>(own),
+                        at<int64_t>(contexts)});
       },
       Unlocked());
   m.def(

@@ -97,6 +97,23 @@ inline void argmax(const ArgmaxArgs& a) {
   }
 }
 
+inline void step_inputs(const StepArgs& a) {
+  for (int64_t r = 0; r < a.requests; r++) {
+    const int64_t slot = a.slots[r];
+    check_range("the slot", slot, 0, a.count - 1);
+    const int64_t start = a.starts[slot], *table = a.tables + slot * a.table_columns;
+    check_range("the first position", start, 0, a.blocks * a.block_size - a.width);
+    for (int64_t i = 0; i < a.width; i++) {
+      const int64_t position = start + i, to = r * a.width + i;
+      a.ids[to] = a.tokens[slot * a.width + i];
+      a.positions[to] = position;
+      a.mapping[to] = table[position / a.block_size] * a.block_size + position % a.block_size;
+    }
+    for (int64_t b = 0; b < a.blocks; b++) a.own[r * a.blocks + b] = table[b];
+    a.contexts[r] = start + a.width;
+  }
+}
+
 inline void route(const RouteArgs& a) {
   constexpr float NONE = -__builtin_inff();
   float* scores = static_cast<float*>(scratch(SCRATCH_ROUTING, (2 * a.experts + a.groups + 2 * W) * 4));

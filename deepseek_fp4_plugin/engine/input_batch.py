@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.engine.slots import Slots, to_device
 from deepseek_fp4_plugin.engine.step_plan import PlanRow
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
 
 # Up to this many tokens attend in absorbed form; above, expanding the context once costs less than it saves.
@@ -67,17 +68,10 @@ class Step:
 
     def inputs(self, slots: Slots, block_size: int) -> tuple[Tensor, ...]:
         """Token ids, positions, cache slots [T], block tables [R, blocks], context lengths [R]."""
+        if self.uniform:
+            return ops.step_inputs(self.slots, slots.starts, slots.tokens, slots.tables, self.num_blocks, block_size)
         starts = slots.starts.index_select(0, self.slots)
         tables = slots.tables[:, : self.num_blocks].index_select(0, self.slots)
-        if self.uniform:
-            positions = starts.unsqueeze(1)
-            if self.max_query > 1:
-                positions = positions + slots.numbers[: self.max_query]
-            columns = positions // block_size
-            # block * size + position % size, in fewer operations
-            mapping = torch.add(positions, tables.gather(1, columns).sub_(columns), alpha=block_size)
-            ids = slots.tokens.index_select(0, self.slots)
-            return ids.view(-1), positions.view(-1), mapping.view(-1), tables, starts + self.max_query
         positions = starts[self.request_of] + self.offsets
         mapping = tables[self.request_of, positions // block_size] * block_size + positions % block_size
         held = slots.tokens[self.slots[self.request_of], self.offsets.clamp(max=slots.tokens.shape[1] - 1)]

@@ -143,7 +143,7 @@ class ModelRunner:
 
         rows: of the plan, whose sampling may ask for what slots do not hold.
         """
-        batch = step.forward(cut(partial(step.inputs, self.slots, self.block_size)), self.block_size)
+        batch = step.forward(step.inputs(self.slots, self.block_size), self.block_size)
         hidden = self.model(batch, self.cache)
         logits = self.model.lm_head(hidden if step.wanted is None else hidden[step.wanted])
         best = ops.argmax(logits)

@@ -35,6 +35,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "step_inputs",
     "store_entries",
     "values_from_latent",
     "weight_amax",
@@ -135,6 +136,18 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 def argmax(logits: Tensor) -> Tensor:
     """[N, vocab] to int64 [N]; of equal ones the first."""
     return select.kernels(logits.device, logits.dtype).argmax(logits)
+
+
+def step_inputs(
+    slots: Tensor, starts: Tensor, tokens: Tensor, tables: Tensor, num_blocks: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a step computes in which the requests of these slots decode, each with all its drafts.
+
+    slots: int64 [R].  Of every slot: starts int64 [S], the first position; tokens int64 [S, W], the newest one and the
+    drafts; tables int64 [S, B], cache blocks of block_size tokens, of which the first num_blocks are looked at.
+    Returns int64 token ids, positions and cache slots [R * W], block tables [R, num_blocks], context lengths [R].
+    """
+    return select.kernels(slots.device).step_inputs(slots, starts, tokens, tables, num_blocks, block_size)
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:

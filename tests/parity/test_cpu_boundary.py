@@ -176,6 +176,7 @@ def test_experts_that_do_not_fit():
 # ------------------------------------------------------------------ the rest
 
 
+ID = torch.zeros(1, dtype=torch.int64)
 FP8_WEIGHT = torch.zeros(128, 256, dtype=torch.uint8).view(FP8)
 
 
@@ -197,6 +198,11 @@ FP8_WEIGHT = torch.zeros(128, 256, dtype=torch.uint8).view(FP8)
         (lambda: cpu.values_from_latent(bf16(2, 4, 24), plain(64, 32), 8), r"x must be bfloat16 \[2, 4, 32\]"),
         (lambda: cpu.absorb(bf16(2, 4, 17), plain(64, 32)), "17 rows of each of 4 heads do not fit"),
         (lambda: cpu.argmax(bf16(2, 0)), "no largest of no logits"),
+        (lambda: cpu.step_inputs(ID, ID.int(), ID[:, None], ID[:, None], 1, 32), r"starts must be int64 \[1\]"),
+        (
+            lambda: cpu.step_inputs(ID, ID, ID[:, None], ID[:, None], 2, 32),
+            "2 blocks of 32 tokens do not fit tables of 1",
+        ),
         (
             lambda: cpu.prepare(
                 [WeightTensors(WeightFormat.FP8_BLOCK, FP8_WEIGHT, torch.ones(1, 1))], BF16, "bf16", None

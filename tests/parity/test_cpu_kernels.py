@@ -393,6 +393,21 @@ def test_argmax(path, n):
     assert torch.equal(cpu.argmax(logits), expected)
 
 
+@pytest.mark.parametrize(("requests", "width"), [(0, 1), (1, 1), (5, 4)])
+def test_step_inputs(path, requests, width):
+    slots, starts = torch.randperm(9)[:requests], torch.randint(0, 6 * 32 - width + 1, (9,))
+    tokens, tables = torch.randint(0, 1 << 40, (9, width)), torch.randint(0, 1 << 40, (9, 8))
+    arguments = (slots, starts, tokens, tables, 6, 32)
+    for own, expected in zip(cpu.step_inputs(*arguments), reference.step_inputs(*arguments), strict=True):
+        assert torch.equal(own, expected)
+    if requests:
+        starts[slots[-1]] = 6 * 32 - width + 1
+        with pytest.raises(IndexError, match="the first position is"):
+            cpu.step_inputs(*arguments)
+        with pytest.raises(IndexError, match="the slot is 9"):
+            cpu.step_inputs(torch.tensor([9]), *arguments[1:])
+
+
 def test_add_and_concat(path):
     x, y = torch.randn(3, 37).to(BF16), torch.randn(3, 37).to(BF16)
     assert torch.equal(cpu.add(x, y), x + y)

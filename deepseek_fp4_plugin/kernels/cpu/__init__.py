@@ -25,6 +25,7 @@ from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
 from deepseek_fp4_plugin.kernels.cpu.recording import Recorder
 from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route
+from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "step_inputs",
     "store_entries",
     "use_path",
     "values_from_latent",

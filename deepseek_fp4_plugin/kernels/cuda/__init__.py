@@ -13,7 +13,16 @@ from deepseek_fp4_plugin.kernels.cuda.norm import add_rms_norm, latent_entries, 
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.routing import plain_linear, route
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
-from deepseek_fp4_plugin.kernels.reference import add, argmax, concat, convert_weight, cos_sin, embedding, weight_amax
+from deepseek_fp4_plugin.kernels.reference import (
+    add,
+    argmax,
+    concat,
+    convert_weight,
+    cos_sin,
+    embedding,
+    step_inputs,
+    weight_amax,
+)
 
 __all__ = [
     "NOT_INSTALLED",
@@ -38,6 +47,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "step_inputs",
     "store_entries",
     "values_from_latent",
     "weight_amax",

@@ -26,6 +26,7 @@ from deepseek_fp4_plugin.kernels.reference import (
     rms_norm,
     rotary,
     route,
+    step_inputs,
     store_entries,
     weight_amax,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "step_inputs",
     "store_entries",
     "values_from_latent",
     "weight_amax",

@@ -17,6 +17,7 @@ from deepseek_fp4_plugin.kernels.reference.moe import add_experts, experts_mlp, 
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.reference.routing import route
+from deepseek_fp4_plugin.kernels.reference.step import step_inputs
 
 __all__ = [
     "absorb",
@@ -39,6 +40,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "route",
+    "step_inputs",
     "store_entries",
     "values_from_latent",
     "weight_amax",
