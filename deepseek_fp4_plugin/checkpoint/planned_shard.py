@@ -8,6 +8,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from deepseek_fp4_plugin.checkpoint.compressed_tensors import INVERTED
 from deepseek_fp4_plugin.checkpoint.durable import PARTIAL
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.shards import DTYPES, SINGLE_NAME
@@ -17,11 +18,21 @@ _CHUNK = 2**22  # bytes of a shard checked at once
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to come."""
+    """A tensor to come.  stored_as: the last part of its name in the file, where that is another (TensorInfo)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stored_as: str = ""
+
+    @property
+    def inverted(self) -> bool:
+        """Whether the file gets 1 / x, in a tensor of shape [1]: a global scale of compressed-tensors."""
+        return self.stored_as in INVERTED
+
+    @property
+    def name_in_file(self) -> str:
+        return f"{self.name.rpartition('.')[0]}.{self.stored_as}" if self.stored_as else self.name
 
     @property
     def nbytes(self) -> int:
@@ -43,16 +54,16 @@ class PlannedShard:
         position = 0
         for spec in ordered:
             end = position + spec.nbytes
-            header[spec.name] = {
+            header[spec.name_in_file] = {
                 "dtype": _DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
+                "shape": [1] if spec.inverted else list(spec.shape),
                 "data_offsets": [position, end],
             }
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
-        self.offsets = {spec.name: len(self.header) + header[spec.name]["data_offsets"][0] for spec in specs}
+        self.offsets = {spec.name: len(self.header) + header[spec.name_in_file]["data_offsets"][0] for spec in specs}
         self.nbytes = len(self.header) + position
         self.missing = set(self.specs)
         self.checksums: dict[str, int] = {}  # of the tensors that are there

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from deepseek_fp4_plugin.checkpoint.compressed_tensors import PACK_QUANTIZED
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.findings import Fault, Finding, error, note, refuse, warning
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
@@ -61,7 +62,7 @@ def detect_format(reader: CheckpointReader, module: str) -> WeightFormat:
 
 
 _WILD = set("*?[")
-_COMPRESSED = {"nvfp4-pack-quantized": "NVFP4", "float-quantized": "fp8"}  # what compressed-tensors calls its formats
+_COMPRESSED = {PACK_QUANTIZED: "NVFP4", "float-quantized": "fp8"}  # what compressed-tensors calls its formats
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from deepseek_fp4_plugin.checkpoint.compressed_tensors import INVERTED, OWN_NAMES
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.findings import Fault, Finding, error, note, warning
 from deepseek_fp4_plugin.checkpoint.json_files import parse_object, read_json
@@ -54,7 +55,7 @@ class TensorInfo(NamedTuple):
     @property
     def inverted(self) -> bool:
         """Whether the file holds 1 / x of what the name means here."""
-        return self.stored_as in ("weight_global_scale", "input_global_scale")
+        return self.stored_as in INVERTED
 
     @property
     def nbytes(self) -> int:
@@ -242,10 +243,6 @@ def anywhere(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
-# compressed-tensors' NVFP4: the bits of ModelOpt's, and global scales that divide where ModelOpt's multiply.
-_COMPRESSED = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
-
-
 def _in_own_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Tensors that other programs name otherwise, under the names that are read here; each says what it is called."""
     groups = by_module(tensors)
@@ -261,7 +258,7 @@ def _in_own_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 def _own_suffix(group: Mapping[str, TensorInfo], suffix: str) -> str:
     if "weight_packed" in group and "weight_global_scale" in group and "weight" not in group:
-        return _COMPRESSED.get(suffix, suffix)
+        return OWN_NAMES.get(suffix, suffix)
     is_fp8 = "weight" in group and group["weight"].dtype == torch.float8_e4m3fn
     if is_fp8 and suffix == "weight_scale" and "weight_scale_inv" not in group:
         return "weight_scale_inv"  # of ModelOpt and compressed-tensors: it multiplies as DeepSeek's does

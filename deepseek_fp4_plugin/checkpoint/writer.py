@@ -157,6 +157,8 @@ class CheckpointWriter:
             )
         if not self.needs(name):
             return
+        if spec.inverted:
+            tensor = 1 / tensor
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._write_bytes(shard, data, shard.offsets[name] + row * (spec.nbytes // max(rows, 1)))
         shard.checksums[name] = zlib.crc32(data, shard.checksums[name] if row else 0)
@@ -171,7 +173,7 @@ class CheckpointWriter:
             self.commit()
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was written, by this run or by one before it."""
+        """A tensor that was written, by this run or by one before it, as readers of the file have it."""
         shard = self._shard_of[name]
         spec = shard.specs[name]
         places = (self.folder / shard.file, self.folder / shard.partial, self.folder / _PAYLOAD / shard.file)
@@ -179,7 +181,8 @@ class CheckpointWriter:
         with open(next(path for path in places if path.exists()), "rb") as file:
             file.seek(shard.offsets[name])
             file.readinto(data.numpy().data)
-        return data.view(spec.dtype).view(spec.shape)
+        tensor = data.view(spec.dtype).view(spec.shape)
+        return 1 / tensor if spec.inverted else tensor
 
     def commit(self) -> None:
         """Make what is written so far of shards that are not closed safe from a stop."""
@@ -374,7 +377,7 @@ class CheckpointWriter:
                 raise CheckpointError(f"{len(shard.missing)} tensors were never written, first {min(shard.missing)}")
         if len(self._shards) > 1:
             total = sum(spec.nbytes for shard in self._shards for spec in shard.specs.values())
-            weight_map = {name: shard.file for shard in self._shards for name in shard.specs}
+            weight_map = {spec.name_in_file: shard.file for shard in self._shards for spec in shard.specs.values()}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             files = {INDEX_NAME: json.dumps(index, indent=2) + "\n", **files}
         payload = self.folder / _PAYLOAD

@@ -46,6 +46,13 @@ class Bytes(click.ParamType):
     help="v1: as NVIDIA published DeepSeek-R1-0528-FP4; v2: the attention's output projection as well.",
 )
 @click.option(
+    "--format",
+    type=click.Choice(["modelopt", "compressed-tensors"]),
+    default="modelopt",
+    show_default=True,
+    help="Whose names the tensors get; the bits are the same.",
+)
+@click.option(
     "--calibration",
     default="cnn_dailymail",
     show_default=True,
@@ -89,6 +96,7 @@ def quantize(
     recipe: str,
     arithmetic: str | None,
     layout: str,
+    format: str,
     calibration: str,
     samples: int,
     tokens: int,
@@ -122,6 +130,7 @@ def quantize(
             recipe=recipe,
             arithmetic=arithmetic,
             layout=layout,
+            format=format,
             calibration=calibration,
             samples=samples,
             tokens=tokens,

@@ -15,6 +15,16 @@ from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.report import WORST, QuantizationReport, decibels
 
 BENCHMARKS = ("MMLU Pro", "GPQA Diamond", "LiveCodeBench", "SCICODE", "MATH-500", "AIME 2024")
+# By quantize's --format.
+_PROGRAMS = {"modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors"}
+_FORMATS = {
+    "modelopt": f"""ModelOpt
+{PRODUCER["version"]}: `weight`, `weight_scale`, `weight_scale_2` and `input_scale` of a module, `hf_quant_config.json`,
+and the same in `config.json`""",
+    "compressed-tensors": """compressed-tensors
+(`nvfp4-pack-quantized`): `weight_packed`, `weight_scale`, `weight_global_scale` and `input_global_scale` of a module,
+and `quantization_config` in `config.json`""",
+}
 _CNN_DAILYMAIL = "https://huggingface.co/datasets/abisee/cnn_dailymail"
 
 
@@ -40,7 +50,7 @@ def model_card(facts: dict[str, Any], report: QuantizationReport, config: Deepse
     front = {
         **facts,
         "library_name": "deepseek_fp4_plugin",
-        "tags": ["DeepSeekV3", "NVFP4", "FP4", "quantized", "ModelOpt"],
+        "tags": ["DeepSeekV3", "NVFP4", "FP4", "quantized", _PROGRAMS[report.format]],
     }
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
@@ -49,7 +59,7 @@ def model_card(facts: dict[str, Any], report: QuantizationReport, config: Deepse
         _architecture(config),
         _calibration(report),
         _sizes(report),
-        _usage(name),
+        _usage(name, _PROGRAMS[report.format]),
         _evaluation(),
         _limitations(source),
         _license(facts, source),
@@ -66,9 +76,9 @@ def _description(source: str, report: QuantizationReport, config: DeepseekV3Conf
 4-bit E2M1 values in blocks of 16 with one FP8 (E4M3) scale a block and one FP32 scale a tensor. Everything else is
 BF16{mtp}.
 
-Made by `deepseek_fp4_plugin` {version}, recipe `{report.recipe}`, layout `{report.layout}`, in the format of ModelOpt
-{PRODUCER["version"]}: `weight`, `weight_scale`, `weight_scale_2` and `input_scale` of a module, `hf_quant_config.json`,
-and the same in `config.json`. The cache is asked for in {"FP8" if report.kv_cache == "fp8" else "BF16"}."""
+Made by `deepseek_fp4_plugin` {version}, recipe `{report.recipe}`, layout `{report.layout}`, in the format of {
+        _FORMATS[report.format]
+    }. The cache is asked for in {"FP8" if report.kv_cache == "fp8" else "BF16"}."""
 
 
 def _architecture(c: DeepseekV3Config) -> str:
@@ -122,7 +132,7 @@ def _sizes(report: QuantizationReport) -> str:
     return "## Size and error\n\n" + "\n".join(lines) + f"\n\nLargest error: {worst}."
 
 
-def _usage(name: str) -> str:
+def _usage(name: str, program: str) -> str:
     return f"""## Usage
 
 ```python
@@ -153,7 +163,7 @@ if __name__ == "__main__":
     main()
 ```
 
-Or from a shell: `deepseek-fp4 chat ./{name}`, `deepseek-fp4 serve ./{name}`. Any runtime that reads ModelOpt's NVFP4
+Or from a shell: `deepseek-fp4 chat ./{name}`, `deepseek-fp4 serve ./{name}`. Any runtime that reads {program}'s NVFP4
 checkpoints of this architecture can load the folder.
 
 Temperature 0.6 (0.5 to 0.7) and top-p 0.95 are recommended; put all instructions into the user's message; for maths

@@ -4,13 +4,14 @@
 | dense MLP, routed experts, shared experts of the main model | NVFP4 | NVFP4 |
 | attention: o_proj | BF16 | NVFP4 |
 | attention: the other projections | BF16 | BF16 |
-| router, norms, embedding, head, the whole MTP layer | as they are (FP8 ones BF16) | the same |
+| router, norms, embedding, head | as they are (FP8 ones BF16) | the same |
+| the MTP layer | the same, or on request as the layers of the main model | the same |
 
 v1 is the layout of nvidia/DeepSeek-R1-0528-FP4, v2 that of its successor. gate_proj and up_proj share `weight_scale_2`
 because run-time kernels fuse them and use one. See docs/quantization.md.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,9 +72,9 @@ class Plan(NamedTuple):
     exclude_modules: tuple[str, ...]
 
 
-def becomes_nvfp4(weight: Weight, config: DeepseekV3Config, layout: str) -> bool:
-    """True when `layout` (a key of LAYOUTS) stores this weight as NVFP4; the MTP layer it never does."""
-    if not weight.linear or weight.layer is None or weight.layer >= config.num_hidden_layers:
+def becomes_nvfp4(weight: Weight, config: DeepseekV3Config, layout: str, mtp: bool = False) -> bool:
+    """True when `layout` (a key of LAYOUTS) stores this weight as NVFP4; one of the MTP layer only with `mtp`."""
+    if not weight.linear or weight.layer is None or (weight.layer >= config.num_hidden_layers and not mtp):
         return False
     projections = LAYOUTS[layout].get(weight.role)
     return projections is not None and (not projections or weight.module.rpartition(".")[2] in projections)
@@ -87,24 +88,38 @@ def layout_format(config: DeepseekV3Config, layout: str) -> Callable[[Weight], W
     return lambda weight: WeightFormat.NVFP4 if becomes_nvfp4(weight, config, layout) else WeightFormat.PLAIN
 
 
-def excluded_modules(config: DeepseekV3Config, layout: str) -> list[str]:
-    """`exclude_modules` of hf_quant_config.json: wildcards in v1, exact names in v2, the MTP layer by name in both."""
+def excluded_modules(config: DeepseekV3Config, layout: str, mtp: bool = False) -> list[str]:
+    """`exclude_modules` of hf_quant_config.json: wildcards in v1, exact names in v2, the MTP layer by name in both.
+
+    mtp: the MTP layer is quantized as the others are; then only its projection and its copy of the head are named.
+    """
     excluded = ["lm_head"]
-    for layer in range(config.num_hidden_layers):
+    mtp = mtp and config.num_nextn_predict_layers > 0
+    for layer in range(config.num_hidden_layers + mtp):
         name = f"model.layers.{layer}.self_attn"
         if layout == "v1":
             excluded.append(f"{name}*")
         else:
             queries = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
             excluded += [f"{name}.{projection}" for projection in (*queries, "kv_a_proj_with_mqa", "kv_b_proj")]
-    if config.num_nextn_predict_layers:
+    if mtp:
+        excluded += [f"model.layers.{config.num_hidden_layers}.{name}" for name in ("eh_proj", "shared_head.head")]
+    elif config.num_nextn_predict_layers:
         excluded.append(f"model.layers.{config.num_hidden_layers}*")
     return sorted(excluded)
 
 
-def make_plan(reader: CheckpointReader, config: DeepseekV3Config, layout: str) -> Plan:
+def make_plan(
+    reader: CheckpointReader,
+    config: DeepseekV3Config,
+    layout: str,
+    names: Mapping[str, str] | None = None,
+    mtp: bool = False,
+) -> Plan:
     """Check every tensor of the source against the config, from headers alone, and lay out the result.
 
+    names: last parts of the names in the result's files, of an NVFP4 weight's tensors; None: as they are here.
+    mtp: quantize the MTP layer too.
     Raises CheckpointError naming a tensor that is missing, has another shape, lacks its scale, is quantized to NVFP4
     already, has a width NVFP4 cannot hold, or has no place in the model; ValueError for an unknown layout.
     """
@@ -118,12 +133,13 @@ def make_plan(reader: CheckpointReader, config: DeepseekV3Config, layout: str) -
         for weight in group:
             if weight.name not in reader and may_be_absent(weight, config):
                 continue
-            conversion = _conversion(reader, weight, becomes_nvfp4(weight, config, layout))
-            specs += result_tensors(conversion, reader.info(weight.name).dtype)
+            conversion = _conversion(reader, weight, becomes_nvfp4(weight, config, layout, mtp))
+            tensors = result_tensors(conversion, reader.info(weight.name).dtype)
+            specs += _renamed(tensors, names) if names and conversion.nvfp4 else tensors
             conversions.append(conversion)
         if conversions:
             units.append(Unit(tuple(conversions)))
-    return Plan(tuple(units), tuple(specs), tuple(excluded_modules(config, layout)))
+    return Plan(tuple(units), tuple(specs), tuple(excluded_modules(config, layout, mtp)))
 
 
 def result_tensors(conversion: Conversion, source_dtype: torch.dtype) -> list[TensorSpec]:
@@ -138,6 +154,12 @@ def result_tensors(conversion: Conversion, source_dtype: torch.dtype) -> list[Te
         TensorSpec(f"{weight.module}.weight_scale_2", torch.float32, ()),
         TensorSpec(f"{weight.module}.input_scale", torch.float32, ()),
     ]
+
+
+def _renamed(tensors: Iterable[TensorSpec], names: Mapping[str, str]) -> Iterator[TensorSpec]:
+    for spec in tensors:
+        suffix = spec.name.rpartition(".")[2]
+        yield spec if names[suffix] == suffix else spec._replace(stored_as=names[suffix])
 
 
 def kept_dtype(conversion: Conversion, source_dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from deepseek_fp4_plugin import __version__
+from deepseek_fp4_plugin.checkpoint import compressed_tensors
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.hub import is_small_file, resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import HF_QUANT_CONFIG, nvfp4_config_section, nvfp4_quant_config
@@ -63,6 +64,7 @@ from deepseek_fp4_plugin.tokenizer import Tokenizer
 Progress = Callable[[str, int, int], None]  # stage, parts done, parts in all
 CALIBRATE, CONVERT = "calibrate", "convert"
 _KV_CACHES = {"fp8": "FP8", "bf16": None}
+FORMATS = ("modelopt", "compressed-tensors")
 _WRITTEN = ("config.json", HF_QUANT_CONFIG)  # not copied, and no indexes either
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def quantize_checkpoint(
     recipe: str = "max",
     arithmetic: str | None = None,
     layout: str = "v1",
+    format: str = "modelopt",
     calibration: str | Path = CNN_DAILYMAIL,
     samples: int = 512,
     tokens: int = 512,
@@ -93,6 +96,7 @@ def quantize_checkpoint(
     are followed.
     recipe: a name in recipes.RECIPES.  arithmetic: of max, a release in recipes.ARITHMETICS.
     layout: a key of plan.LAYOUTS.  kv_cache: what the config files ask for.
+    format: one of FORMATS, under whose names the same bits are stored.
     calibration, samples, tokens, seed: see calibration_data.load_calibration; or what save_calibration wrote.
     device: where layers and weights are computed.
     max_memory: bytes of this process's resident memory that it stays below; None takes whole layers.
@@ -107,13 +111,15 @@ def quantize_checkpoint(
     chosen = find_recipe(recipe, arithmetic)
     if kv_cache not in _KV_CACHES:
         raise ValueError(f"kv_cache {kv_cache!r} is unknown; choose from {', '.join(_KV_CACHES)}")
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown; choose from {', '.join(FORMATS)}")
     target = checked_device(device)
     refuse_taken(destination)
     folder = resolve(source)
     _refuse_in_the_way(folder, real_destination(destination))
     config, reader = examine(folder).usable(result="the result")
     _note_absent_code(folder)
-    plan = make_plan(reader, config, layout)
+    plan = make_plan(reader, config, layout, None if format == "modelopt" else compressed_tensors.NAMES)
     data = _calibration(calibration, folder, samples, tokens, config, seed)
     if chosen.needs is not Needs.NOTHING:
         _refuse_without_forward(chosen, data, share)
@@ -131,6 +137,8 @@ def quantize_checkpoint(
         job["batch_tokens"] = memory.batch_tokens  # sums over more rows may round otherwise
     if arithmetic is not None:
         job["arithmetic"] = arithmetic
+    if format != "modelopt":
+        job["format"] = format
     where = str(Path(destination).expanduser())
     tell = progress or (lambda stage, done, total: None)
     work_bytes = hidden_bytes(config, data) if isinstance(data, CalibrationData) else 0
@@ -160,6 +168,7 @@ def quantize_checkpoint(
             cold_experts=len(cold_experts(found, modules)),
             zero_inputs=tuple(zero_inputs(found, modules)),
             r1=planned_sizes(DEEPSEEK_R1, layout),
+            format=format,
         )
         if save_calibration is not None:
             saved = SavedCalibration(found, report.calibration, report.samples, report.tokens)
@@ -318,11 +327,16 @@ def _files(folder: Path, plan: Plan, report: QuantizationReport, config: Deepsee
                 files[path.name] = path.read_bytes()
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    quant_config = nvfp4_quant_config(plan.exclude_modules, _KV_CACHES[report.kv_cache])
-    files[HF_QUANT_CONFIG] = _json(quant_config)
+    excluded, cache = plan.exclude_modules, _KV_CACHES[report.kv_cache]
+    if report.format == "modelopt":
+        quant_config = nvfp4_quant_config(excluded, cache)
+        files[HF_QUANT_CONFIG] = _json(quant_config)
+        section = nvfp4_config_section(quant_config)
+    else:
+        section = compressed_tensors.config_section(excluded, cache)
     original = {k: v for k, v in read_json(folder / "config.json").items() if k != "quantization_config"}
     original = with_mtp_layers(original, config.num_nextn_predict_layers)
-    files["config.json"] = _json({**original, "quantization_config": nvfp4_config_section(quant_config)})
+    files["config.json"] = _json({**original, "quantization_config": section})
     files["README.md"] = model_card(source_facts(report.source, folder), report, config, __version__)
     return files | report_files(report)
 

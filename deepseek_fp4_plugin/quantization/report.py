@@ -96,7 +96,7 @@ class QuantizationReport:
     size: module class -> bytes.  sqnr_db: module class -> decibels over all its weights.  worst: lowest SQNR first.
     modules: every NVFP4 weight, in reading order.
     cold_experts: expert projections that saw no calibration token.  zero_inputs: modules that saw nothing but zeros.
-    r1: the same arithmetic on DeepSeek-R1.
+    r1: the same arithmetic on DeepSeek-R1.  format: whose names the tensors have.
     """
 
     source: str
@@ -115,6 +115,7 @@ class QuantizationReport:
     cold_experts: int
     zero_inputs: tuple[str, ...]
     r1: Bytes
+    format: str = "modelopt"
 
     @property
     def total(self) -> Bytes:

@@ -207,7 +207,12 @@ class LayerSolver:
                 self.notes.add(module, solution.rounding)
                 for tensor, value in zip(_TENSORS, solution.tensor, strict=True):
                     self.writer.write(f"{module}.{tensor}", value)
-            tensors = [solution.tensor for solution in solutions]
+            # A tensor scale as the file gives it back, so that a run that goes on computes with the same.
+            scales = [self.writer.read(f"{module}.weight_scale_2") for module in modules]
+            tensors = [
+                solution.tensor._replace(scale_2=scale.to(inputs.hessian.device))
+                for solution, scale in zip(solutions, scales, strict=True)
+            ]
         else:
             tensors = [NVFP4Tensor(*(self.writer.read(f"{m}.{tensor}") for tensor in _TENSORS)) for m in modules]
         if not self.recipe.sequential:
