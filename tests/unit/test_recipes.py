@@ -8,8 +8,8 @@ from deepseek_fp4_plugin.numerics import e2m1, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Recipe, Solution, block_diagonal
 from deepseek_fp4_plugin.quantization.recipes import RECIPES, gptq, mse_sweep
-from deepseek_fp4_plugin.quantization.recipes.gptq import Gptq
-from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, output_error
+from deepseek_fp4_plugin.quantization.recipes.gptq import Gptq, confirmed
+from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, output_errors
 from deepseek_fp4_plugin.quantization.recipes.local_hessian import LocalHessian
 from deepseek_fp4_plugin.quantization.recipes.scale_search import max_codes, search, shared_scale
 
@@ -142,7 +142,7 @@ def test_recipes_that_know_the_inputs_make_less_output_error_on_inputs_they_did_
     error = {}
     for recipe in (RECIPES["max"], RECIPES["mse-sweep"], *WITH_DATA):
         (solution,) = solve(recipe, [w], x)
-        error[recipe.name] = output_error(nvfp4.dequantize(solution.tensor) - w, fresh) ** 0.5
+        error[recipe.name] = output_errors(nvfp4.dequantize(solution.tensor) - w, fresh).mean() ** 0.5
     assert error["mse-sweep"] < 0.95 * error["max"]
     assert error["local-hessian"] < 0.9 * error["mse-sweep"]
     assert error["gptq"] < 0.85 * error["local-hessian"]
@@ -179,6 +179,27 @@ def test_gptq_takes_local_hessian_where_held_out_inputs_do_not_confirm_it():
         assert [solution.choice for solution in found] == [choice, choice]
     safe = LocalHessian().solve(w, InputStatistics(512, diagonal_blocks(hessian), x[:0]))
     assert all(torch.equal(a.tensor.packed, b.tensor.packed) for a, b in zip(found, safe, strict=True))
+
+
+def test_gptq_must_win_by_more_than_chance():
+    """Rows on which both rounding errors are alike on average say nothing, however many; a clear gain says enough."""
+    w, rows = torch.zeros(1, 16), torch.zeros(40, 16)
+    packed = torch.zeros(1, 8, dtype=torch.uint8)
+    one = torch.ones(1, 1).to(torch.float8_e4m3fn)
+    first, second = packed.clone(), packed.clone()
+    first[0, 0], second[0, 0] = 0x02, 0x20  # weights 1 in column 0, in column 1
+    safe, bold = (NVFP4Tensor(values, one, torch.ones(())) for values in (first, second))
+    rows[::2, 0] = rows[1::2, 1] = 1.0
+    assert not confirmed(w, safe, bold, rows)
+    rows[1, 1] = 0.9  # a gain, and far within its standard error
+    assert not confirmed(w, safe, bold, rows)
+    rows[1::2, 1] = 0.1
+    assert confirmed(w, safe, bold, rows)
+    rows[:, 0] = rows[:, 1] = 1.0
+    rows[:, 1] = 0.9  # every row the same gain of 19 %
+    assert confirmed(w, safe, bold, rows) and not confirmed(w, safe, bold, rows[:1])
+    rows[:, 1] = 0.5
+    assert confirmed(w, safe, bold, rows[:1])
 
 
 def test_gptq_refuses_moments_that_are_not_finite():

@@ -10,7 +10,6 @@ With H = R R^T, R upper triangular, GPTQ's matrix is U = R^-1. Source: Frantar e
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from deepseek_fp4_plugin.numerics import e2m1, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Needs, Solution
 from deepseek_fp4_plugin.quantization.recipes import local_hessian
-from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, output_error
+from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, output_errors
 from deepseek_fp4_plugin.quantization.recipes.scale_search import (
     MAX_CODE,
     MIN_CODE,
@@ -35,11 +34,13 @@ from deepseek_fp4_plugin.quantization.recipes.scale_search import (
 
 OFFSETS = range(-2, 8)
 DAMPING = 0.05  # of the mean diagonal, added to the diagonal
+MARGIN = 2.0  # standard errors of its gain that gptq must win by
+SPREAD = 0.2  # of a row's gain, in parts of the error: the median over r1_nano's experts (docs/quantization.md)
 _GROUP = 8  # blocks whose errors reach the columns behind them in one product
 
 
 class Gptq:
-    """Taken where it beats `local-hessian` on input rows that neither saw; elsewhere that is taken."""
+    """Taken where it clearly beats `local-hessian` on input rows that neither saw; elsewhere that is taken."""
 
     name = "gptq"
     summary = "rounding and scales of smallest output error together, where held-out inputs confirm it"
@@ -50,22 +51,32 @@ class Gptq:
     def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[Solution]:
         assert inputs is not None
         scale_2, stacked = shared_scale(weights), torch.cat(list(weights))
-        safe = search(stacked, scale_2, local_hessian.OFFSETS, diagonal_blocks(inputs.hessian))
-        ways = {local_hessian.LocalHessian.name: safe}
-        if inputs.held_out.shape[0]:  # without a row to judge by, the bolder way has nothing to show
-            ways[self.name] = quantize(stacked, scale_2, inputs.hessian)
-        found = [solutions(weights, tensor, [name] * len(weights)) for name, tensor in ways.items()]
+        found = search(stacked, scale_2, local_hessian.OFFSETS, diagonal_blocks(inputs.hessian))
+        safe = solutions(weights, found, [local_hessian.LocalHessian.name] * len(weights))
+        if not len(inputs.held_out):  # without a row to judge by, the bolder way has nothing to show
+            return safe
+        bold = solutions(weights, quantize(stacked, scale_2, inputs.hessian), [self.name] * len(weights))
         return [
-            min(candidates, key=partial(_held_out_error, weight, inputs.held_out))
-            for weight, *candidates in zip(weights, *found, strict=True)
+            second if confirmed(weight, first.tensor, second.tensor, inputs.held_out) else first
+            for weight, first, second in zip(weights, safe, bold, strict=True)
         ]
 
     def input_scale(self, amax: Tensor) -> Tensor:
         return roomy_input_scale(amax)
 
 
-def _held_out_error(weight: Tensor, rows: Tensor, solution: Solution) -> float:
-    return output_error(nvfp4.dequantize(solution.tensor) - weight, rows) if rows.shape[0] else 0.0
+def confirmed(weight: Tensor, safe: NVFP4Tensor, bold: NVFP4Tensor, rows: Tensor) -> bool:
+    """Whether the rows [n, in] say beyond their own chance that `bold` has the smaller output error.
+
+    Its mean gain must exceed MARGIN standard errors. SPREAD stands in for one more row's deviation: a single row has
+    none of its own, and a few that happen to agree have one that is too small.  n: above zero.
+    """
+    n = rows.shape[0]
+    before, after = (output_errors(nvfp4.dequantize(tensor) - weight, rows) for tensor in (safe, bold))
+    gain = before - after
+    mean = gain.mean()
+    variance = ((gain - mean).square().sum() + (SPREAD * before.mean()).square()) / n
+    return bool(mean > MARGIN * (variance / n).sqrt())
 
 
 def quantize(w: Tensor, scale_2: Tensor, hessian: Tensor, offsets: Sequence[int] = OFFSETS) -> NVFP4Tensor:

@@ -17,6 +17,6 @@ def diagonal_blocks(full: Tensor) -> Tensor:
     return tiled.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def output_error(error: Tensor, rows: Tensor) -> float:
-    """Mean squared change of the output by a weight error [out, in] over inputs [n, in], n above zero."""
-    return float((rows @ error.T).square().sum(dtype=torch.float64)) / rows.shape[0]
+def output_errors(error: Tensor, rows: Tensor) -> Tensor:
+    """Squared change of each row's output by a weight error [out, in]: inputs [n, in] to FP64 [n]."""
+    return (rows @ error.T).square().sum(-1, dtype=torch.float64)
