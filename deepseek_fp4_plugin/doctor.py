@@ -67,7 +67,8 @@ def _kernels() -> dict[str, str]:
             facts[f"{weight.name} weights on {device}"] = select.explain(Case(device, torch.bfloat16, weight))
         facts[f"attention, norms, routing on {device}"] = select.explain(Case(device, torch.bfloat16))
         fp4 = select.has_fp4_tensor_cores(device)
-        facts[f"nvfp4_activations=auto on {device}"] = "fp4" if fp4 else "bf16 (no FP4 tensor cores)"
+        int8 = "; int8 can be asked for" if device.type == "cpu" else ""
+        facts[f"nvfp4_activations=auto on {device}"] = "fp4" if fp4 else f"bf16 (no FP4 tensor cores{int8})"
     return facts
 
 

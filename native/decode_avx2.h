@@ -104,7 +104,7 @@ INLINED inline void decode_plain(const uint8_t* p, __m256 (&w)[4]) {
 }
 
 inline Layout dot_layout(const Weight& weight) {
-  return weight.format == NVFP4 ? QUARTERS : PAIRS;
+  return weight.format != NVFP4 ? PAIRS : weight.activations == AS_BF16 ? QUARTERS : CODES;
 }
 
 // Weights at the end of a row, or between scale blocks that share a step, among zeros.

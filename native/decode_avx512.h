@@ -11,7 +11,7 @@ constexpr int64_t GROUP = 8;   // outputs that take turns at a block of inputs
 constexpr int64_t BATCH = 16;  // rows of activations at a time
 
 inline Layout dot_layout(const Weight& weight) {
-  if (weight.format == NVFP4) return weight.input_scale > 0 ? CODES : QUADS;
+  if (weight.format == NVFP4) return weight.activations == AS_BF16 ? QUADS : CODES;
   return weight.format == FP8_BLOCK ? UNPACKED : HALVES;
 }
 
@@ -133,7 +133,7 @@ struct FewRows {
 
   FewRows(const View& v, const Rows& rows, int64_t r0, int64_t count, float* out, int64_t stride, int64_t first)
       : v(v), x_step(rows.step), factor(v.factor), out(out), stride(stride), first(first) {
-    if (v.format == NVFP4) factor *= SCALE_SHIFT * (v.fp4 ? 0.25f : 1.0f);
+    if (v.format == NVFP4) factor *= SCALE_SHIFT * code_factor(v);
     for (int64_t r = 0; r < count; r++) x[r] = rows.at(r0 + r);
   }
   // Those of output row + o and row r of the turn at o * BATCH + r.

@@ -5,7 +5,7 @@
 // products are added up before they join a row's sum, so one vector of sums a row is enough to keep multiplying. Each
 // result is computed in the same order whatever the number of rows.
 #pragma once
-#include "decode_avx2.h"
+#include "codes_avx2.h"
 
 namespace ISA {
 namespace {
@@ -87,6 +87,27 @@ struct Nvfp4Rows {
   }
   void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
     const Padded padded(p, scale, n / 16);
+    multiply(padded.bytes, padded.scale, near, total);
+  }
+};
+
+// Of NVFP4, by activations in CODES.
+template <int R>
+struct CodedRows : Nvfp4Rows<R> {
+  using Nvfp4Rows<R>::Nvfp4Rows;
+
+  INLINED static void multiply(const uint8_t* p, const uint8_t* scale, const Near<R>& near, __m256 (&total)[R]) {
+    const uint8_t* x[R];
+    UNROLL for (int r = 0; r < R; r++) x[r] = reinterpret_cast<const uint8_t*>(near.x[r]);
+    multiply_codes<R>(p, scale, x, total);
+  }
+  INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
+    multiply(this->p, this->scale, near, total);
+    this->p += this->CHUNK_BYTES;
+    this->scale += 16;
+  }
+  void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
+    const Padded padded(this->p, this->scale, n / 16);
     multiply(padded.bytes, padded.scale, near, total);
   }
 };
@@ -225,7 +246,7 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
   const int64_t chunks = ceil_div(v.in, CHUNK), together = rows.count < 4 ? rows.count : 4;
   const int64_t length = together ? NEAR / (together * rows.row_bytes) : chunks;
   const int64_t ahead = ceil_div(v.ahead, GROUP * v.row_bytes) * GROUP;  // weight rows
-  const float factor = decoded_factor(v);
+  const float factor = decoded_factor(v) * code_factor(v);
   __m256 sums[GROUP * BATCH];
   for (int64_t group = first; group < last; group += GROUP) {
     const int64_t stop = group + GROUP < last ? group + GROUP : last;
@@ -251,7 +272,8 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
 
 // out[r * stride + o - first], o in [first, last). A row's results do not depend on the number of rows.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
-  if (v.format == NVFP4) few_rows_product<Nvfp4Rows>(v, first, last, rows, out, stride);
+  if (v.activations != AS_BF16) few_rows_product<CodedRows>(v, first, last, rows, out, stride);
+  else if (v.format == NVFP4) few_rows_product<Nvfp4Rows>(v, first, last, rows, out, stride);
   else if (v.format == PLAIN) few_rows_product<PlainRows>(v, first, last, rows, out, stride);
   else few_rows_product<Fp8Rows>(v, first, last, rows, out, stride);
 }

@@ -82,12 +82,12 @@ __attribute__((noinline)) void plain_turn(FewRows& f, const Turn& turn) {
 }
 
 // As many rows of activations at once, up to 4, as spread them evenly. Returns how many.
-template <int O, Format FORMAT, bool FP4>
+template <int O, Format FORMAT, bool CODED>
 inline int64_t turn_of_rows(FewRows& f, const Turn& turn, int64_t left) {
   const int64_t count = left <= 4 ? left : left < 8 ? (left + 1) / 2 : 4;
   each<4>([&](auto r) INLINED {
     if (count != r + 1) return;
-    if constexpr (FORMAT == NVFP4) nvfp4_turn<O, r + 1, FP4>(f, turn);
+    if constexpr (FORMAT == NVFP4) nvfp4_turn<O, r + 1, CODED>(f, turn);
     else if constexpr (FORMAT == FP8_BLOCK) fp8_turn<O, r + 1>(f, turn);
     else plain_turn<O, r + 1>(f, turn);
   });
@@ -101,7 +101,7 @@ inline int64_t cut_of(const View& v) {
 }
 
 // Rows [r0, r0 + count), count <= BATCH.
-template <Format FORMAT, bool FP4>
+template <Format FORMAT, bool CODED>
 inline void few_rows_product(
     const View& v, int64_t first, int64_t last, const Rows& rows, int64_t r0, int64_t count, float* out, int64_t stride) {
   constexpr int64_t NEAR = 24576;  // bytes of activations that stay in the first cache while weights pass by
@@ -122,8 +122,8 @@ inline void few_rows_product(
     if (next >= v.end) next += v.jump, next_scale += v.scale_jump;
     if constexpr (FORMAT == NVFP4)
       if (in_order) {
-        if (count == 1) nvfp4_in_order<1, FP4>(f, group, stop, next, next_scale);
-        else nvfp4_in_order<2, FP4>(f, group, stop, next, next_scale);
+        if (count == 1) nvfp4_in_order<1, CODED>(f, group, stop, next, next_scale);
+        else nvfp4_in_order<2, CODED>(f, group, stop, next, next_scale);
         continue;
       }
     const int64_t whole = (stop - group) / outputs * outputs;  // outputs that come as many at once; the rest singly
@@ -133,10 +133,10 @@ inline void few_rows_product(
       for (int64_t r = 0; r < count;) {
         const Turn most{begin, end, group, group + whole, r, next + done * CHUNK_BYTES, next_scale + done * 16};
         const Turn others{begin, end, group + whole, stop, r, next + rest * CHUNK_BYTES, next_scale + rest * 16};
-        if (whole < stop - group) turn_of_rows<1, FORMAT, FP4>(f, others, count - r);
-        if (outputs == MOST) r += turn_of_rows<MOST, FORMAT, FP4>(f, most, count - r);
-        else if (FORMAT == PLAIN && outputs == 2) r += turn_of_rows<2, FORMAT, FP4>(f, most, count - r);
-        else r += turn_of_rows<1, FORMAT, FP4>(f, most, count - r);
+        if (whole < stop - group) turn_of_rows<1, FORMAT, CODED>(f, others, count - r);
+        if (outputs == MOST) r += turn_of_rows<MOST, FORMAT, CODED>(f, most, count - r);
+        else if (FORMAT == PLAIN && outputs == 2) r += turn_of_rows<2, FORMAT, CODED>(f, most, count - r);
+        else r += turn_of_rows<1, FORMAT, CODED>(f, most, count - r);
       }
     }
   }
@@ -148,7 +148,7 @@ inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& 
     const int64_t count = rows.count - r < BATCH ? rows.count - r : BATCH;
     if (v.format == FP8_BLOCK) few_rows_product<FP8_BLOCK, false>(v, first, last, rows, r, count, out, stride);
     else if (v.format == PLAIN) few_rows_product<PLAIN, false>(v, first, last, rows, r, count, out, stride);
-    else if (v.fp4) few_rows_product<NVFP4, true>(v, first, last, rows, r, count, out, stride);
+    else if (v.activations != AS_BF16) few_rows_product<NVFP4, true>(v, first, last, rows, r, count, out, stride);
     else few_rows_product<NVFP4, false>(v, first, last, rows, r, count, out, stride);
   }
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 enum Format : int { PLAIN = 0, FP8_BLOCK = 1, NVFP4 = 2 };
+enum Activations : int { AS_BF16 = 0, AS_FP4 = 1, AS_INT8 = 2 };  // what activations are rounded to
 constexpr int MAX_PARTS = 4;
 
 // One projection, [experts, out, in]. values: BF16, E4M3 or packed E2M1. scale: FP8_BLOCK FP32 [experts, row blocks,
@@ -17,11 +18,13 @@ struct Part {
   int64_t out;
 };
 
-// Projections with one input whose outputs follow each other. input_scale: of FP4 activations, else 0.
+// Projections with one input whose outputs follow each other. activations: other than BF16 for NVFP4 only.  input_scale:
+// of FP4 ones.
 struct Weight {
   Format format;
   int64_t in, out, experts;
   int64_t block_rows, block_cols;  // FP8_BLOCK
+  Activations activations;
   float input_scale;
   int parts;
   Part part[MAX_PARTS];
@@ -253,4 +256,4 @@ struct Kernels {
   uint64_t (*read)(const uint8_t* data, int64_t bytes, int threads);  // reads every byte: the memory roof
 };
 
-extern const Kernels avx512_kernels, avx2_kernels, portable_kernels;
+extern const Kernels avx512_kernels, avx2_vnni_kernels, avx2_kernels, portable_kernels;

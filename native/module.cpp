@@ -13,6 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -37,10 +41,23 @@ bool has_avx2() {
 #endif
 }
 
+// AVX2 and the 8-bit dot products of AVX-VNNI, which compilers have different names for.
+bool has_avx2_vnni() {
+#if defined(__x86_64__) && !defined(WITHOUT_AVX_VNNI)
+  unsigned a = 0, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#else
+  return false;
+#endif
+}
+
 const Kernels* table(const std::string& path) {
 #if defined(__x86_64__)
 #if !defined(WITHOUT_AVX512)
   if (path == "avx512" && has_avx512()) return &avx512_kernels;
+#endif
+#if !defined(WITHOUT_AVX_VNNI)
+  if (path == "avx2_vnni" && has_avx2_vnni()) return &avx2_vnni_kernels;
 #endif
   if (path == "avx2" && has_avx2()) return &avx2_kernels;
 #endif
@@ -51,6 +68,7 @@ const Kernels* table(const std::string& path) {
 std::vector<std::string> paths() {
   std::vector<std::string> names;
   if (has_avx512()) names.push_back("avx512");
+  if (has_avx2_vnni()) names.push_back("avx2_vnni");
   if (has_avx2()) names.push_back("avx2");
   names.push_back("portable");
   return names;
@@ -123,8 +141,8 @@ T* at(uintptr_t address) {
 
 // parts: (values, scale, scale_2, out) with addresses, 0 for none.
 Weight make_weight(
-    int format, int64_t in, int64_t experts, int64_t block_rows, int64_t block_cols, float input_scale,
-    const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>>& parts) {
+    int format, int64_t in, int64_t experts, int64_t block_rows, int64_t block_cols, int activations,
+    float input_scale, const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>>& parts) {
   if (parts.empty() || parts.size() > MAX_PARTS) throw std::invalid_argument("a weight has 1 to 4 parts");
   Weight w{};
   w.format = static_cast<Format>(format);
@@ -132,6 +150,8 @@ Weight make_weight(
   w.experts = experts;
   w.block_rows = block_rows;
   w.block_cols = block_cols;
+  w.activations = static_cast<Activations>(activations);
+  if (w.activations != AS_BF16 && w.format != NVFP4) throw std::invalid_argument("only NVFP4 weights round activations");
   w.input_scale = input_scale;
   for (const auto& [values, scale, scale_2, out] : parts) {
     w.part[w.parts++] = {at<const uint8_t>(values), at<const uint8_t>(scale), at<const float>(scale_2), out};

@@ -66,7 +66,7 @@ INLINED inline void bf16_products(
   });
 }
 
-// A chunk of O weight rows as bytes 12 above twice their values; with FP4 activations a block's sum is an exact integer.
+// A chunk of O weight rows as bytes 12 above twice their values; with activations in CODES a block's sum is an exact integer.
 template <int O>
 struct Codes {
   __m512i quarter[4][O];
@@ -130,10 +130,10 @@ INLINED inline void for_chunks(const View& v, int64_t row, int64_t begin, int64_
 }
 
 // add(o, r, t, scale) for each chunk in its order, output and row: t is the product, still without the block scales.
-template <int O, int R, int COUNT, bool FP4, class F>
+template <int O, int R, int COUNT, bool CODED, class F>
 INLINED inline void multiply_chunks(
     const Chunk& w, Address next, __m512i table, const uint8_t* const* x, int64_t at, int64_t step, const F& add) {
-  if constexpr (FP4) {
+  if constexpr (CODED) {
     const Codes<O> codes = decode_codes<O>(w, next, table);
     __m512 scale[O];
     each<O>([&](auto o) INLINED { scale[o] = lane_scales(w.scale + o * w.scale_cols); });
@@ -157,12 +157,12 @@ INLINED inline void multiply_chunks(
 
 // A group's outputs by one or two rows of activations: weights are read in the order that they lie in, which memory likes
 // best.
-template <int R, bool FP4>
+template <int R, bool CODED>
 __attribute__((noinline)) void nvfp4_in_order(
     FewRows& f, int64_t group, int64_t stop, Address next, Address next_scale) {
-  constexpr int STEP = FP4 ? 1 : 4;  // chunks whose sums are under way at once
+  constexpr int STEP = CODED ? 1 : 4;  // chunks whose sums are under way at once
   const View& v = f.v;
-  const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
+  const __m512i table = CODED ? e2m1_bytes() : e2m1_halves();
   const int64_t chunks = ceil_div(v.in, CHUNK), step = f.x_step;
   for (int64_t row = group; row < stop; row++) {
     fetch_bytes(next_scale, v.scale_cols);
@@ -170,7 +170,7 @@ __attribute__((noinline)) void nvfp4_in_order(
     __m512 total[R];
     each<R>([&](auto r) INLINED { total[r] = _mm512_setzero_ps(); });
     for_chunks<1, STEP>(v, row, 0, chunks, [&](auto count, int64_t chunk, const Chunk& w) INLINED {
-      multiply_chunks<1, R, count, FP4>(
+      multiply_chunks<1, R, count, CODED>(
           w, next, table, f.x, chunk * step, step,
           [&](auto, auto r, __m512 t, __m512 scale) INLINED { total[r] = _mm512_fmadd_ps(t, scale, total[r]); });
       next += count * 128;
@@ -190,11 +190,11 @@ __attribute__((noinline)) void nvfp4_in_order(
 }
 
 // Every case is a function of its own, with the registers for itself.
-template <int O, int R, bool FP4>
+template <int O, int R, bool CODED>
 __attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
   constexpr bool WAIT = O * R > 8;  // more sums than there are registers for: they wait in memory between chunks
   const View& v = f.v;
-  const __m512i table = FP4 ? e2m1_bytes() : e2m1_halves();
+  const __m512i table = CODED ? e2m1_bytes() : e2m1_halves();
   const int64_t step = f.x_step;
   Address next = turn.next, next_scale = turn.next_scale;
   for (int64_t row = turn.row; row + O <= turn.stop; row += O) {
@@ -206,7 +206,7 @@ __attribute__((noinline)) void nvfp4_turn(FewRows& f, const Turn& turn) {
     fetch_bytes(next_scale, (turn.end - turn.begin) * O * 16);
     next_scale += (turn.end - turn.begin) * O * 16;
     for_chunks<O, 1>(v, row, turn.begin, turn.end, [&](auto, int64_t chunk, const Chunk& w) INLINED {
-      multiply_chunks<O, R, 1, FP4>(
+      multiply_chunks<O, R, 1, CODED>(
           w, next, table, f.x + turn.r0, chunk * step, step, [&](auto o, auto r, __m512 t, __m512 scale) INLINED {
             __m512* const sum = sums + o * BATCH + r;
             if constexpr (WAIT) *sum = _mm512_fmadd_ps(t, scale, (__m512)load_now(reinterpret_cast<const uint8_t*>(sum)));

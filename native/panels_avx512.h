@@ -159,7 +159,7 @@ inline void panel_rows(
     }
 }
 
-// FP4 panels: for each block of 16 inputs four dwords an output, code values plus 12 as bytes, and FP32 block scales.
+// Panels for activations in CODES: for each block of 16 inputs four dwords an output, code values plus 12 as bytes, and FP32 block scales.
 struct CodePanel {
   alignas(64) uint32_t words[PANEL_DEPTH / 16][4][TILE];
   alignas(64) float scales[PANEL_DEPTH / 16][TILE];
@@ -207,7 +207,7 @@ inline void code_rows(
       __m512 s = _mm512_set1_ps(reinterpret_cast<const float*>(p + CODES_SCALE)[at]);
       UNROLL
       for (int j = 0; j < 4; j++) {
-        __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(t[j]), s);  // exact
+        __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(t[j]), s);
         total[m][j] = _mm512_fmadd_ps(scaled, _mm512_load_ps(panel.scales[b] + j * 16), total[m][j]);
       }
     }
@@ -224,13 +224,14 @@ inline void scale_rows(float* out, int64_t rows, int64_t width, int64_t stride, 
       _mm512_storeu_ps(out + r * stride + i, _mm512_mul_ps(_mm512_loadu_ps(out + r * stride + i), _mm512_set1_ps(factor)));
 }
 
-// Rows in HALVES, or CODES for FP4 activations; last - first <= PANELS * TILE. out[r * stride + o - first], of which
+// Rows in HALVES, or CODES; last - first <= PANELS * TILE. out[r * stride + o - first], of which
 // whole tiles are written: stride is at least last - first, rounded up to TILE.
 inline void panel_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   const int64_t tiles = ceil_div(last - first, TILE);
   for (int64_t r = 0; r < rows.count; r++) __builtin_memset(out + r * stride, 0, tiles * TILE * 4);
   constexpr int64_t HALVES_PANEL = PANEL_DEPTH / 2 * TILE;
-  void* memory = scratch(SCRATCH_PANEL, PANELS * (v.fp4 ? sizeof(CodePanel) : HALVES_PANEL * 4));
+  const bool integers = v.activations != AS_BF16;
+  void* memory = scratch(SCRATCH_PANEL, PANELS * (integers ? sizeof(CodePanel) : HALVES_PANEL * 4));
   CodePanel* codes = static_cast<CodePanel*>(memory);
   uint32_t* halves = static_cast<uint32_t*>(memory);
   const bool scaled = v.format == FP8_BLOCK && v.scale;
@@ -243,7 +244,7 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
       float scales[PANELS][TILE];
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t row = first + t * TILE;
-        if (v.fp4) decode_code_panel(v, row, last, k, depth, codes[t]);
+        if (integers) decode_code_panel(v, row, last, k, depth, codes[t]);
         else if (v.format == NVFP4) decode_nvfp4_panel(v, row, last, k, depth, halves + t * HALVES_PANEL);
         else if (v.format == PLAIN) decode_plain_panel(v, row, last, k, depth, halves + t * HALVES_PANEL);
         else decode_fp8_panel(v, row, last, k, depth, halves + t * HALVES_PANEL);
@@ -253,7 +254,7 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
       }
       for (int64_t r = begin; r < end;) {
         const uint8_t* x[6];
-        const int64_t left = end - r, most = v.fp4 ? 4 : 6;
+        const int64_t left = end - r, most = integers ? 4 : 6;
         const int64_t count = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         for (int64_t i = 0; i < count; i++) x[i] = rows.at(r + i) + at;
         // The next rows are far away, and broadcasts of single pairs do not make the processor fetch them in time.
@@ -266,7 +267,7 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
           float* to = out + r * stride + t * TILE;
           const uint32_t* panel = halves + t * HALVES_PANEL;
           const float* s = scaled ? scales[t] : nullptr;
-          if (v.fp4) {
+          if (integers) {
             if (count == 4) code_rows<4>(x, rows.step, codes[t], depth / 16, to, stride);
             else if (count == 2) code_rows<2>(x, rows.step, codes[t], depth / 16, to, stride);
             else code_rows<1>(x, rows.step, codes[t], depth / 16, to, stride);
@@ -279,7 +280,7 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
       }
     }
   }
-  const float factor = v.factor * (v.fp4 ? SCALE_SHIFT * 0.25f : 1.0f);
+  const float factor = v.factor * (integers ? SCALE_SHIFT * code_factor(v) : 1.0f);
   if (factor != 1.0f) scale_rows(out, rows.count, tiles * TILE, stride, factor);
 }
 

@@ -80,6 +80,9 @@ inline void panel_rows(const float* const* x, const float* panel, int64_t depth,
 
 // out[r * stride + o - first], of which whole panels are written: stride is at least last - first, rounded up to BROAD.
 inline void panel_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
+#if defined(__AVX2__)
+  if (v.activations != AS_BF16) return dot_product(v, first, last, rows, out, stride);
+#endif
   const int64_t width = ceil_div(last - first, BROAD) * BROAD;
   float* panel = static_cast<float*>(scratch(SCRATCH_PANEL, CHUNK * BROAD * 4));
   for (int64_t r = 0; r < rows.count; r++) __builtin_memset(out + r * stride, 0, width * 4);

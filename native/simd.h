@@ -102,6 +102,10 @@ inline vf maximum(vf a, vf b) {
 inline float maximum_lane(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 #else
   float largest = x[0];
   for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
@@ -112,6 +116,8 @@ inline float maximum_lane(vf x) {
 inline bool any(vi x) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)x, (__m256i)x);
 #else
   int32_t bits = 0;
   for (int i = 0; i < W; i++) bits |= x[i];

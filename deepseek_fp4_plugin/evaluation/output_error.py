@@ -1,7 +1,7 @@
 """What rounding costs each kind of module at its output, on real inputs: those that the source's modules see in a text.
 
 Both models' projections get the source's inputs, so that every figure is one module's own error and nothing that came
-from a layer before it. With FP4 activations the rounding of the inputs is in it.
+from a layer before it. With FP4 or 8-bit activations the rounding of the inputs is in it.
 """
 
 from collections.abc import Callable, Sequence

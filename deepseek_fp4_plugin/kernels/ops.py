@@ -53,7 +53,7 @@ def prepare(
 
     parts: projections of one format with the same input, fused along their rows in this order (gate and up); each may
     be stacked over experts.  dtype: of the activations.  activations: "fp4" rounds inputs of NVFP4 weights at run time
-    with the largest `input_scale` of the parts; other formats ignore it.
+    with the largest `input_scale` of the parts, "int8" as numerics/int8.py; other formats ignore both.
     Raises ValueError when formats or widths differ, or "fp4" is asked for and a part has no positive input_scale.
     """
     if len({(part.format, part.in_features, part.weight.shape[:-2], part.fp8_block) for part in parts}) != 1:

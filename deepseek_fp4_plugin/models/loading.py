@@ -57,7 +57,7 @@ def open_checkpoint(
     device = checked_device(device)
     examination = examine(folder)
     config, reader = examination.usable()
-    activations = resolve_activations(nvfp4_activations, select.has_fp4_tensor_cores(device))
+    activations = resolve_activations(nvfp4_activations, device)
     source = WeightSource(reader, device, resolve_dtype(dtype), mesh, activations, backend)
     return OpenCheckpoint(folder, config, examination.quantization, source)
 
@@ -102,12 +102,17 @@ def checked_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def resolve_activations(choice: str, fp4_tensor_cores: bool) -> Activations:
-    """`auto` is fp4 where FP4 tensor cores exist and bf16 elsewhere. Raises ValueError for anything else."""
+def resolve_activations(choice: str, device: torch.device) -> Activations:
+    """`auto` is fp4 where FP4 tensor cores exist and bf16 elsewhere. Raises ValueError for what is none of the choices,
+    or not one on this device."""
     if choice == "auto":
-        return "fp4" if fp4_tensor_cores else "bf16"
+        return "fp4" if select.has_fp4_tensor_cores(device) else "bf16"
     if choice == "bf16":
         return "bf16"
     if choice == "fp4":
         return "fp4"
-    raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4")
+    if choice == "int8":
+        if device.type != "cpu":
+            raise ValueError(f"nvfp4_activations=int8 is for CPUs; on {device} use bf16, which loses nothing there, or fp4")
+        return "int8"
+    raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4, int8")

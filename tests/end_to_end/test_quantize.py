@@ -76,7 +76,7 @@ def logits(model: DeepseekV3ForCausalLM, folder: Path) -> torch.Tensor:
         return model.compute_logits(model(ForwardBatch.from_sequences(data.samples)))
 
 
-@pytest.mark.parametrize(("activations", "least"), [("bf16", 0.75), ("fp4", 0.65)])
+@pytest.mark.parametrize(("activations", "least"), [("bf16", 0.75), ("int8", 0.75), ("fp4", 0.65)])
 def test_the_result_loads_and_answers_like_its_source(source, quantized, activations, least):
     """Random weights: errors add up freely, and unrelated logits would have a cosine near zero."""
     expected = logits(DeepseekV3ForCausalLM.from_pretrained(source), source)
@@ -84,7 +84,7 @@ def test_the_result_loads_and_answers_like_its_source(source, quantized, activat
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), 0) > least
 
 
-@pytest.mark.parametrize(("activations", "least"), [("bf16", 0.94), ("fp4", 0.92)])
+@pytest.mark.parametrize(("activations", "least"), [("bf16", 0.94), ("int8", 0.94), ("fp4", 0.92)])
 def test_the_trained_model_chooses_the_same_tokens(trained, activations, least):
     folder, result = trained
     expected = logits(DeepseekV3ForCausalLM.from_pretrained(folder), folder)

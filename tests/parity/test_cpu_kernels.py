@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, decoded, ops, reference
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
-from deepseek_fp4_plugin.numerics import e2m1, fp8_block, nvfp4
+from deepseek_fp4_plugin.numerics import e2m1, fp8_block, int8, nvfp4
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU extension is not built")
 
@@ -67,8 +67,9 @@ FORMATS = [
     (WeightFormat.FP8_BLOCK, "bf16"),
     (WeightFormat.NVFP4, "bf16"),
     (WeightFormat.NVFP4, "fp4"),
+    (WeightFormat.NVFP4, "int8"),
 ]
-FORMAT_IDS = ["bf16", "fp8", "w4a16", "w4a4"]
+FORMAT_IDS = ["bf16", "fp8", "w4a16", "w4a4", "w4a8"]
 
 
 def both(parts, activations, input_scale=2e-3):
@@ -143,6 +144,42 @@ def test_w4a4_integers_are_exact(path):
         values = e2m1.decode(e2m1.unpack(packed))
         exact = (2 * x).to(torch.int64) @ (2 * values).to(torch.int64).T
         assert torch.equal(cpu.linear(x.to(BF16), native), (exact.double() / 4).float().to(BF16))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+def test_w4a8_activations_are_bit_equal(path, rows):
+    """Each block's products with a single weight of 1 are its integers times its scale, which BF16 keeps apart."""
+    width = 272
+    ones = torch.ones(width, width // 16).to(torch.float8_e4m3fn)
+    unit = e2m1.pack(2 * torch.eye(width, dtype=torch.uint8))  # the code of 1 is 2
+    native, _ = both([WeightTensors(WeightFormat.NVFP4, unit, ones, torch.tensor(1.0))], "int8")
+    for magnitude in (1e-33, 1e-30, 1e-3, 1.0, 1e30):
+        x = torch.randn(rows, width).to(BF16) * magnitude
+        x[0, 16:32], x[0, 37], x[0, 48:64] = 0, 127 * magnitude, torch.arange(16.0) * magnitude + 0.5 * magnitude
+        x[0, 63] = 127 * magnitude  # ties
+        assert torch.equal(cpu.linear(x, native), int8.values(*int8.quantize(x)).to(BF16))
+
+
+def test_w4a8_sums_of_a_block_are_exact(path):
+    """The largest that there can be, of either sign: nothing saturates, and integers of up to 24 bits are exact in FP32."""
+    width = 512
+    for code in (7, 15):  # 6 and -6
+        packed = torch.full((5, width // 2), code * 17, dtype=torch.uint8)
+        part = WeightTensors(WeightFormat.NVFP4, packed, torch.ones(5, width // 16).to(torch.float8_e4m3fn), torch.tensor(1.0))
+        native, _ = both([part], "int8")
+        for sign in (1.0, -1.0):
+            x = torch.full((3, width), 127.0 * sign).to(BF16)
+            exact = torch.full((3, 5), 127 * sign * width * e2m1.VALUES[code % 8] * (-1 if code > 7 else 1))
+            assert torch.equal(cpu.linear(x, native), exact.to(BF16))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_w4a8_keeps_what_is_not_finite(path, value):
+    native, _ = both([random_part(WeightFormat.NVFP4, 9, 288)], "int8")
+    x = torch.randn(3, 288).to(BF16)
+    x[1, 17] = value
+    y = cpu.linear(x, native)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 2e-3, 1.0, 1e4])

@@ -281,7 +281,8 @@ def test_quantize_generate_inspect(capsys, model, tmp_path) -> None:
     assert experts["format"] == "nvfp4" and content["quantization"]["latent cache"] == "bf16"
     assert experts["scales"] == dict.fromkeys(("weight_scale", "weight_scale_2", "input_scale"), experts["modules"])
     assert content["bytes"] == report["total"]["after"]
-    assert run(["generate", str(result), "a", "--max-new-tokens", "4", "--nvfp4-activations", "fp4"]) == 0
+    for kind in ("fp4", "int8"):
+        assert run(["generate", str(result), "a", "--max-new-tokens", "4", "--nvfp4-activations", kind]) == 0
 
 
 def test_demo_replaces_only_what_a_demo_made(capsys, tmp_path) -> None:

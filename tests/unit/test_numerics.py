@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_fp4_plugin.numerics import e2m1, fp8_block, nvfp4, scale_layout
+from deepseek_fp4_plugin.numerics import e2m1, fp8_block, int8, nvfp4, scale_layout
 
 
 def all_finite_bf16() -> torch.Tensor:
@@ -68,6 +68,31 @@ def test_activation_rounding_keeps_a_zero_block_at_scale_zero():
     packed, scale = nvfp4.quantize_activation(torch.zeros(1, 16), torch.tensor(0.01))
     assert scale.view(torch.uint8).tolist() == [[0]]
     assert packed.sum() == 0
+
+
+def test_int8_is_the_nearest_integer_of_each_block_with_ties_to_even():
+    """Against FP64; where the FP32 quotient itself is a rounding away from a tie, either neighbour may be meant."""
+    x = (torch.randn(300, 64) * torch.logspace(-20, 20, 300).unsqueeze(1)).to(torch.bfloat16)
+    integers, scale = int8.quantize(x)
+    blocks = x.double().unflatten(-1, (-1, 16))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    quotients = blocks * 127 / amax
+    off = (integers.double().unflatten(-1, (-1, 16)) - quotients).abs()
+    assert off.max() <= 0.5 + 1e-4
+    assert (integers.unflatten(-1, (-1, 16)).abs().amax(-1) == 127).all()
+    assert torch.equal(scale, (amax.squeeze(-1).float() / 127))
+    assert ((int8.values(integers, scale).double() - x.double()).unflatten(-1, (-1, 16)).abs() <= amax / 253).all()
+    ties = torch.arange(-127.0, 128.0, 1.0)[:240] + 0.5
+    held = torch.cat([ties.unflatten(0, (-1, 15)), torch.full((16, 1), 127.0)], 1)  # so that each block's scale is 1
+    assert torch.equal(int8.quantize(held)[0], held.round().to(torch.int8))
+
+
+def test_int8_of_nothing_and_of_what_is_no_number():
+    x = torch.zeros(1, 80)
+    x[0, 16:32], x[0, 33], x[0, 50], x[0, 66] = 1e-31, float("inf"), float("nan"), -0.5
+    integers, scale = int8.quantize(x)
+    assert integers.unique().tolist() == [-127, 0] and integers[0, 66] == -127
+    assert scale[0, :2].tolist() == [0, 0] and scale[0, 2:4].isnan().all() and scale[0, 4] == torch.tensor(0.5) / 127
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (130, 5), (256, 448)])

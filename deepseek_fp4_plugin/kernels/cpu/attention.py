@@ -116,7 +116,7 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
 
 def _per_head(kernel, x: Tensor, kv_b: PreparedWeight, first: int, taken: int, width: int, out: int) -> Tensor:
     """Products by `taken` rows of every head from its `first` on: x [tokens, heads, width] to [tokens, heads, out]."""
-    if x.dtype is not torch.bfloat16 or kv_b.activations == "fp4":
+    if x.dtype is not torch.bfloat16 or kv_b.activations != "bf16":
         raise ValueError(f"per-head products take BF16 activations, not {x.dtype} or FP4")
     x = x if x.stride(2) == 1 else x.contiguous()
     tokens, heads = x.shape[:2]

@@ -1,7 +1,7 @@
 """y = x W^T on the checkpoint's bytes.
 
-Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; FP4
-activations give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights with AVX-512) a row's result
+Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; activations in
+FP4 or 8-bit integers give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights with AVX-512) a row's result
 does not depend on the others.
 """
 
@@ -18,6 +18,7 @@ from deepseek_fp4_plugin.kernels.cpu.extension import native, platform_is_faster
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
 _FORMATS = {WeightFormat.PLAIN: 0, WeightFormat.FP8_BLOCK: 1, WeightFormat.NVFP4: 2}
+_ACTIVATIONS = ("bf16", "fp4", "int8")  # numbered as in native/kernels.h
 _FEW_ROWS = 16  # up to this many rows of FP32 weights our product beats the platform's
 
 
@@ -39,6 +40,7 @@ def prepare(
         kept[0].in_features,
         experts,
         *kept[0].fp8_block,
+        _ACTIVATIONS.index(activations),
         float(input_scale) if activations == "fp4" else 0.0,
         [(*_addresses(part, kept[0].in_features, experts), part.out_features) for part in kept],
     )
@@ -77,7 +79,7 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype is torch.float32:
         native.linear_fp32(x_address, x.stride(0), rows, width, out, w_address, y.data_ptr(), threads)
     else:
-        handle = native.weight(_FORMATS[WeightFormat.PLAIN], width, 1, 1, 1, 0.0, [(w_address, 0, 0, out)])
+        handle = native.weight(_FORMATS[WeightFormat.PLAIN], width, 1, 1, 1, 0, 0.0, [(w_address, 0, 0, out)])
         native.linear(handle, 0, x_address, x.stride(0), rows, y.data_ptr(), threads)
     return y
 

@@ -22,6 +22,8 @@ def refuses(case: Case) -> str | None:
         return f"it is for compute capabilities 9.0 and 10.0, not {capability[0]}.{capability[1]}"
     if case.dtype not in (None, torch.bfloat16):
         return "its activations are BF16"
+    if case.activations == "int8":
+        return "it has no 8-bit activations"
     if case.format is WeightFormat.FP8_BLOCK and case.scale_columns % FP8_COLUMNS:
         return f"FP8 scale blocks must be multiples of {FP8_COLUMNS} columns"
     return None

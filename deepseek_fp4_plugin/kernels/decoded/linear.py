@@ -9,7 +9,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
-from deepseek_fp4_plugin.numerics import nvfp4
+from deepseek_fp4_plugin.numerics import int8, nvfp4
 
 
 class Decoded(NamedTuple):
@@ -53,8 +53,10 @@ def products(x: Tensor, weight: PreparedWeight) -> Tensor:
 
 
 def _rounded(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """`x`, or with FP4 activations its NVFP4 rounding but for the input scale, which is in the row scales."""
-    if weight.activations != "fp4":
+    """`x`, or its rounding in its own dtype: to NVFP4 but for the input scale, which is in the row scales; to integers."""
+    if weight.activations == "bf16":
         return x
+    if weight.activations == "int8":
+        return int8.values(*int8.quantize(x)).to(x.dtype)
     packed, scale = nvfp4.quantize_activation(x.reshape(-1, x.shape[-1]), weight.input_scale)
     return nvfp4.block_values(packed, scale, x.dtype).view(x.shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
-from deepseek_fp4_plugin.numerics import fp8_block, nvfp4
+from deepseek_fp4_plugin.numerics import fp8_block, int8, nvfp4
 
 
 def prepare(
@@ -42,9 +42,11 @@ def dequantized(part: WeightTensors) -> Tensor:
 
 
 def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """`x`, or with FP4 activations its NVFP4 rounding (exact in BF16 up to the global scale, hence FP32)."""
-    if weight.activations != "fp4":
+    """`x`, or its FP32 rounding to NVFP4 (exact in BF16 up to the global scale) or to integers."""
+    if weight.activations == "bf16":
         return x
+    if weight.activations == "int8":
+        return int8.values(*int8.quantize(x))
     packed, scale = nvfp4.quantize_activation(x, weight.input_scale)
     return nvfp4.block_values(packed, scale) * weight.input_scale
 

@@ -1,0 +1,3 @@
+#define ISA avx2_vnni
+#define TABLE avx2_vnni_kernels
+#include "isa.h"
