@@ -39,7 +39,11 @@ A_CASE = 0.5  # seconds of a case's timed calls, after which it has no more turn
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 SHAPES = ((7168, 7168), (2048, 7168), (7168, 2048))  # out, in: a square one, and the two of R1's experts
 FP4_SCALE = torch.tensor(2e-3)
-EXPERT_KINDS: tuple[tuple[str, Activations], ...] = (("experts w4a16", "bf16"), ("experts w4a4", "fp4"))
+EXPERT_KINDS: tuple[tuple[str, Activations], ...] = (
+    ("experts w4a16", "bf16"),
+    ("experts w4a8", "int8"),
+    ("experts w4a4", "fp4"),
+)
 
 
 @dataclass
@@ -182,13 +186,14 @@ def products(shape: tuple[int, int]) -> list[Case]:
         cases.append(Case(name, f"{out} x {width}", rows, moved, 2 * rows * out * width, lambda: call(x)))
 
     nvfp4, fp8, plain = (weights(f) for f in (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK, WeightFormat.PLAIN))
-    w4a16, w4a4 = rotating(nvfp4, "cpu"), rotating(nvfp4, "cpu", "fp4")
+    w4a16, w4a8, w4a4 = (rotating(nvfp4, "cpu", activations) for _, activations in EXPERT_KINDS)
     w8a16, w16a16, law = rotating(fp8, "cpu"), rotating(plain, "cpu"), rotating(nvfp4, "reference")
     bf16 = itertools.cycle([part.weight for part in plain])
     fp32 = itertools.cycle([part.weight.float() for part in plain[: -(-len(plain) // 2)]])
     linear = torch.nn.functional.linear
     for rows in (1, 2, 4, 8, 16, 64, 512):
         add("w4a16", rows, weight_bytes(nvfp4[0]), lambda x: cpu.linear(x, next(w4a16)))
+        add("w4a8", rows, weight_bytes(nvfp4[0]), lambda x: cpu.linear(x, next(w4a8)))
         add("w4a4", rows, weight_bytes(nvfp4[0]), lambda x: cpu.linear(x, next(w4a4)))
         add("w8a16", rows, weight_bytes(fp8[0]), lambda x: cpu.linear(x, next(w8a16)))
         add("bf16", rows, weight_bytes(plain[0]), lambda x: cpu.linear(x, next(w16a16)))
@@ -289,7 +294,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, help="of products, these only")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--path", choices=("avx512", "avx2", "portable"), help="another instruction set")
+    parser.add_argument("--path", choices=("avx512", "avx2_vnni", "avx2", "portable"), help="another instruction set")
     options = parser.parse_args()
     if not cpu.available():
         raise SystemExit("the native CPU kernels are not built; reinstall the package with a C++17 compiler and cmake")

@@ -47,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="r1_nano")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--path", choices=("avx512", "avx2", "portable"), help="another instruction set")
+    parser.add_argument("--path", choices=("avx512", "avx2_vnni", "avx2", "portable"), help="another instruction set")
+    parser.add_argument("--nvfp4-activations", choices=("bf16", "fp4", "int8"), default="bf16")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     with cpu.use_path(options.path or cpu.path()):
@@ -58,7 +59,13 @@ def measure(options: argparse.Namespace) -> None:
     engines = {}
     for k in DRAFTS:
         speculative = {"num_nextn_predict_layers": k} if k else None
-        engines[k] = LLM(options.model, max_seq_len=4096, max_batch_size=4, speculative_config=speculative)
+        engines[k] = LLM(
+            options.model,
+            max_seq_len=4096,
+            max_batch_size=4,
+            speculative_config=speculative,
+            nvfp4_activations=options.nvfp4_activations,
+        )
         if not engines[k].model_config.num_nextn_predict_layers:
             break
     prompt = problem(engines[0])

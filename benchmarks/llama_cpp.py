@@ -2,7 +2,7 @@
 
     python benchmarks/llama_cpp.py write FOLDER
     python benchmarks/llama_cpp.py run FOLDER [--llama-bench BINARY --gguf NAME=FILE ...] [--repeats 7] [--prompt 128]
-        [--path avx2] [--json FILE]
+        [--activations bf16 int8] [--path avx2] [--json FILE]
 
 `write` makes FOLDER/bf16 (for llama.cpp's convert_hf_to_gguf.py) and FOLDER/nvfp4 (every linear in NVFP4, for us).
 llama.cpp is yours to build, for example from the sources inside the llama-cpp-python package:
@@ -29,6 +29,7 @@ import random
 import statistics
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -103,14 +104,27 @@ def theirs(binary: str, model: str, threads: int, prompt: int) -> tuple[float, f
 
 
 def run(
-    folder: Path, binary: str | None, models_: list[str], repeats: int, threads: int, prompt: int, file: str | None
+    folder: Path,
+    binary: str | None,
+    models_: list[str],
+    activations: list[str],
+    repeats: int,
+    threads: int,
+    prompt: int,
+    file: str | None,
 ) -> None:
     torch.set_num_threads(threads)
     rates: dict[str, list[tuple[float, float]]] = {}
-    with LLM(folder / "nvfp4", max_batch_size=1) as llm:
-        ours(llm, prompt)
+    with ExitStack() as stack:
+        llms = {
+            kind: stack.enter_context(LLM(folder / "nvfp4", max_batch_size=1, nvfp4_activations=kind))
+            for kind in activations
+        }
+        for llm in llms.values():
+            ours(llm, prompt)
         for _ in range(repeats):
-            rates.setdefault("ours NVFP4", []).append(ours(llm, prompt))
+            for kind, llm in llms.items():
+                rates.setdefault(f"ours NVFP4, {kind}", []).append(ours(llm, prompt))
             for entry in models_ if binary else []:
                 name, path = entry.split("=", 1)
                 rates.setdefault(f"llama.cpp {name}", []).append(theirs(str(binary), path, threads, prompt))
@@ -132,10 +146,13 @@ def main() -> None:
     runner.add_argument("folder", type=Path)
     runner.add_argument("--llama-bench", metavar="BINARY")
     runner.add_argument("--gguf", nargs="+", default=[], metavar="NAME=FILE")
+    runner.add_argument("--activations", nargs="+", choices=("bf16", "fp4", "int8"), default=["bf16"], help="of ours")
     runner.add_argument("--repeats", type=int, default=7)
     runner.add_argument("--prompt", type=int, default=128, help="tokens")
     runner.add_argument("--threads", type=int, default=torch.get_num_threads())
-    runner.add_argument("--path", choices=("avx512", "avx2", "portable"), help="another instruction set for us")
+    runner.add_argument(
+        "--path", choices=("avx512", "avx2_vnni", "avx2", "portable"), help="another instruction set for us"
+    )
     runner.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.command == "write":
@@ -147,6 +164,7 @@ def main() -> None:
             options.folder,
             options.llama_bench,
             options.gguf,
+            options.activations,
             options.repeats,
             options.threads,
             options.prompt,

@@ -4,9 +4,9 @@
         [--against FILE]
 
 Quantizes the model (project's own calibration text), then answers every problem greedily with three MTP drafts as FP8,
-as NVFP4 with BF16 activations, and as NVFP4 with FP4 activations. Accuracy by family; paired differences against FP8
-with a 95 % interval (normal, over problems); mean emitted tokens a step. Then strict against relaxed acceptance, which
---strict leaves out.
+as NVFP4 with BF16 activations, with FP4 and, on a CPU, with 8-bit ones. Accuracy by family; paired differences against
+FP8 with a 95 % interval (normal, over problems); mean emitted tokens a step. Then strict against relaxed acceptance,
+which --strict leaves out.
 
 --against compares with another run's --json, another device's say: each precision's accuracy must be within 0.5 points
 and 98 % of its answers the same, else the exit status is 1.
@@ -93,6 +93,8 @@ def main() -> None:
             "NVFP4, bf16 activations": (quantized, "bf16"),
             "NVFP4, fp4 activations": (quantized, "fp4"),
         }
+        if options.device == "cpu":
+            sides["NVFP4, int8 activations"] = (quantized, "int8")
         for name, (model, activations) in sides.items():
             speculative = {"decoding_type": "MTP", "num_nextn_predict_layers": DRAFTS}
             with LLM(

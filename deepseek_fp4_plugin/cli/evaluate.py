@@ -294,7 +294,11 @@ def regrade(file: Path, name: str, data: Path | None, show: int) -> None:
 @click.option("--out", required=True, type=_PATH, help="Folder of the runs: source, bf16, fp4.")
 @click.option("--data", multiple=True, metavar="[TASK=]FILE", help="A task's rows, instead of the hub's.")
 @click.option(
-    "--activations", multiple=True, type=click.Choice(["bf16", "fp4", "int8"]), default=("bf16", "fp4"), show_default=True
+    "--activations",
+    multiple=True,
+    type=click.Choice(["bf16", "fp4", "int8"]),
+    default=("bf16", "fp4"),
+    show_default=True,
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many questions of each task.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Samples of each question; left out, the task's own.")

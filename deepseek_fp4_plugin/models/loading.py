@@ -113,6 +113,6 @@ def resolve_activations(choice: str, device: torch.device) -> Activations:
         return "fp4"
     if choice == "int8":
         if device.type != "cpu":
-            raise ValueError(f"nvfp4_activations=int8 is for CPUs; on {device} use bf16, which loses nothing there, or fp4")
+            raise ValueError(f"nvfp4_activations=int8 is for CPUs; on {device} use bf16 or fp4")
         return "int8"
     raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4, int8")

@@ -15,8 +15,8 @@ SMALLEST = 2.0**-100  # a block without a larger magnitude is zero, so that no q
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest integers, ties to even, under a scale that makes each block's largest magnitude 127.
 
-    x: [..., cols] BF16 or FP32, cols a multiple of 16.  Returns int8 [..., cols] and scales FP32 [..., cols / 16]. A block
-    with a value that is not finite has a scale of NaN.
+    x: [..., cols] BF16 or FP32, cols a multiple of 16.  Returns int8 [..., cols] and scales FP32 [..., cols / 16]. A
+    block with a value that is not finite has a scale of NaN.
     """
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(-1)

@@ -53,11 +53,11 @@ class EngineConfig(Choices):
 
     model: a folder, a Hugging Face id, or `r1_nano`.  tokenizer: another folder's.  dtype: of activations and decoded
     weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations: what NVFP4 layers multiply
-    by; auto is fp4 where the device has FP4 tensor cores, else bf16; int8, on a CPU, rounds to 8 bits a block of 16.  max_batch_size, max_num_tokens: requests and
-    tokens in one step.  max_seq_len: prompt and answer; None is the model's own.  max_new_tokens: of requests that do
-    not say; None: as many as the context holds.  stream_interval: steps between two pieces of a stream.
-    max_prompt_seconds: that prompt tokens may add to a step, by how long the last steps took; None: as long as
-    max_num_tokens take.
+    by; auto is fp4 where the device has FP4 tensor cores, else bf16; int8 (numerics/int8.py) is for CPUs.
+    max_batch_size, max_num_tokens: requests and tokens in one step.  max_seq_len: prompt and answer; None is the model's
+    own.  max_new_tokens: of requests that do not say; None: as many as the context holds.  stream_interval: steps
+    between two pieces of a stream.  max_prompt_seconds: that prompt tokens may add to a step, by how long the last steps
+    took; None: as long as max_num_tokens take.
     disable_overlap_scheduler: on a GPU, await each step before the next is planned.  seed: of the seeds of requests
     that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
     that has started it).
@@ -74,7 +74,9 @@ class EngineConfig(Choices):
     ] = "auto"
     nvfp4_activations: Annotated[
         Literal["auto", "bf16", "fp4", "int8"],
-        Flag("What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16. int8: CPUs."),
+        Flag(
+            "What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16. int8: CPUs."
+        ),
     ] = "auto"
     tensor_parallel_size: Annotated[Count, Flag("Ranks that share the model, each a process [1].")] = 1
     moe_expert_parallel_size: Annotated[Count | None, Flag("Ranks that the routed experts are dealt to.")] = None

@@ -56,6 +56,19 @@ Floats values_of(const Halves& x) {
   return values;
 }
 
+// Values of rows whose length is a multiple of 16, as integers of 8 bits with a scale each 16.
+Floats in_integers(const Halves& x) {
+  Floats values(x.size());
+  for (size_t block = 0; block < x.size(); block += 16) {
+    float amax = 0;
+    for (size_t i = block; i < block + 16; i++) amax = std::fmax(amax, std::fabs(static_cast<float>(bf16(x[i]))));
+    const float inverse = 127.0f / amax, scale = amax / 127.0f;
+    for (size_t i = block; i < block + 16; i++)
+      values[i] = static_cast<double>(std::nearbyint(static_cast<float>(bf16(x[i])) * inverse)) * static_cast<double>(scale);
+  }
+  return values;
+}
+
 // One projection of random bits, and what they mean.
 struct Projection {
   std::vector<uint8_t> values, scale;
@@ -124,18 +137,24 @@ Floats product(const Floats& x, const double* w, int64_t rows, int64_t in, int64
 }
 
 void check_products(const Kernels& kernels) {
-  const char* names[] = {"BF16", "FP8", "NVFP4"};
+  const struct {
+    const char* name;
+    Format format;
+    Activations activations;
+  } kinds[] = {{"BF16", PLAIN, AS_BF16}, {"FP8", FP8_BLOCK, AS_BF16}, {"NVFP4", NVFP4, AS_BF16}, {"NVFP4, int8", NVFP4, AS_INT8}};
   const int64_t shapes[][2] = {{1, 16}, {67, 144}, {40, 1040}};
-  for (Format format : {PLAIN, FP8_BLOCK, NVFP4})
+  for (const auto& [name, format, activations] : kinds)
     for (const auto& [out, in] : shapes) {
-      const Projection w(format, out, in);
+      Projection w(format, out, in);
+      w.weight.activations = activations;
       const Halves x = random_halves(40 * in);
+      const Floats values = activations == AS_INT8 ? in_integers(x) : values_of(x);
       Halves most;  // of 31 rows
       for (int64_t rows : {31, 1, 2, 4, 5, 40}) {
         Halves y(rows * out);
         kernels.linear({&w.weight, 0, x.data(), in, rows, y.data(), 2});
-        const std::string what = std::string(names[format]) + " " + std::to_string(rows) + " rows";
-        compare(what, y, product(values_of(x), w.meaning.data(), rows, in, out));
+        const std::string what = std::string(name) + " " + std::to_string(rows) + " rows";
+        compare(what, y, product(values, w.meaning.data(), rows, in, out));
         if (rows == 31) most = y;
         if (rows < 31 && !std::equal(y.begin(), y.end(), most.begin())) {
           std::fprintf(stderr, "%s: a row depends on its company\n", what.c_str());
@@ -270,6 +289,9 @@ int main() {
   check("portable", portable_kernels);
 #if defined(WITH_AVX2)
   check("avx2", avx2_kernels);
+#endif
+#if defined(WITH_AVX2_VNNI)
+  check("avx2_vnni", avx2_vnni_kernels);
 #endif
   return 0;
 }

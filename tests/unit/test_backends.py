@@ -8,6 +8,7 @@ import torch
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, reference, select
 from deepseek_fp4_plugin.kernels.weights import Case
+from deepseek_fp4_plugin.models.loading import resolve_activations
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 CUDA = torch.device("cuda")  # a choice needs no such device
@@ -54,6 +55,14 @@ def test_the_reason_is_told(monkeypatch):
     assert "cpu: its activations are BF16" in select.explain(Case(CPU, torch.float32))
     monkeypatch.setattr("deepseek_fp4_plugin.kernels.cpu.limits.available", lambda: False)
     assert "cpu: it was not built; reinstall" in select.explain(Case(CPU, BF16))
+
+
+def test_8_bit_activations_are_for_cpus():
+    assert resolve_activations("int8", CPU) == "int8"
+    with pytest.raises(ValueError, match=r"^nvfp4_activations=int8 is for CPUs; on cuda:0 use bf16 or fp4$"):
+        resolve_activations("int8", torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="is not one of auto, bf16, fp4, int8"):
+        resolve_activations("int4", CPU)
 
 
 def test_names():

@@ -1,8 +1,8 @@
 """y = x W^T on the checkpoint's bytes.
 
-Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; activations in
-FP4 or 8-bit integers give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights with AVX-512) a row's result
-does not depend on the others.
+Products are summed in FP32, multiplied by the tensor scale and rounded to BF16 once, as in the reference; activations
+in FP4 or 8-bit integers give exact integers for each block of 16. Up to 32 rows (16 of BF16 weights with AVX-512) a
+row's result does not depend on the others.
 """
 
 from collections.abc import Sequence

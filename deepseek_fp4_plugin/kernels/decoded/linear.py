@@ -53,7 +53,7 @@ def products(x: Tensor, weight: PreparedWeight) -> Tensor:
 
 
 def _rounded(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """`x`, or its rounding in its own dtype: to NVFP4 but for the input scale, which is in the row scales; to integers."""
+    """`x`, or its rounding in its own dtype: to integers, or to NVFP4 but for the input scale (see `prepare`)."""
     if weight.activations == "bf16":
         return x
     if weight.activations == "int8":
