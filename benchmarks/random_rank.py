@@ -1,24 +1,19 @@
-"""One rank of DeepSeek-R1 without a checkpoint and without the other ranks: random weights of exact shapes made on the
-device, and a group whose other members are absent."""
+"""One rank of DeepSeek-R1 without a checkpoint and without the other ranks: random weights of exact shapes, or shapes
+alone, and a group whose other members are absent."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
-from deepseek_fp4_plugin.layers.weight_source import IN, UNCUT, Cut, WeightSource
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.models.inventory import Weight, weights
+from deepseek_fp4_plugin.models.random_weights import RandomWeights
 from deepseek_fp4_plugin.parallel.collectives import Separate
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 
 BF16 = torch.bfloat16
-_E2M1_RMS = 2.93  # of a random code's value
-_SCALES = 48, 64  # random bytes of block scales, 0.5 to 2: about 1.2
 
 
 class Absent(Separate):
@@ -55,80 +50,15 @@ class Absent(Separate):
         return x
 
 
-class RandomWeights(WeightSource):
-    """Hands layers random weights in the formats of the published checkpoint; outputs are about as large as inputs.
-
-    On the device `meta` there are shapes alone, multiplied by `Shapes`.
-    """
+class RandomRank(RandomWeights):
+    """Random weights in a published checkpoint's formats; on the device `meta` shapes alone, multiplied by `Shapes`."""
 
     def __init__(self, config: DeepseekV3Config, layout: str, device: torch.device, mesh: Mesh):
-        self.config, self.layout, self.device, self.mesh, self.dtype = config, layout, device, mesh, BF16
-        self.inventory = {weight.name: weight for weight in weights(config)}
-        self.asked: list[str] = []
+        super().__init__(config, lambda weight: becomes_nvfp4(weight, config, layout), device, BF16, mesh)
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None, cut: Cut = UNCUT) -> Tensor:
-        own = self._cut(name, tuple(shape), cut)
-        if len(own) == 1:
-            return (torch.zeros if dtype else torch.ones)(own, dtype=dtype or BF16, device=self.device)
-        scale = 1.0 if "embed_tokens" in name else own[1] ** -0.5
-        return torch.empty(own, dtype=dtype or BF16, device=self.device).normal_(0.0, scale)
-
-    def linear(
-        self,
-        modules: Sequence[str],
-        out_features: Sequence[int],
-        in_features: int,
-        cut: Cut,
-        activations: object = None,
-    ) -> PreparedWeight:
-        shapes = [
-            self._cut(f"{module}.weight", (out, in_features), cut)
-            for module, out in zip(modules, out_features, strict=True)
-        ]
-        return self._prepare([self._part(self.inventory[f"{modules[0]}.weight"], shape) for shape in shapes])
-
-    def experts(
-        self,
-        prefix: str,
-        projections: Sequence[str],
-        experts: Sequence[int],
-        total: int,
-        sizes: tuple[int, int],
-        cut: Cut,
-    ) -> PreparedWeight:
-        parts = []
-        for projection in projections:
-            names = [f"{prefix}.{expert}.{projection}.weight" for expert in experts]
-            own = {self._cut(name, sizes, cut) for name in names}
-            parts.append(self._part(self.inventory[names[0]], (len(names), *own.pop())))
-        return self._prepare(parts)
-
-    def _cut(self, name: str, shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
-        """The shape of this rank's slice; a name or shape that the model does not have raises."""
-        if self.inventory[name].shape != shape:
-            raise ValueError(f"{name} is {list(self.inventory[name].shape)}, a layer asks for {list(shape)}")
-        self.asked.append(name)
-        start, stop = cut.shard.bounds(shape[cut.axis], name)
-        own = list(shape)
-        own[cut.axis] = stop - start
-        if cut.axis == IN and own[IN] % 16:
-            raise ValueError(f"{name}: {own[IN]} inputs are no whole NVFP4 blocks")
-        return tuple(own)
-
-    def _part(self, weight: Weight, shape: tuple[int, ...]) -> WeightTensors:
-        *lead, out, width = shape
-        size = width**-0.5
-        if not becomes_nvfp4(weight, self.config, self.layout):
-            values = torch.empty(shape, dtype=BF16, device=self.device).normal_(0.0, size)
-            return WeightTensors(WeightFormat.PLAIN, values)
-        packed = torch.empty(*lead, out, width // 2, dtype=torch.uint8, device=self.device).random_()
-        scale = torch.empty(*lead, out, width // 16, dtype=torch.uint8, device=self.device).random_(*_SCALES)
-        scale_2 = torch.full(lead, size / _E2M1_RMS / 1.2, device=self.device)
-        return WeightTensors(WeightFormat.NVFP4, packed, scale.view(torch.float8_e4m3fn), scale_2)
-
-    def _prepare(self, parts: Sequence[WeightTensors], activations: object = None) -> PreparedWeight:
+    def _prepare(self, parts: Sequence[WeightTensors], activations: Activations | None = None) -> PreparedWeight:
         if self.device.type != "meta":
-            return ops.prepare(parts, self.device, BF16)
+            return super()._prepare(parts, activations)
         out, first = sum(part.out_features for part in parts), parts[0]
         return PreparedWeight(Shapes, first.format, out, first.in_features, BF16, "bf16", None, first.weight.shape[:-2])
 

@@ -1,6 +1,6 @@
 """One rank's share of the whole DeepSeek-R1 on one GPU, step by step, beside what it must read and compute.
 
-    python benchmarks/shard.py [--layout tp8 tp8ep2 ep8dp] [--checkpoint v1] [--batch 1 ...] [--context 1024 ...]
+    python benchmarks/shard.py [--layout tp8 tp8ep2 ep8dp tp4ep2] [--checkpoint v1] [--batch 1 ...] [--context 1024 ...]
         [--drafts 0 3] [--only decode prefill] [--layers 61] [--steps 9] [--json FILE] [--dry]
 
 The model, the runner, its recorded steps and their CUDA graph are the engine's own; weights are random, of the exact
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from cuda_kernels import Bench
-from random_rank import BF16, Absent, RandomWeights
+from random_rank import BF16, Absent, RandomRank
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.engine import kv_cache
@@ -44,12 +44,14 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 
-RANKS, BLOCK, PROMPT = 8, 64, 8192
+BLOCK, PROMPT = 64, 8192
 LAYOUTS: dict[str, dict] = {
     "tp8": {},
     "tp8ep2": {"moe_expert_parallel_size": 2},
     "ep8dp": {"moe_expert_parallel_size": 8, "enable_attention_dp": True},
+    "tp4ep2": {"moe_expert_parallel_size": 2},
 }
+RANKS = {"tp8": 8, "tp8ep2": 8, "ep8dp": 8, "tp4ep2": 4}
 BATCHES, CONTEXTS, DRAFTS = (1, 2, 4, 8, 16, 32, 64, 128), (1024, 4096, 16384, 65536), (0, 3)
 RESERVE = 9 << 30  # bytes left for activations and graphs
 
@@ -93,7 +95,7 @@ class Rank:
         self.config, self.device = config, device
         self.mesh = Mesh(group.rank, group.size, group=group, **cuts)
         self.model = DeepseekV3ForCausalLM(config, self.mesh)
-        source = RandomWeights(config, checkpoint, device, self.mesh)
+        source = RandomRank(config, checkpoint, device, self.mesh)
         for part in self.model.parts():
             part.load(source)
         self.names = source.asked
@@ -263,7 +265,7 @@ def published(config: DeepseekV3Config, checkpoint: str) -> FormatOf:
     return format_of
 
 
-def measure(options: argparse.Namespace, config: DeepseekV3Config, group: Group) -> list[Row]:
+def measure(options: argparse.Namespace, config: DeepseekV3Config) -> list[Row]:
     """Every cell of every layout on this GPU."""
     bench, device, rows = Bench(), torch.device("cuda"), []
     roofline = Roofline(config, published(config, options.checkpoint), bench.bandwidth, bench.rate)
@@ -273,7 +275,7 @@ def measure(options: argparse.Namespace, config: DeepseekV3Config, group: Group)
         rank = None  # gives the layout before back
         torch.cuda.empty_cache()
         try:
-            rank = Rank(config, LAYOUTS[layout], options.checkpoint, group, device)
+            rank = Rank(config, LAYOUTS[layout], options.checkpoint, Absent(0, RANKS[layout]), device)
         except torch.cuda.OutOfMemoryError:
             print(f"{layout}: the weights do not fit this GPU")
             continue
@@ -307,12 +309,12 @@ def show(row: Row) -> None:
     )
 
 
-def dry(options: argparse.Namespace, config: DeepseekV3Config, group: Group) -> Iterator[str]:
+def dry(options: argparse.Namespace, config: DeepseekV3Config) -> Iterator[str]:
     """Each cell's step on shapes alone, and which weights were asked for; raises where something does not fit."""
     device = torch.device("meta")
     roofline = Roofline(config, published(config, options.checkpoint), 3.077e12, 772e12)
     for layout in options.layout:
-        rank = Rank(config, LAYOUTS[layout], options.checkpoint, group, device)
+        rank = Rank(config, LAYOUTS[layout], options.checkpoint, Absent(0, RANKS[layout]), device)
         check_names(rank.names, config, rank.mesh)
         wanted = list(cells(options))
         rank.allocate(max(cell.batch * cell.blocks_each for cell in wanted) + 1)
@@ -334,7 +336,7 @@ def check_names(asked: Sequence[str], config: DeepseekV3Config, mesh: Mesh) -> N
     here = {index: set(mesh.experts(index, config.n_routed_experts)) for index in range(config.num_hidden_layers + 1)}
     wanted = [
         weight.name
-        for weight in RandomWeights(config, "v1", torch.device("meta"), mesh).inventory.values()
+        for weight in RandomRank(config, "v1", torch.device("meta"), mesh).inventory.values()
         if not (weight.layer == config.num_hidden_layers and weight.role in (Role.EMBEDDING, Role.HEAD))
         and (weight.role is not Role.ROUTED_EXPERT or int(weight.name.split(".")[5]) in here[weight.layer])
     ]
@@ -344,7 +346,7 @@ def check_names(asked: Sequence[str], config: DeepseekV3Config, mesh: Mesh) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["tp8", "tp8ep2", "ep8dp"])
     parser.add_argument("--checkpoint", choices=("v1", "v2"), default="v1", help="v2 has o_proj in NVFP4 too")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--context", nargs="+", type=int, default=list(CONTEXTS))
@@ -356,13 +358,12 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="every shape of every cell; needs no GPU")
     options = parser.parse_args()
     config = replace(DEEPSEEK_R1, num_hidden_layers=options.layers)
-    group = Absent(0, RANKS)
     with torch.inference_mode():
         if options.dry:
-            for line in dry(options, config, group):
+            for line in dry(options, config):
                 print(line)
             return
-        rows = measure(options, config, group)
+        rows = measure(options, config)
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"device": torch.cuda.get_device_name(), "rows": [asdict(row) for row in rows]}, file, indent=1)

@@ -80,6 +80,8 @@ class LLM:
         device = torch.device(config.resolved_device() if loaded is None else _device_of(loaded))
         for line in config.ignored_settings(device.type):
             logger.warning(line)
+        if config.load_format == "dummy":
+            logger.warning("load_format=dummy: the weights are random, and so is every answer")
         if loaded is not None and config.tensor_parallel_size > 1:
             logger.warning(
                 f"tensor_parallel_size={config.tensor_parallel_size} ignored: the model is an object of this process; "

@@ -14,6 +14,7 @@ from deepseek_fp4_plugin.engine.worker import Worker
 from deepseek_fp4_plugin.engine.worker_group import Progress
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.examination import examine
+from deepseek_fp4_plugin.models.loading import read_shapes
 
 _LAUNCHERS: dict[str, Callable[[EngineConfig, str | Path, torch.device, Progress | None], Executor]] = {
     "spawn": start_spawned,
@@ -35,7 +36,10 @@ def start_executor(
     if how is None and config.tensor_parallel_size > 1:
         how = "torchrun" if torch.distributed.is_torchelastic_launched() else "spawn"
     if how is not None:
-        examine(folder).usable()  # says what is odd once, and refuses before any process starts
+        if config.load_format == "dummy":
+            read_shapes(folder)
+        else:
+            examine(folder).usable()  # says what is odd once, and refuses before any process starts
         return _LAUNCHERS[how](config, folder if how == "spawn" else model, device, progress)
     loaded = DeepseekV3ForCausalLM.from_pretrained(
         folder,
@@ -43,5 +47,6 @@ def start_executor(
         device=device,
         nvfp4_activations=config.nvfp4_activations,
         progress=progress,
+        load_format=config.load_format,
     )
     return InProcessExecutor.of(Worker(config, loaded))

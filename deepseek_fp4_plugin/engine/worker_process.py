@@ -107,6 +107,7 @@ def _serve(work: Connection) -> None:
         nvfp4_activations=config.nvfp4_activations,
         mesh=_mesh(assignment, device),
         progress=progress,
+        load_format=config.load_format,
     )
     worker = Worker(config, model, assignment.ranks_here)
     work.send(worker.facts)

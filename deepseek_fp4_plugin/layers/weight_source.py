@@ -55,6 +55,10 @@ class WeightSource:
         self.backend = backend
         self.not_finite: list[str] = []  # scales read with NaN or infinity in them
 
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self.reader.close()
+
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None, cut: Cut = UNCUT) -> Tensor:
         """A tensor that is used unquantized, checked against the whole `shape`, cut, on the device, in `dtype` or the
         model's. One that is stored as FP8 blocks is decoded.

@@ -19,6 +19,7 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAngles
 from deepseek_fp4_plugin.models.loading import Loadable, Progress, load_parts, open_checkpoint
 from deepseek_fp4_plugin.models.mtp import DeepseekV3MTP
+from deepseek_fp4_plugin.models.random_weights import LoadFormat
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 
@@ -70,14 +71,16 @@ class DeepseekV3ForCausalLM(nn.Module):
         mesh: Mesh | None = None,
         backend: str | None = None,
         progress: Progress | None = None,
+        load_format: LoadFormat = "auto",
     ) -> "DeepseekV3ForCausalLM":
         """Load a folder, a Hugging Face id, or the embedded `r1_nano`; in evaluation mode.
 
         dtype: of activations and decoded weights; "auto" is BF16.  nvfp4_activations: auto, bf16, fp4 or int8.
-        mesh: this rank's place; only its slices are read.
+        mesh: this rank's place; only its slices are read.  load_format: dummy makes random weights of the folder's
+        config.json and hf_quant_config.json, and reads none.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong choice.
         """
-        with open_checkpoint(path, dtype, device, nvfp4_activations, mesh, backend) as checkpoint:
+        with open_checkpoint(path, dtype, device, nvfp4_activations, mesh, backend, load_format) as checkpoint:
             model = cls(checkpoint.config, mesh)
             load_parts(model.parts(), checkpoint.source, progress)
             model.path = checkpoint.folder

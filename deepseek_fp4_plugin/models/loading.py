@@ -8,13 +8,17 @@ from typing import Protocol
 
 import torch
 
+from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.hub import resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
+from deepseek_fp4_plugin.checkpoint.reader import read_json
 from deepseek_fp4_plugin.kernels import select
 from deepseek_fp4_plugin.kernels.weights import Activations
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.examination import examine
+from deepseek_fp4_plugin.models.inventory import Weight
+from deepseek_fp4_plugin.models.random_weights import LoadFormat, RandomWeights
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class OpenCheckpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.source.reader.close()
+        self.source.close()
 
 
 def open_checkpoint(
@@ -51,15 +55,39 @@ def open_checkpoint(
     nvfp4_activations: str = "auto",
     mesh: Mesh | None = None,
     backend: str | None = None,
+    load_format: LoadFormat = "auto",
 ) -> OpenCheckpoint:
     """Resolve a caller's choices. Raises CheckpointError or ValueError; see DeepseekV3ForCausalLM.from_pretrained."""
     folder = resolve(path)
     device = checked_device(device)
-    examination = examine(folder)
-    config, reader = examination.usable()
+    reader = None
+    if load_format == "dummy":
+        config, quantization = read_shapes(folder)
+    else:
+        examination = examine(folder)
+        config, reader = examination.usable()
+        quantization = examination.quantization
     activations = resolve_activations(nvfp4_activations, device)
-    source = WeightSource(reader, device, resolve_dtype(dtype), mesh, activations, backend)
-    return OpenCheckpoint(folder, config, examination.quantization, source)
+    choices = device, resolve_dtype(dtype), mesh, activations, backend
+    if reader is not None:
+        return OpenCheckpoint(folder, config, quantization, WeightSource(reader, *choices))
+
+    def is_nvfp4(weight: Weight) -> bool:
+        return quantization.quant_algo == "NVFP4" and weight.linear and not quantization.excludes(weight.module)
+
+    return OpenCheckpoint(folder, config, quantization, RandomWeights(config, is_nvfp4, *choices))
+
+
+def read_shapes(folder: Path) -> tuple[DeepseekV3Config, QuantConfig]:
+    """What a folder without weights says of a model. Raises CheckpointError."""
+    config = DeepseekV3Config.from_folder(folder)
+    quantization = QuantConfig.from_folder(folder, read_json(folder / "config.json"))
+    if quantization.quant_algo not in (None, "NVFP4"):
+        raise CheckpointError(
+            f"{folder} says quant_algo {quantization.quant_algo}; load_format=dummy makes weights in NVFP4 or "
+            "unquantized, so take a config of such a checkpoint"
+        )
+    return config, quantization
 
 
 def load_parts(parts: Sequence[Loadable], source: WeightSource, progress: Progress | None = None) -> None:

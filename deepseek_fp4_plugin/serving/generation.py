@@ -311,7 +311,8 @@ class _StreamedChoice:
             deltas = self.parser.feed(choice.text_diff, self.finished).split_calls()
         else:
             deltas = [Delta(content=choice.text_diff)]
-        wanted = getattr(request, "logprobs", None) not in (None, False) or request.return_accepted_drafts
+        wanted = request.return_token_ids or request.return_accepted_drafts
+        wanted = wanted or getattr(request, "logprobs", None) not in (None, False)
         if not (any(deltas) or self.finished or (wanted and ids) or (first and ids)):
             return []
         self.started = True

@@ -51,20 +51,21 @@ UNREAD = {
 class EngineConfig(Choices):
     """An engine and its model.
 
-    model: a folder, a Hugging Face id, or `r1_nano`.  tokenizer: another folder's.  dtype: of activations and decoded
-    weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations: what NVFP4 layers multiply
-    by; auto is fp4 where the device has FP4 tensor cores, else bf16; int8 (numerics/int8.py) is for CPUs.
-    max_batch_size, max_num_tokens: requests and tokens in one step.  max_seq_len: prompt and answer; None is the
-    model's own.  max_new_tokens: of requests that do not say; None: as many as the context holds.  stream_interval:
-    steps between two pieces of a stream.  max_prompt_seconds: that prompt tokens may add to a step, by how long the
-    last steps took; None: as long as max_num_tokens take.
-    disable_overlap_scheduler: on a GPU, await each step before the next is planned.  seed: of the seeds of requests
-    that bring none.  orchestrator_type: who starts the ranks; None: this process (torchrun, where
-    that has started it).
+    model: a folder, a Hugging Face id, or `r1_nano`.  tokenizer: another folder's.  load_format: dummy makes random
+    weights, of the model that the folder's config.json and hf_quant_config.json describe, to measure with.  dtype: of
+    activations and decoded weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations:
+    what NVFP4 layers multiply by; auto is fp4 where the device has FP4 tensor cores, else bf16; int8 (numerics/int8.py)
+    is for CPUs.  max_batch_size, max_num_tokens: requests and tokens in one step.  max_seq_len: prompt and answer; None
+    is the model's own.  max_new_tokens: of requests that do not say; None: as many as the context holds.
+    stream_interval: steps between two pieces of a stream.  max_prompt_seconds: that prompt tokens may add to a step,
+    by how long the last steps took; None: as long as max_num_tokens take.  disable_overlap_scheduler: on a GPU, await
+    each step before the next is planned.  seed: of the seeds of requests that bring none.  orchestrator_type: who
+    starts the ranks; None: this process (torchrun, where that has started it).
     """
 
     model: str = "r1_nano"
     tokenizer: Annotated[str | None, Flag("Another folder's tokenizer.", metavar="FOLDER")] = None
+    load_format: Literal["auto", "dummy"] = "auto"
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], Flag("Of activations; auto: BF16.")] = "auto"
     device: Annotated[
         str,
@@ -118,7 +119,6 @@ class EngineConfig(Choices):
         "guided_decoding_backend": (ANY,),
         "tokenizer_mode": ("auto", "fast"),
         "skip_tokenizer_init": (False,),
-        "load_format": ("auto",),
         "max_beam_width": (1,),
         "pipeline_parallel_size": (1,),
         "pp_size": (1,),

@@ -336,6 +336,16 @@ def test_tokens_beside_the_text(server):
     assert [t for c in choices for t in c["tokens"]] == body["tokens"]
 
 
+@field("return_token_ids")
+def test_a_stream_has_the_ids_of_tokens_that_bring_no_text(server):
+    """A character in two tokens is text when the second one comes; the first one's id is told all the same."""
+    pair = ids_of(server, "\N{EN DASH}")
+    assert len(pair) == 2
+    fields = {"temperature": 0, "max_tokens": 6, "stream": True, "return_token_ids": True, "ignore_eos": True}
+    chunks = events(server.complete(**fields, logit_bias={str(pair[0]): 100}))
+    assert [i for c in chunks for i in c["choices"][0]["token_ids"]] == pair[:1] * 6
+
+
 @field("relaxed_acceptance", "relaxed_topk", "relaxed_delta")
 def test_relaxed_acceptance_can_be_steered(server):
     # An open think block in the prompt makes the first step a thinking one; with every token in the top k, every

@@ -1,4 +1,4 @@
-"""On two GPUs of one machine: exchanges to the bit, and engines that answer as one GPU does."""
+"""On two and four GPUs of one machine: exchanges to the bit, and engines that answer as one GPU does."""
 
 import time
 
@@ -21,14 +21,18 @@ pytestmark = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
 ]
-SIZE = 2
 
 
-def exchanges(rank: int, store: str) -> None:
+def enough(ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"fewer than {ranks} CUDA devices")
+
+
+def exchanges(rank: int, size: int, store: str) -> None:
     """Every collective of shapes small and large, even and uneven, again and again, in and out of a graph."""
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
-    plain = connect(rank, SIZE, store, "nccl")
+    plain = connect(rank, size, store, "nccl")
     assert isinstance(plain, ProcessGroup)
     ours = join(plain, device)
     assert isinstance(ours, PeerGroup)
@@ -50,7 +54,8 @@ def exchanges(rank: int, store: str) -> None:
         ):
             x = rows(count, width)
             assert torch.equal(ours.all_reduce(x), plain.all_reduce(x)), (turn, count, width)
-        for sizes in ([2, 2], [0, 3], [5, 0], [0, 0], [70, 1], [300, 300]):
+        for pair in ([2, 2], [0, 3], [5, 0], [0, 0], [70, 1], [300, 300]):
+            sizes = pair * (size // 2)
             for dtype in (torch.bfloat16, torch.float32, torch.int64):
                 x = rows(sizes[rank], 64, dtype)
                 assert torch.equal(ours.all_gather(x, sizes), plain.all_gather(x, sizes)), (turn, sizes, dtype)
@@ -73,20 +78,22 @@ def exchanges(rank: int, store: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         total = ours.all_reduce(x)
-        scattered = ours.reduce_scatter(ours.all_gather(x, [4, 4]), [4, 4])
+        scattered = ours.reduce_scatter(ours.all_gather(x, [4] * size), [4] * size)
         large = ours.all_reduce(x.expand(30, 4, 7168).reshape(120, 7168))
     for value in (1.0, 3.0, -2.0):
         x.fill_(value)
         graph.replay()
-        assert torch.equal(total, x * 2) and torch.equal(scattered, x * 2) and torch.equal(large[:4], x * 2)
+        assert torch.equal(total, x * size) and torch.equal(scattered, x * size) and torch.equal(large[:4], x * size)
     torch.cuda.synchronize()
     dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
 
 
-def test_exchanges_are_the_plain_ones_to_the_bit(tmp_path):
+@pytest.mark.parametrize("size", [2, 4])
+def test_exchanges_are_the_plain_ones_to_the_bit(tmp_path, size):
+    enough(size)
     torch.multiprocessing.start_processes(
-        exchanges, (f"file://{tmp_path}/store",), nprocs=SIZE, join=True, start_method="spawn"
+        exchanges, (size, f"file://{tmp_path}/store"), nprocs=size, join=True, start_method="spawn"
     )
 
 
@@ -108,9 +115,10 @@ def alone() -> tuple[list[list[int]], list]:
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
 @pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("mapping", ["TP2", "TP2/EP2", "DP2"])
+@pytest.mark.parametrize("mapping", ["TP2", "TP2/EP2", "DP2", "TP4", "TP4/EP2", "DP4/EP4"])
 def test_engine_answers_as_one_gpu_does(alone, mapping, drafts, graphs):
     """Token for token, but where the two likeliest tokens lie within 0.05; such places are under 1 % of the tokens."""
+    enough(MAPPINGS[mapping]["tensor_parallel_size"])
     ids, expected = alone
     found = answers(ids, drafts, use_cuda_graph=graphs, **MAPPINGS[mapping])
     excused = total = 0
@@ -148,5 +156,6 @@ def test_a_killed_rank_is_told_and_the_engine_starts_anew(alone):
 @pytest.mark.proof
 @pytest.mark.parametrize("mapping", ["TP2", "DP2"])
 def test_thousands_of_requests(tiny_fp8, mapping):
-    """The soak of tests/proof/test_soak.py in BF16: aborts, preemption, drafts; every block returns on every rank."""
-    soak_ranks(None, tiny_fp8, mapping, "bfloat16", "cuda")
+    """Five minutes of the soak of tests/proof/test_soak.py in BF16: aborts, preemption, drafts; every block returns on
+    every rank."""
+    soak_ranks(None, tiny_fp8, mapping, "bfloat16", "cuda", seconds=300)

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import time
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,15 @@ def test_two_ranks(tiny_fp8, mapping):
     soak_ranks(model, tiny_fp8, mapping, "float32", "cpu")
 
 
-def soak_ranks(model: DeepseekV3ForCausalLM | None, folder: Path, mapping: str, dtype: str, device: str) -> None:
+def soak_ranks(
+    model: DeepseekV3ForCausalLM | None,
+    folder: Path,
+    mapping: str,
+    dtype: str,
+    device: str,
+    seconds: float | None = None,
+) -> None:
+    """seconds: requests go on coming for so long, in place of REQUESTS."""
     config = EngineConfig(
         model=str(folder),
         dtype=dtype,
@@ -56,14 +65,16 @@ def soak_ranks(model: DeepseekV3ForCausalLM | None, folder: Path, mapping: str, 
         schedulers = [
             Scheduler(BlockManager(96, 8, True, lookahead=1), 32, 256, 160, 3) for _ in range(group.num_schedulers)
         ]
-        soak(model, LLMEngine(schedulers, group, facts.model_config.vocab_size, overlap=facts.asynchronous), REQUESTS)
+        engine = LLMEngine(schedulers, group, facts.model_config.vocab_size, overlap=facts.asynchronous)
+        soak(model, engine, REQUESTS, seconds)
     finally:
         group.close()
 
 
-def soak(model: DeepseekV3ForCausalLM | None, engine: LLMEngine, requests: int) -> None:
+def soak(model: DeepseekV3ForCausalLM | None, engine: LLMEngine, requests: int, seconds: float | None = None) -> None:
     """Serve requests with random lengths, priorities and aborts; the books are checked at every step.
 
+    seconds: as many requests as come in that time, in place of `requests`.
     model: what a hundredth of the requests is computed with again, alone; None: where rounding would tell them apart.
     """
     rng = random.Random(0)
@@ -72,8 +83,13 @@ def soak(model: DeepseekV3ForCausalLM | None, engine: LLMEngine, requests: int) 
     started: dict[int, list[int]] = {}
     live, outputs, aborted, memory = {}, {}, set(), []
     submitted = finished = 0
-    while submitted < requests or engine.has_work:
-        while submitted < requests and engine.stats().waiting < 16 * len(engine.schedulers):
+    began = time.monotonic()
+
+    def more() -> bool:
+        return submitted < requests if seconds is None else time.monotonic() - began < seconds
+
+    while more() or engine.has_work:
+        while more() and engine.stats().waiting < 16 * len(engine.schedulers):
             own = [rng.randrange(320) for _ in range(rng.randint(1, 30))]
             prompt = shared[: rng.randint(0, LONGEST - 40)] + own
             request = make_request(submitted, prompt, rng.randint(1, 40), priority=rng.choice((0, 0, 0, 1)))
@@ -100,7 +116,7 @@ def soak(model: DeepseekV3ForCausalLM | None, engine: LLMEngine, requests: int) 
         if engine.stats().steps % 500 == 0:
             gc.collect()
             memory.append(process.memory_info().rss / 2**20)
-    assert finished + len(aborted) == requests
+    assert finished + len(aborted) == submitted
     for scheduler in engine.schedulers:
         assert not scheduler.running
         scheduler.blocks.check([])
@@ -116,7 +132,8 @@ def soak(model: DeepseekV3ForCausalLM | None, engine: LLMEngine, requests: int) 
             total += len(alone)
     assert excused <= max(1, total // 1000)
     print(
-        f"{requests} requests, {len(aborted)} aborted, {stats.steps} steps, {stats.preemptions} preemptions, "
+        f"{submitted} requests in {time.monotonic() - began:.0f} s, {len(aborted)} aborted, {stats.steps} steps, "
+        f"{stats.preemptions} preemptions, "
         f"{stats.cached_prompt_tokens} of {stats.prompt_tokens} prompt tokens reused, "
         f"memory {memory[0]:.0f} to {memory[-1]:.0f} MiB, {excused} of {total} tokens were near ties"
     )

@@ -7,7 +7,8 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, reference, select
-from deepseek_fp4_plugin.kernels.weights import Case
+from deepseek_fp4_plugin.kernels.cuda.dense import fp8_blocks
+from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.models.loading import resolve_activations
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -48,6 +49,17 @@ def test_choices():
     assert select.choose(Case(CPU, BF16, WeightFormat.FP8_BLOCK, scale_columns=32)).backend is decoded
     assert select.kernels(CPU, BF16) is select.kernels(CPU) is cpu
     assert select.kernels(CPU, torch.float32) is decoded
+
+
+def test_fp8_that_a_slice_has_cut_finely_is_kept_decoded_alone():
+    """On a GPU the product of both of an expert's weights must be the same backend's, however they are cut."""
+    weight = torch.zeros(4096, 2048, dtype=torch.float8_e4m3fn)
+    for columns, kept in ((128, True), (64, True), (32, False)):
+        scale = torch.ones(4096 // 128, 2048 // columns)
+        part = WeightTensors(WeightFormat.FP8_BLOCK, weight, scale, fp8_block=(128, columns))
+        assert (fp8_blocks([part]) is not None) is kept
+        fine = Case(CUDA, BF16, WeightFormat.FP8_BLOCK, scale_columns=columns)
+        assert select.choose(fine).backend is select.choose(Case(CUDA, BF16, WeightFormat.FP8_BLOCK)).backend
 
 
 def test_the_reason_is_told(monkeypatch):

@@ -59,6 +59,8 @@ def fp8_blocks(parts: Sequence[WeightTensors]) -> Fp8Blocks | None:
         return None
     rows = math.gcd(*(part.fp8_block[0] for part in parts), *(part.out_features for part in parts[:-1]))
     columns = min(part.fp8_block[1] for part in parts)
+    if columns % FP8_COLUMNS:
+        return None  # a slice of few columns
     weight = torch.cat([part.weight.view(torch.uint8) for part in parts])
     if bool(((weight & 0x7F) == 0x7F).any()):
         return None  # NaN, which the kernel does not tell from a number

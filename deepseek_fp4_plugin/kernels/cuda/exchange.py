@@ -18,7 +18,8 @@ _PIECE, _PACKETS = 16, 32  # bytes: a thread's data, and what they take in a mai
 _THREADS, _PLACES = 256, SMALL // _PIECE
 _BLOCKS = _PLACES // _THREADS
 _LARGE = 16 << 20  # bytes that one launch for large tensors takes
-_LARGE_BLOCKS = 264
+# A block a multiprocessor, and chunks of about so many pieces: the fastest of 17 variants at 1,024 rows (docs/log.md).
+_LARGE_BLOCKS, _LARGE_THREADS, _CHUNK = 132, 1024, 1160
 _LARGEST_CHUNK = 1 << 13
 LONGEST_ROW = 8 * 8 * _THREADS  # values: a cluster of eight blocks, eight a thread
 _MAILBOXES = f"{MOST_RANKS}QP3i"
@@ -111,7 +112,7 @@ class Exchange:
         layout = f"{3 * MOST_RANKS}Q3P7i"
         kernel("exchange_large.cu", "all_reduce", layout, (), self.device.index)(
             (_LARGE_BLOCKS, 1, 1),
-            512,
+            _LARGE_THREADS,
             0,
             *self._inboxes,
             *self._sums,
@@ -156,8 +157,8 @@ def sum_and_norm(
 
 
 def _chunk(pieces: int, ranks: int) -> int:
-    """Pieces of a chunk: about 1,024, as many chunks for every block, and each cut evenly among the ranks."""
-    rounds = max(1, round(pieces / (_LARGE_BLOCKS * 1024)))
+    """Pieces of a chunk: as many chunks for every block, and each cut evenly among the ranks."""
+    rounds = max(1, round(pieces / (_LARGE_BLOCKS * _CHUNK)))
     step = 8 * ranks
     return -(-pieces // (_LARGE_BLOCKS * rounds * step)) * step
 

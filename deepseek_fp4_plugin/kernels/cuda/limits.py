@@ -2,8 +2,6 @@
 
 import torch
 
-from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda.dense import FP8_COLUMNS
 from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.weights import Case
 
@@ -24,6 +22,4 @@ def refuses(case: Case) -> str | None:
         return "its activations are BF16"
     if case.activations == "int8":
         return "it has no 8-bit activations"
-    if case.format is WeightFormat.FP8_BLOCK and case.scale_columns % FP8_COLUMNS:
-        return f"FP8 scale blocks must be multiples of {FP8_COLUMNS} columns"
     return None

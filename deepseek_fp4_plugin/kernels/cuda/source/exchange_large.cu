@@ -7,7 +7,7 @@
 #include "device.cuh"
 
 #define RANKS 8
-#define THREADS 512
+#define THREADS 1024
 #define HALF (THREADS / 2)
 
 struct LargeParameters {
@@ -61,7 +61,7 @@ __device__ inline void take_sums(const LargeParameters& p, int thread, int chunk
         if (i - from < mine || i - from >= mine + width) p.y[i] = load_sent(box + i);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) all_reduce(const __grid_constant__ LargeParameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce(const __grid_constant__ LargeParameters p) {
     let_next_kernel_begin();
     wait_for_kernels_before();
     u32 count = p.counts[blockIdx.x] + 1;
