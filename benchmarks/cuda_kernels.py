@@ -24,10 +24,11 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda import dense as dense_kernel
-from deepseek_fp4_plugin.kernels.cuda import wgmma
-from deepseek_fp4_plugin.kernels.cuda.experts import residence, team_of
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, wgmma
+from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
+from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER
 from deepseek_fp4_plugin.kernels.weights import Case, PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
@@ -307,6 +308,12 @@ def dry(rows: list[int]) -> Iterator[str]:
             yield f"{name} {out} x {width}, {count} rows: {cut}, {cut.shared} bytes of shared memory"
     for name, (count, inner) in EXPERTS.items():
         for tokens in rows:
+            each = expected_rows(tokens, 8, count)
+            if each > LISTED_ROWS_HOPPER:
+                blocks = experts_wgmma.blocks_for(each)
+                assert blocks.shared * blocks.resident <= MAX_SHARED
+                yield f"experts of {name}, {tokens} tokens: {blocks}, {blocks.shared} bytes of shared memory"
+                continue
             fit, teams = residence(tokens, 8, count), [team_of(-(-width // 128)) for width in (7168, inner)]
             assert fit.shared * fit.blocks <= MAX_SHARED
             yield f"experts of {name}, {tokens} tokens: {fit}, teams of {teams} warps"

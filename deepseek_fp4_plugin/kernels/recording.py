@@ -1,12 +1,16 @@
 """What keeps a function's kernel calls and makes them again without Python: native calls on a CPU, a graph on a GPU."""
 
+import functools
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Results = tuple[Tensor, ...]
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 
 class Unrecordable(RuntimeError):
@@ -41,3 +45,25 @@ def cut(work: Callable[..., Results], *tensors: Tensor) -> Results:
     """
     recording = _get_current_dispatch_mode()
     return recording.cut(work, *tensors) if isinstance(recording, Cutting) else work(*tensors)
+
+
+def beside(device: torch.device, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+    """The results of both, neither of which reads what the other makes.
+
+    In a GPU's graph they are branches: kernels of few rows leave room for the other's.
+    Elsewhere one follows the other.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return first(), second()
+    here, aside = torch.cuda.current_stream(device), _aside(device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        other = second()
+    own = first()
+    here.wait_stream(aside)
+    return own, other
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.recording import beside
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear, column_parallel, row_parallel
@@ -62,11 +63,15 @@ class MLA(nn.Module):
 
         Writes the tokens' latents at batch.slot_mapping, then attends. Returns [T, hidden], this rank's heads' part.
         """
-        q_nope, q_rope = self._queries(x, cos, sin)
-        entries = self._latents(x, cos, sin)
-        if cache is not None:
-            assert batch.slot_mapping is not None
-            ops.store_entries(cache, batch.slot_mapping, entries)
+
+        def store() -> Tensor:
+            entries = self._latents(x, cos, sin)
+            if cache is not None:
+                assert batch.slot_mapping is not None
+                ops.store_entries(cache, batch.slot_mapping, entries)
+            return entries
+
+        (q_nope, q_rope), entries = beside(x.device, lambda: self._queries(x, cos, sin), store)
         split = batch.num_decode_tokens
         outputs = []
         if split:

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.kernels.recording import cut
+from deepseek_fp4_plugin.kernels.recording import beside, cut
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 from deepseek_fp4_plugin.layers.exchange import all_gather, reduce_scatter
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.layers.weight_source import IN, OUT, Cut, WeightSource
 from deepseek_fp4_plugin.parallel.mesh import Mesh
+
+_BESIDE = 16  # tokens up to which neither the routed experts nor the shared one fill a GPU
 
 
 class Router(nn.Module):
@@ -104,12 +106,20 @@ class MoE(nn.Module):
         group = self.mesh.dp_group
         if group.size > 1 and dp_tokens is None:
             raise ValueError("attention data parallelism needs every rank's token count in the batch's dp_tokens")
+        if not self.shared_experts:
+            return self._routed(x, dp_tokens)
+        shared = self.shared_experts
+        if x.shape[0] > _BESIDE:
+            return ops.add(self._routed(x, dp_tokens), shared(x))
+        return ops.add(*beside(x.device, lambda: self._routed(x, dp_tokens), lambda: shared(x)))
+
+    def _routed(self, x: Tensor, dp_tokens: tuple[int, ...] | None) -> Tensor:
+        group = self.mesh.dp_group
         tokens = all_gather(group, x, dp_tokens)
         ids, weights = self.gate(tokens)
         if self.load_count is not None:
             cut(self._count, ids)
-        routed = reduce_scatter(group, self.experts(tokens, ids, weights), dp_tokens)
-        return ops.add(routed, self.shared_experts(x)) if self.shared_experts else routed
+        return reduce_scatter(group, self.experts(tokens, ids, weights), dp_tokens)
 
     def _count(self, ids: Tensor) -> tuple[()]:
         assert self.load_count is not None

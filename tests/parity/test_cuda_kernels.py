@@ -9,7 +9,8 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
-from deepseek_fp4_plugin.kernels.cuda import dense, wgmma
+from deepseek_fp4_plugin.kernels.cuda import dense, experts_wgmma, wgmma
+from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
 from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
@@ -174,6 +175,29 @@ def test_experts(experts, hidden, inner, k, activations):
             assert (actual - expected).float().norm() <= 0.03 * expected.float().norm()
         else:
             assert error(actual, expected) <= 2 * TWO_STEPS
+
+
+@pytest.mark.parametrize("cut", [*experts_wgmma.MEASURED.values(), None], ids=lambda cut: cut and str(cut.rows))
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "k"), [(6, 272, 144, 3), (5, 16, 16, 2), (9, 1024, 256, 8), (300, 256, 128, 2)]
+)
+def test_experts_of_many_rows(experts, hidden, inner, k, cut):
+    """Blocks of every number of columns, whatever `ops` would choose; NaN beside the rows and in scratch memory."""
+    if cut and not experts_wgmma.available(DEVICE.index or 0):
+        pytest.skip("wgmma is Hopper's alone")
+    gate_up = [random_part(WeightFormat.NVFP4, inner, hidden, experts) for _ in range(2)]
+    (a, c), (b, d) = both(gate_up), both([random_part(WeightFormat.NVFP4, hidden, inner, experts)])
+    for tokens in (1, 17, 150, 700, 2500):
+        ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
+        ids[:, 0] = torch.where(torch.rand(tokens) < 0.4, 2, ids[:, 0])  # one expert with many rows
+        ids[torch.rand(tokens, k) < 0.3] = -1
+        ids, weights, x = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE), poisoned(tokens, hidden) * 0.1
+        torch.full((1 << 26,), float("nan"), dtype=BF16, device=DEVICE)  # what the allocator hands out next
+        if cut:
+            actual = experts_wgmma.by_blocks(x, ids, weights, a, b, cut)
+        else:
+            actual = cuda_experts.grouped(x, ids, weights, a, b)
+        assert error(actual, ops.experts_mlp(x, ids, weights, c, d)) <= 2 * TWO_STEPS, tokens
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.PLAIN, WeightFormat.FP8_BLOCK], ids=["bf16", "fp8"])

@@ -96,6 +96,8 @@ VARIANTS = [
     ("experts_work.cu", {}),
     ("nvfp4_experts.cu", {"ROWS8": 2, "GROUPS": 2, "GATED": 1, "HELD": 0, "STAGES": 4, "BLOCKS": 2, "EARLY": 0}),
     ("nvfp4_experts.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 0, "HELD": 8, "STAGES": 2, "BLOCKS": 3, "EARLY": 1}),
+    ("nvfp4_experts_wgmma.cu", {"ROWS": 128, "FIRST": 64, "STEP": 32, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
+    ("nvfp4_experts_wgmma.cu", {"ROWS": 16, "FIRST": 16, "STEP": 16, "STAGES": 4, "MIN_BLOCKS": 2, "GATED": 1}),
     ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0}),
     ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1}),
     ("small.cu", {}),

@@ -23,8 +23,8 @@ def listed(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, dow
     choices, experts = ids.numel(), gate_up.data.data.shape[0]
     order = torch.empty(choices, dtype=torch.int32, device=x.device)
     work = torch.empty(4 + 2 * experts, dtype=torch.int32, device=x.device)
-    kernel("experts_work.cu", "experts_work", "3P2i", (), x.device.index)(
-        (1, 1, 1), 512, 0, ids.data_ptr(), order.data_ptr(), work.data_ptr(), choices, experts
+    kernel("experts_work.cu", "experts_work", "4P3i", (), x.device.index)(
+        (1, 1, 1), 512, 0, ids.data_ptr(), order.data_ptr(), work.data_ptr(), 0, choices, experts, 0
     )
     h = torch.empty(choices, gate_up.data.half, dtype=torch.bfloat16, device=x.device)
     _products(rounded_input(x, gate_up), gate_up.data, h, order, work, ids.shape, ids.shape[1], gated=True)
@@ -60,7 +60,7 @@ def _products(
         ("EARLY", int(early)),
     )
     kernel("nvfp4_experts.cu", "nvfp4_experts", "6P8i", defines, x.device.index)(
-        (_multiprocessors(x.device.index) * fit.blocks, 1, 1),
+        (multiprocessors(x.device.index) * fit.blocks, 1, 1),
         32 * _WARPS,
         fit.shared,
         tiles.data.data_ptr(),
@@ -107,12 +107,12 @@ def residence(tokens: int, k: int, experts: int) -> Residence:
 
 def expected_rows(tokens: int, k: int, experts: int) -> float:
     """Rows of each of these experts on average, where the host cannot count them. A rank may hold a few of a model's
-    experts; that a model has 16 times as many as a token takes is a safe guess."""
-    return tokens * k / max(experts, 16 * k)
+    experts; that a model has 32 times as many as a token takes is right for DeepSeek-V3."""
+    return tokens * k / max(experts, 32 * k)
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import decoded, reference
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, grouped, listed
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import gated, launch, linear, rounded_input
@@ -11,7 +12,8 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _ONE_LAUNCH = 4  # tokens whose experts' second products and sum are one launch; more share experts' weights
-_LISTED_ROWS = 128  # rows of an expert on average, above which decoding every expert once is ahead
+# Rows of an expert on average above which Hopper's matrix unit is ahead; elsewhere, decoding every expert.
+LISTED_ROWS_HOPPER, LISTED_ROWS = 5, 128
 _MAX_EXPERTS = 512  # of a list
 
 
@@ -37,9 +39,13 @@ def experts_mlp(
         h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
         launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, ids)
         return _down_and_sum(rounded_input(h, down), ids, weights, down)
-    # Which of two FP4 numbers a hidden value becomes follows from its last bit, which `grouped` rounds differently.
-    few = expected_rows(tokens, k, experts) <= _LISTED_ROWS or down.activations == "fp4"
-    return (listed if few else grouped)(x, ids, weights, gate_up, down)
+    rows, hopper = expected_rows(tokens, k, experts), experts_wgmma.available(x.device.index)
+    # Which of two FP4 numbers a hidden value becomes follows from its last bit; the others round it differently.
+    if rows <= (LISTED_ROWS_HOPPER if hopper else LISTED_ROWS) or down.activations == "fp4":
+        return listed(x, ids, weights, gate_up, down)
+    if hopper:
+        return experts_wgmma.by_blocks(x, ids, weights, gate_up, down, experts_wgmma.blocks_for(rows))
+    return grouped(x, ids, weights, gate_up, down)
 
 
 def _down_and_sum(h: Tensor, ids: Tensor, weights: Tensor, down: PreparedWeight) -> Tensor:

@@ -1,0 +1,255 @@
+// Each expert's NVFP4 weights times the rows that chose it, for many rows: Hopper's matrix unit, as in nvfp4_wgmma.cu.
+//
+// Rows lie in the order of experts, cut into blocks of one expert each (experts_work.cu). `arrange_rows` gathers them once
+// in the order of inputs and pieces that the matrix unit wants. A block of threads has 256 outputs of one block of rows
+// after the other, and as many columns as those rows need; a warp of its own copies on into the next while sums are
+// stored. Gated, hidden values are stored as the second product wants to read them.
+//
+// ROWS: of a block of rows, at most.  FIRST, FIRST + STEP, ... ROWS: columns that there is code for.
+// STAGES: slabs in the ring.  MIN_BLOCKS: that a multiprocessor holds.
+// GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
+#include "nvfp4.cuh"
+#include "wgmma.cuh"
+
+#define N24 N16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define N40 N32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define N72 N64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define N80 N72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define S24 S16(0), S4(16), S4(20)
+#define S40 S32, S4(32), S4(36)
+#define S48 S32, S16(32)
+#define S72 S64, S4(64), S4(68)
+#define S80 S64, S16(64)
+WGMMA(48, N24, S24, 24, 25, 26, 27, 28)
+WGMMA(80, N40, S40, 40, 41, 42, 43, 44)
+WGMMA(96, N48, S48, 48, 49, 50, 51, 52)
+WGMMA(144, N72, S72, 72, 73, 74, 75, 76)
+WGMMA(160, N80, S80, 80, 81, 82, 83, 84)
+
+struct Rows {  // a block of rows
+    int expert, first, count, unused;  // places first, ... of `order`
+};
+
+struct Work {
+    const int* blocks;  // how many; behind 4 of them `Rows` each
+    __device__ int count() const { return *blocks; }
+    __device__ Rows operator[](int i) const {
+        Quad q = load_quad(blocks + 4 + 4 * i);
+        return Rows{(int)q.x, (int)q.y, (int)q.z, 0};
+    }
+};
+
+// Columns that the matrix unit multiplies for so many rows.
+__device__ inline int columns_of(int rows) { return rows <= FIRST ? FIRST : FIRST + (rows - FIRST + STEP - 1) / STEP * STEP; }
+
+// Where word `word` of a row's 64 inputs lies among its 128 bytes; see nvfp4_wgmma.cu.
+__device__ inline int place_of(int word, int row) {
+    int piece = (word >> 1 & 3) * 2 + (word & 1);
+    return (piece ^ (row & 7)) * 16 + (word >> 3) * 4;
+}
+
+struct ArrangeParameters {
+    const u16* x;      // [tokens][x_stride]; choice i takes row i / k
+    u8* arranged;      // [blocks of rows][slabs][2 halves][columns][128 bytes], ROWS * 256 bytes for each slab of a block
+    const int* order;  // see experts_work.cu
+    const int* blocks;
+    int width, x_stride, slabs, k;
+};
+
+// A block of threads a slab of a block of rows, a warp half of a row at a time; zeros past the width and the rows.
+extern "C" __global__ void __launch_bounds__(512) arrange_rows(const __grid_constant__ ArrangeParameters p) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    wait_for_kernels_before();
+    let_next_kernel_begin();
+    Work work{p.blocks};
+    if ((int)blockIdx.y >= work.count()) return;
+    Rows rows = work[blockIdx.y];
+    int columns = columns_of(rows.count);
+    u8* to = p.arranged + ((u64)blockIdx.y * p.slabs * ROWS + (u64)blockIdx.x * columns) * 256;
+    for (int unit = warp; unit < 2 * columns; unit += 16) {
+        int half = unit >= columns, row = unit - half * columns, input = (int)blockIdx.x * SLAB_INPUTS + half * 64 + lane * 2;
+        u32 word = 0;
+        if (row < rows.count && input < p.width)
+            word = *(const u32*)(p.x + (u64)(p.order[rows.first + row] / p.k) * p.x_stride + input);
+        *(u32*)(to + unit * 128 + place_of(lane, row)) = word;
+    }
+}
+
+struct Parameters {
+    const u8* tiles;         // [experts][groups][slabs][1152]
+    const float* row_scale;  // [experts][groups * 16], in the order of the tiles
+    const u8* x;             // as `arrange_rows` leaves them
+    u8* y;                   // gated: hidden values as `arrange_rows` would leave them, else BF16 [choices][out]
+    const int* order;
+    const int* blocks;
+    int groups, slabs;
+    int out;  // outputs, not gated
+};
+
+constexpr int WARPS = 8, OUTS = 2, GROUPS = WARPS * OUTS;  // OUTS times 64 outputs of a warpgroup
+constexpr int THREADS = 32 * WARPS + 128, COPIER_REGISTERS = 32;
+// Registers move from the warpgroup that copies to those that multiply, within what a block is launched with.
+constexpr int LAUNCHED = 65536 / MIN_BLOCKS / THREADS / 8 * 8;
+constexpr int SHARE = (LAUNCHED * THREADS - 128 * COPIER_REGISTERS) / (32 * WARPS) / 8 * 8;
+constexpr int REGISTERS = SHARE < 240 ? SHARE : 240;
+constexpr int WEIGHTS_AT = ROWS * 256, STAGE_BYTES = WEIGHTS_AT + GROUPS * SLAB_BYTES;  // a slab of the ring
+
+struct Ring {
+    u32 memory, barriers, slot, parity;  // for each slab of the ring whether it is full, then whether it is empty
+    __device__ u32 full() const { return barriers + 8 * slot; }
+    __device__ u32 empty() const { return barriers + 8 * (STAGES + slot); }
+    __device__ u32 at() const { return memory + slot * STAGE_BYTES; }
+    __device__ void next() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+// One warp's work: the ring's slabs, in order.
+__device__ inline void copy(const Parameters& p, Ring ring) {
+    int lane = threadIdx.x & 31, sets = (p.groups + GROUPS - 1) / GROUPS, filled = 0;
+    Work work{p.blocks};
+    ring.parity = 1;  // the first turn finds every slab free
+    for (int item = blockIdx.x; item < work.count() * sets; item += gridDim.x) {
+        int block = item / sets, first_group = (item - block * sets) * GROUPS, present = min(GROUPS, p.groups - first_group);
+        Rows rows = work[block];
+        u32 bytes = columns_of(rows.count) * 256;
+        const u8* tiles = p.tiles + ((u64)rows.expert * p.groups + first_group + lane) * p.slabs * SLAB_BYTES;
+        const u8* x = p.x + (u64)block * p.slabs * ROWS * 256;
+        for (int slab = 0; slab < p.slabs; slab++, filled++) {
+            if (filled >= STAGES) barrier_wait(ring.empty(), ring.parity);
+            if (lane == 0) {
+                barrier_expect(ring.full(), bytes + present * SLAB_BYTES);
+                bulk_copy(ring.at(), x + (u64)slab * bytes, bytes, ring.full());
+            }
+            __syncwarp();
+            if (lane < present)
+                bulk_copy(ring.at() + WEIGHTS_AT + lane * SLAB_BYTES, tiles + (u64)slab * SLAB_BYTES, SLAB_BYTES, ring.full());
+            ring.next();
+        }
+    }
+}
+
+// A warp's 16 outputs by 64 inputs, a tile, in the matrix unit's registers.
+__device__ inline void decode(u32 (&a)[4][4], u32 tile, u32 scales_at, int index) {
+    Quad codes = shared_quad(tile);
+    u32 scales = shared_word(scales_at), upper = block_scale(scales, 2 * index), lower = block_scale(scales, 2 * index + 1);
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        u32 high = step < 2 ? codes.x : codes.y, low = step < 2 ? codes.z : codes.w;
+        int first = 2 * (step & 1);
+        a[step][0] = pair(high, first, upper), a[step][1] = pair(low, first, lower);
+        a[step][2] = pair(high, first + 1, upper), a[step][3] = pair(low, first + 1, lower);
+    }
+}
+
+// 8 x 8 values of 16 bits, two of a row a lane: rows become columns.
+__device__ inline u32 transposed(u32 bits) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(bits));
+    return result;
+}
+
+// 256 outputs of one block of rows, COLUMNS of them filled up with zeros.
+template <int COLUMNS>
+__device__ inline void products(const Parameters& p, Ring& ring, const Rows& rows, int block, int first_group) {
+    // A warpgroup's warps have neighbouring groups: of m64 tile m warp w has group 4 OUTS (w / 4) + 4 m + w % 4.
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, own = (warp >> 2) * (4 * OUTS) + (warp & 3);
+    float sums[OUTS][COLUMNS / 2] = {};
+    u32 a[2][4][4], before = 0;
+    for (int slab = 0; slab < p.slabs; slab++) {
+        barrier_wait(ring.full(), ring.parity);
+#pragma unroll
+        for (int index = 0; index < 2 * OUTS; index++) {
+            int tile = index / OUTS, m = index % OUTS;
+            u32 here = ring.at() + WEIGHTS_AT + (own + 4 * m) * SLAB_BYTES;
+            decode(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
+            u64 b = swizzled_rows(ring.at() + tile * COLUMNS * 128);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; step++) wgmma(sums[m], a[index & 1][step], b + 2 * step);
+            wgmma_commit();
+            wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
+            if (index == 0) {
+                __syncwarp();
+                barrier_arrive_if(before, lane == 0 && slab > 0);
+            }
+        }
+        before = ring.empty();
+        ring.next();
+    }
+    wgmma_wait<0>();
+    __syncwarp();
+    barrier_arrive_if(before, lane == 0);
+
+    int quarter = lane & 3;
+#pragma unroll
+    for (int m = 0; m < OUTS; m++) {
+        int group = first_group + own + 4 * m;
+        const float* scales = p.row_scale + ((u64)rows.expert * p.groups + min(group, p.groups - 1)) * 16 + (lane >> 2);
+        float factor[2] = {load_float(scales), load_float(scales + 8)};
+#if GATED
+        // Eight hidden values of each row; 64 of them are a row's 128 bytes. Zeros in what is filled up.
+        u8* to = p.y + (u64)block * ((p.groups + GROUPS - 1) / GROUPS) * ROWS * 256 + (u64)(group >> 3) * COLUMNS * 128;
+#pragma unroll
+        for (int c = 0; c < COLUMNS / 8; c++) {
+            float h[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                h[i] = round_bf16(silu(round_bf16(sums[m][4 * c + i] * factor[0]))) * round_bf16(sums[m][4 * c + 2 + i] * factor[1]);
+            u32 word = transposed(group < p.groups ? pack_bf16(h[0], h[1]) : 0);
+            int row = 8 * c + (lane >> 2);
+            *(u32*)(to + row * 128 + place_of((group & 7) * 4 + quarter, row)) = word;
+        }
+#else
+        u16* to = (u16*)p.y + group * 16 + 2 * quarter;
+#pragma unroll
+        for (int c = 0; c < COLUMNS / 8; c++) {
+            int row = 8 * c + (lane >> 2);
+            u16* at = to + (u64)(row < rows.count ? p.order[rows.first + row] : 0) * p.out;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float* sum = &sums[m][4 * c + 2 * half];
+                u32 word = transposed(pack_bf16(sum[0] * factor[half], sum[1] * factor[half]));
+                if (row < rows.count && group * 16 + 8 * half < p.out) *(u32*)(at + 8 * half) = word;
+            }
+        }
+#endif
+    }
+}
+
+template <int COLUMNS>
+__device__ inline void by_columns(const Parameters& p, Ring& ring, const Rows& rows, int columns, int block, int first_group) {
+    if (COLUMNS == ROWS || columns == COLUMNS) products<COLUMNS>(p, ring, rows, block, first_group);
+    else by_columns<COLUMNS == ROWS ? ROWS : COLUMNS + STEP>(p, ring, rows, columns, block, first_group);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_experts_wgmma(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+    Ring ring{(shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers), 0, 0};
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(shared_address(barriers + stage), 1);
+            barrier_init(shared_address(barriers + STAGES + stage), WARPS);
+        }
+        barrier_fence();
+    }
+    __syncthreads();
+    wait_for_kernels_before();
+    let_next_kernel_begin();
+    if (warp >= WARPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
+        if (warp == WARPS) copy(p, ring);
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+    int sets = (p.groups + GROUPS - 1) / GROUPS;
+    Work work{p.blocks};
+    int items = work.count() * sets;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        int block = item / sets, first_group = (item - block * sets) * GROUPS;
+        Rows rows = work[block];
+        by_columns<FIRST>(p, ring, rows, columns_of(rows.count), block, first_group);
+    }
+}
