@@ -1,6 +1,7 @@
 """Quantizing layers of R1's exact shapes under a memory cap: conversion against the disk, calibration, interruptions.
 
     python benchmarks/quantize_layers.py FOLDER [--small] [--max-memory 4GB] [--kills 20] [--no-calibration]
+    python benchmarks/quantize_layers.py FOLDER --only-calibration [--recipe gptq] [--experts 8] [--device cuda]
 
 Writes into FOLDER, and removes again, a source of random weights: one dense layer and one of 256 experts, embedding and
 head (16 GB in FP8; --small: a tiny model). Then
@@ -9,7 +10,9 @@ head (16 GB in FP8; --small: a tiny model). Then
                   fsync of 8 GB of the source; neither finds its input in memory
     killed        the same conversion, killed so many times at random moments, then left to end
     shared        the same conversion by two processes at once
-    calibration   8,192 tokens through both layers on the CPU, and a conversion behind it (--no-calibration: left out)
+    calibration   8,192 tokens through both layers on the CPU, and a conversion behind it (--no-calibration: left out);
+                  alone with --only-calibration, then also under a recipe that solves layers from their inputs, with
+                  fewer experts, or on a GPU
 
 Rates are bytes read and written a second, also per second of CPU time, for machines with other work; memory is the
 process's largest resident set by the kernel's account (VmHWM), page cache not in it. Every output's tensors must have
@@ -28,6 +31,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -174,7 +178,8 @@ class Run:
         self._receive.recv()
 
     def result(self) -> dict[str, float]:
-        """Wait for its end: seconds, CPU seconds, peak resident bytes, seconds of calibration."""
+        """Wait for its end: seconds, CPU seconds, peak resident bytes; of each layer's calibration, and of its end,
+        seconds and CPU seconds since the beginning."""
         said: dict[str, float] = {}
         try:
             while True:
@@ -188,12 +193,12 @@ class Run:
 
 def _quantize(send, source: Path, target: Path, options: dict) -> None:
     torch.set_num_threads(2)
-    began, calibrated, seen = time.perf_counter(), 0.0, set()
+    began, layers, seen = time.perf_counter(), {}, set()
 
     def tell(stage: str, done: int, total: int) -> None:
-        nonlocal calibrated
         if stage == "calibrate":
-            calibrated = time.perf_counter() - began
+            if done % (total // 2) == 0:  # a layer begins, or the last one has ended
+                layers.setdefault(done, [round(time.perf_counter() - began, 1), round(time.process_time(), 1)])
         elif not seen:
             send.send({})
             seen.add(stage)
@@ -201,7 +206,10 @@ def _quantize(send, source: Path, target: Path, options: dict) -> None:
     quantize_checkpoint(source, target, progress=tell, **options)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
-    send.send({"seconds": time.perf_counter() - began, "cpu": cpu, "peak": peak(), "calibrated": calibrated})
+    figures = {"seconds": time.perf_counter() - began, "cpu": cpu, "peak": peak(), "layers": [*layers.values()]}
+    if options.get("device") == "cuda":
+        figures["gpu_peak"] = torch.cuda.max_memory_allocated()
+    send.send(figures)
 
 
 def killed(source: Path, target: Path, options: dict, times: int, seconds: float) -> int:
@@ -256,6 +264,9 @@ def measure(source: Path, folder: Path, max_memory: int | None, options: argpars
         shutil.rmtree(folder / name)
         return size
 
+    if options.only_calibration:
+        calibrate(source, folder, {**common, "recipe": options.recipe, "device": options.device}, note, taken)
+        return {"source_bytes": source_bytes, "rows": rows, "digest": digests["calibrated"]}
     for turn in range(options.repeats):
         rate, size = copy_rate(source, folder / "copy")
         note("cp and fsync", rate=rate, bytes=size)
@@ -278,11 +289,16 @@ def measure(source: Path, folder: Path, max_memory: int | None, options: argpars
     same = digests["killed"]
     print(f"{len(digests)} outputs of {written:,} bytes with one digest: {same}", flush=True)
     if options.calibrate:
-        text = {**common, "calibration": "builtin", "samples": SAMPLES, "tokens": TOKENS}
-        figures = Run(source, folder / "calibrated", text).result()
-        taken("calibrated")
-        note("calibration", tokens=SAMPLES * TOKENS, **figures)
+        calibrate(source, folder, common, note, taken)
     return {"source_bytes": source_bytes, "written": written, "rows": rows, "digest": same}
+
+
+def calibrate(source: Path, folder: Path, options: dict, note: Callable, taken: Callable) -> None:
+    """8,192 tokens through both layers, and a conversion."""
+    text = {"calibration": "builtin", "samples": SAMPLES, "tokens": TOKENS}
+    figures = Run(source, folder / "calibrated", {**options, **text}).result()
+    taken("calibrated")
+    note("calibration", tokens=SAMPLES * TOKENS, **figures)
 
 
 def make_up(path: Path, config: DeepseekV3Config) -> None:
@@ -300,6 +316,10 @@ def main() -> None:
     parser.add_argument("--max-memory", type=lambda text: Bytes().convert(text, None, None), default=4 * 10**9)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--no-calibration", dest="calibrate", action="store_false")
+    parser.add_argument("--only-calibration", action="store_true")
+    parser.add_argument("--recipe", default="max", help="of --only-calibration")
+    parser.add_argument("--device", default="cpu", help="of --only-calibration")
+    parser.add_argument("--experts", type=int, help="fewer routed experts, with as many tokens each")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -308,7 +328,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source = options.source or Path(scratch) / "source"
         if options.source is None:
-            write_source(source, SMALL if options.small else R1, 2_000_000 if options.small else 4_000_000_000)
+            config = dict(SMALL if options.small else R1)
+            if options.experts:
+                config |= {"n_routed_experts": options.experts, "num_experts_per_tok": max(1, options.experts // 32)}
+                config |= {"n_group": 1, "topk_group": 1}
+            write_source(source, config, 2_000_000 if options.small else 4_000_000_000)
         result = measure(source, Path(scratch), options.max_memory, options)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

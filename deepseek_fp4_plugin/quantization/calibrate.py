@@ -10,7 +10,7 @@ in memory at once is memory.py's to say.
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,17 @@ from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.decoder import RotaryAngles
 from deepseek_fp4_plugin.numerics import nvfp4
-from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, token_batches
+from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, grouped, token_batches
 from deepseek_fp4_plugin.quantization.convert import decoded
-from deepseek_fp4_plugin.quantization.memory import Portions
+from deepseek_fp4_plugin.quantization.memory import BATCH_TOKENS, Portions
 from deepseek_fp4_plugin.quantization.observer import LayerAmax
 from deepseek_fp4_plugin.quantization.plan import Plan
 from deepseek_fp4_plugin.quantization.recipe import Recipe
-from deepseek_fp4_plugin.quantization.streaming import StreamedLayer
+from deepseek_fp4_plugin.quantization.streaming import Batch, StreamedLayer
 
 ZERO_INPUT_SCALE = 1.0  # of a projection whose every input was zero: holds block maxima of 0.1 to 2688 in full
-Solve = Callable[[StreamedLayer, Sequence[tuple[ForwardBatch, Tensor]]], list[Tensor]]
-BATCH_TOKENS = 8192  # a layer's weights are decoded once a batch; attention's queries of R1 take 0.4 GB for so many
+Solve = Callable[[int, StreamedLayer, Callable[[], Iterator[Batch]]], Iterator[Tensor]]
+_DTYPE = torch.bfloat16  # of hidden states
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -123,7 +123,8 @@ class Calibration:
 
     Arguments as of `calibrate`.  memory: how much is computed at once.  shared: other processes may ask for the layers
     of the same folder; whichever asks first for one that nobody has computed does so, and the others wait.
-    solve: computes a layer's outputs from all samples' inputs, for a recipe that quantizes on the way.
+    solve: gives a layer's outputs, from the number of tokens and all batches, as often as it begins them, for a recipe
+        that quantizes on the way.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class Calibration:
     ):
         self.reader, self.config, self.plan, self.samples = reader, config, plan, data.samples
         self.work, self.device, self.progress, self.shared = work, device, progress, shared
-        self.memory = memory or Portions(BATCH_TOKENS, BATCH_TOKENS, config.n_routed_experts or 1)
-        self.batches = list(token_batches(data.samples, self.memory.batch_tokens))
+        self.memory = memory or Portions(BATCH_TOKENS, BATCH_TOKENS, config.n_routed_experts or 1, keep=True)
+        self.batches = token_batches(data.samples, self.memory.batch_tokens)
         self.source = WeightSource(reader, device, torch.bfloat16, backend="reference")
         self.rotary = RotaryAngles(config)
         self.hidden = (work / "hidden-0.bin", work / "hidden-1.bin")
@@ -218,73 +219,63 @@ class Calibration:
         place = torch.zeros(c.vocab_size, dtype=torch.int64, device=self.device)
         place[used] = torch.arange(len(used), device=self.device)
 
-        def embed(span: Sequence[tuple[ForwardBatch, Tensor]]) -> list[Tensor]:
-            return [rows[place[batch.input_ids]] for batch, _ in span]
-
-        self._advance([[batch] for batch in self.batches], None, self.hidden[0], embed, lambda done: None)
+        _write(self.hidden[0], (rows[place[torch.tensor(sample, device=self.device)]] for sample in self.samples))
 
     def _layer(self, index: int, progress: Callable[[int], None]) -> _LayerResult:
         """Read the input of layer `index`, write its output, return what its projections saw."""
-        layer = StreamedLayer(index, self.config, self.source, self.rotary, self.memory.experts)
-        spans = self._spans(self.memory.span_tokens if layer.moe else self.memory.batch_tokens)
-        forward = layer.forward
-        if self._solve is not None:
-            spans, forward = [self.batches], partial(self._solve, layer)
+        layer = StreamedLayer(index, self.config, self.source, self.rotary, self.memory.experts, self.memory.keep)
         source, target = self.hidden[index % 2], self.hidden[(index + 1) % 2]
-        output = self._advance(spans, source, target, forward, progress)
+        if self._solve is None:
+            outputs = self._through(layer, source, progress)
+        else:
+            outputs = self._solve(self.starts[-1], layer, partial(self._inputs, source, progress))
+        output = _write(target, outputs)
         self.reader.close()
         return _LayerResult(layer.observer.result().to_json(), output)
 
-    def _spans(self, tokens: int) -> list[list[tuple[int, int]]]:
-        """Consecutive batches that go through a layer together, of at most `tokens` but at least one batch."""
-        spans: list[list[tuple[int, int]]] = []
-        size = 0
-        for start, stop in self.batches:
-            count = self.starts[stop] - self.starts[start]
-            if not spans or size + count > tokens:
-                spans.append([])
-                size = 0
-            spans[-1].append((start, stop))
-            size += count
-        return spans
+    def _through(self, layer: StreamedLayer, source: Path, progress: Callable[[int], None]) -> Iterator[Tensor]:
+        """The layer's outputs, batch by batch."""
+        inputs = self._inputs(source, progress)
+        for span in self._spans(layer.moe is not None):
+            yield from layer.forward([[next(inputs) for _ in range(count)] for count in span])
 
-    def _advance(
-        self,
-        spans: list[list[tuple[int, int]]],
-        source: Path | None,
-        target: Path,
-        forward: Callable[[Sequence[tuple[ForwardBatch, Tensor]]], list[Tensor]],
-        progress: Callable[[int], None],
-    ) -> int:
-        """Apply `forward` span after span; returns the CRC-32 of what was written to `target`."""
-        checksum = done = 0
-        try:
-            with open(source or os.devnull, "rb") as read, open(target, "wb") as write:
-                for span in spans:
-                    inputs = []
-                    for start, stop in span:
-                        progress(done)
-                        done += 1
-                        batch = ForwardBatch.from_sequences(self.samples[start:stop], self.device)
-                        hidden = self._read(read, self.starts[stop] - self.starts[start]) if source else torch.empty(0)
-                        inputs.append((batch, hidden.to(self.device)))
-                    for result in forward(inputs):
-                        data = result.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data
-                        checksum = zlib.crc32(data, checksum)
-                        write.write(data)
-                write.flush()
-                os.fsync(write.fileno())
-                forget(write.fileno())
-        except OSError as error:
-            raise not_written(target, error) from None
-        return checksum
+    def _inputs(self, source: Path, progress: Callable[[int], None]) -> Iterator[Batch]:
+        """All batches with their hidden states, from the first one on."""
+        with open(source, "rb") as file:
+            for done, (start, stop) in enumerate(self.batches):
+                progress(done)
+                hidden = torch.empty(self.starts[stop] - self.starts[start], self.config.hidden_size, dtype=_DTYPE)
+                if file.readinto(hidden.view(torch.uint8).numpy().data.cast("B")) != hidden.nbytes:
+                    raise CheckpointError(
+                        f"{source} is shorter than it was written; remove its folder and start afresh"
+                    )
+                yield ForwardBatch.from_sequences(self.samples[start:stop], self.device), hidden.to(self.device)
 
-    def _read(self, file, tokens: int) -> Tensor:
-        """The next `tokens` rows, BF16 [tokens, hidden]."""
-        hidden = torch.empty(tokens, self.config.hidden_size, dtype=torch.bfloat16)
-        if file.readinto(hidden.view(torch.uint8).numpy().data.cast("B")) != hidden.nbytes:
-            raise CheckpointError(f"{file.name} is shorter than it was written; remove its folder and start afresh")
-        return hidden
+    def _spans(self, experts: bool) -> list[list[int]]:
+        """What goes through a layer together: of each block the number of its batches."""
+        if not experts:
+            return [[1] for _ in self.batches]
+        sizes = [self.starts[stop] - self.starts[start] for start, stop in self.batches]
+        blocks = grouped(sizes, self.memory.block_tokens)
+        spans = grouped([sum(sizes[start:stop]) for start, stop in blocks], self.memory.span_tokens)
+        return [[stop - start for start, stop in blocks[first:last]] for first, last in spans]
+
+
+def _write(target: Path, outputs: Iterable[Tensor]) -> int:
+    """Hidden states to a file; returns their CRC-32."""
+    checksum = 0
+    try:
+        with open(target, "wb") as file:
+            for result in outputs:
+                data = result.to("cpu", _DTYPE).contiguous().view(torch.uint8).numpy().data
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            forget(file.fileno())
+    except OSError as error:
+        raise not_written(target, error) from None
+    return checksum
 
 
 def _result_file(work: Path, layer: int) -> Path:

@@ -139,15 +139,20 @@ def _warn_of_little(data: CalibrationData, where: str, samples: int, tokens: int
         _log.warning("%s gives %s, but only %d different; is this the right text?", where, counts, different)
 
 
-def token_batches(samples: list[list[int]], max_tokens: int) -> Iterator[tuple[int, int]]:
+def grouped(sizes: Sequence[int], at_most: int) -> list[tuple[int, int]]:
+    """[start, stop) ranges of neighbours whose sizes are at most `at_most` together, but at least one in each."""
+    found, start, total = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > at_most:
+            found.append((start, index))
+            start, total = index, 0
+        total += size
+    return [*found, (start, len(sizes))]
+
+
+def token_batches(samples: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, int]]:
     """[start, stop) ranges of samples with at most `max_tokens` tokens together, but at least one sample."""
-    start, size = 0, 0
-    for index, sample in enumerate(samples):
-        if index > start and size + len(sample) > max_tokens:
-            yield start, index
-            start, size = index, 0
-        size += len(sample)
-    yield start, len(samples)
+    return grouped([len(sample) for sample in samples], max_tokens)
 
 
 def _builtin() -> Path:

@@ -12,66 +12,125 @@ from typing import NamedTuple
 
 from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
-from deepseek_fp4_plugin.quantization.recipe import Needs
+from deepseek_fp4_plugin.quantization.recipe import MAX_HELD_OUT, WEIGHTS_AT_ONCE, Needs
 
-_BATCHES = (8192, 4096, 2048, 1024, 512, 256)
+BATCH_TOKENS = 8192  # a layer's weights are decoded once a batch; attention's queries of R1 take 0.4 GB for so many
+_BATCHES = (BATCH_TOKENS, 4096, 2048, 1024, 512, 256)
 # Libraries, the plan, journals, what the allocator keeps: a constant, so that a resumed run comes to the same portions.
 _OWN = 800 * 10**6
+EXPERT_ROWS = 2048  # rows that an expert computes at once
 
 
 class Portions(NamedTuple):
     """batch_tokens: through attention at once.  span_tokens: in memory while a layer's experts pass.
 
-    experts: routed experts in memory at once.  convert: bytes of weights between reading and writing.
+    experts: routed experts read at once.  convert: bytes of weights between reading and writing.
+    keep: a layer's experts stay in memory, for all spans.  spill: rows that a solver comes back to lie in files.
     """
 
     batch_tokens: int
     span_tokens: int
     experts: int
     convert: int = 2**29
+    keep: bool = False
+    spill: bool = False
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens whose rows an expert computes together. A span is of whole blocks, whatever its size."""
+        return BATCH_TOKENS if self.span_tokens >= BATCH_TOKENS else self.batch_tokens
+
+
+class Solving(NamedTuple):
+    """What a solver holds: while it solves, of each token, and while attention passes."""
+
+    matrices: float = 0
+    token: float = 0
+    attention: float = 0
 
 
 def portions(
-    config: DeepseekV3Config, max_memory: int, longest: int, source_bytes: float, solving: float = 0
+    config: DeepseekV3Config,
+    max_memory: int,
+    longest: int,
+    source_bytes: float,
+    solving: Solving = Solving(),  # noqa: B008
+    tokens: int = 0,
 ) -> Portions:
     """The portions that stay below `max_memory` bytes of this process's resident memory.
 
     longest: tokens of the longest sample, 0 where none pass.  source_bytes: of a weight in the source, 1 in FP8.
-    solving: what a recipe holds besides, see `solving_bytes`.
-    Raises ValueError saying how much the model needs at least.
+    tokens: of all samples.  Raises ValueError saying how much the model needs at least.
     """
-    free = max_memory - _OWN - solving
+    spill = solving.matrices + solving.token * tokens > max_memory - _OWN
+    held = 0 if spill else solving.token * tokens
+    free = max_memory - _OWN - held - solving.attention
     widest = max(config.intermediate_size, config.moe_intermediate_size) * config.hidden_size
     convert = 2 * widest * (source_bytes + 1)  # gate and up of the widest MLP, before and after
     fixed, each = _attention(config, source_bytes)
     batches = [size for size in _BATCHES if size >= longest and fixed + size * each <= free * 0.6]
     expert = 3 * config.moe_intermediate_size * config.hidden_size * source_bytes
-    decoded = 8 * config.moe_intermediate_size * config.hidden_size  # of one projection, FP32, and its product
+    decoded = 16 * config.moe_intermediate_size * config.hidden_size  # one expert in FP32, and a projection in FP8
+    decoded += EXPERT_ROWS * 16 * (config.moe_intermediate_size + config.hidden_size) if expert else 0
     group = int((free * 0.4 - decoded) // expert) if expert else 1
     token = 12 * config.hidden_size
-    if convert > free * 0.8 or (longest and (not batches or group < 1)):
-        least = convert / 0.8
-        if longest:
-            least = max(least, (fixed + max(longest, _BATCHES[-1]) * each) / 0.6, (decoded + expert) / 0.4)
+    least = max(convert / 0.8 + solving.attention, solving.matrices)
+    if longest:
+        smallest = fixed + max(longest, _BATCHES[-1]) * each
+        least = max(least, max(smallest / 0.6, (decoded + expert) / 0.4) + solving.attention)
+    if max_memory - _OWN < least or (longest and not batches):
         raise ValueError(
             f"--max-memory {size_text(max_memory)} is too little for this model: "
-            f"it takes {size_text(least + _OWN + solving)} at least"
+            f"it takes {size_text(least + _OWN)} at least"
         )
     batch = batches[0] if longest else _BATCHES[-1]
     span = max(batch, int(free * 0.4 // token))
-    return Portions(batch, span, max(1, min(group, config.n_routed_experts or 1)), int(min(free * 0.8, 2**29)))
+    count = config.n_routed_experts or 1
+    return Portions(batch, span, max(1, min(group, count)), int(min(free * 0.8, 2**29)), group >= count, spill)
 
 
-def solving_bytes(config: DeepseekV3Config, needs: Needs, tokens: int) -> float:
-    """What a layer's solver holds: every sample's rows, and the matrices of the widest projection that it solves."""
+def portions_on_gpu(
+    config: DeepseekV3Config,
+    max_memory: int | None,
+    gpu_memory: int,
+    longest: int,
+    source_bytes: float,
+    solving: Solving = Solving(),  # noqa: B008
+    tokens: int = 0,
+) -> Portions:
+    """The portions for a GPU of `gpu_memory` bytes, of which a tenth is left alone; the host holds what is on its way.
+
+    The host's cap bounds the experts that are read at once; on the GPU they stay, for all spans, if they take half.
+    """
+    there = portions(config, int(gpu_memory * 0.9), longest, source_bytes, solving, tokens)
+    expert = 3 * config.moe_intermediate_size * config.hidden_size * source_bytes
+    count = config.n_routed_experts or 1
+    host = (max_memory or 8 * 10**9) - _OWN
+    group = max(1, min(count, int(host * 0.2 // expert) if expert else 1))
+    keep = expert * count <= gpu_memory * 0.4
+    group = group if keep else min(group, there.experts)
+    return there._replace(experts=group, keep=keep, convert=int(min(host * 0.4, 2**29)))
+
+
+def solving_bytes(config: DeepseekV3Config, needs: Needs, attention: bool = False) -> Solving:
+    """What a layer's solver holds: the widest second moments, a weight, its results; and of each token its rows."""
     if needs is Needs.NOTHING:
-        return 0
+        return Solving()
+    hidden = config.hidden_size
     dense = config.intermediate_size if config.first_k_dense_replace else 0
-    widest = max(config.hidden_size, dense, config.moe_intermediate_size)
-    chosen = config.num_experts_per_tok or 0
-    rows = tokens * (12 * config.hidden_size + max(2 * chosen * config.moe_intermediate_size, 6 * dense))
-    weights = 6 * 4 * 2 * config.hidden_size * max(dense, config.moe_intermediate_size)
-    return rows + weights + (5 * 4 * widest**2 if needs is Needs.HESSIAN else 0)
+    shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
+    inner = max(dense, shared, config.moe_intermediate_size)
+    attended = config.num_attention_heads * config.v_head_dim if attention else 0
+
+    def moments(width: int) -> float:
+        return 4 * width * width if needs is Needs.HESSIAN else 64 * width
+
+    held_out = 4 * MAX_HELD_OUT
+    gate_up = 15 * inner * hidden + 3 * moments(hidden) + held_out * hidden  # FP32 weights, both results, the source's
+    down = 8 * inner * hidden + moments(inner) + held_out * inner
+    output = 8 * attended * hidden + moments(attended) + held_out * attended
+    matrices = max(gate_up, down, output) + 12 * 4 * WEIGHTS_AT_ONCE
+    return Solving(matrices, 10 * hidden + max(2 * dense, 4 * shared), moments(attended))
 
 
 def _attention(config: DeepseekV3Config, source_bytes: float) -> tuple[float, float]:

@@ -33,7 +33,6 @@ from deepseek_fp4_plugin.models.declarations import absent_code
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import checked_device
 from deepseek_fp4_plugin.quantization.calibrate import (
-    BATCH_TOKENS,
     Calibration,
     cold_experts,
     hidden_bytes,
@@ -42,7 +41,15 @@ from deepseek_fp4_plugin.quantization.calibrate import (
 )
 from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, CalibrationData, load_calibration
 from deepseek_fp4_plugin.quantization.convert import DEFAULT_BUDGET, Converter
-from deepseek_fp4_plugin.quantization.memory import Portions, capped, portions, solving_bytes
+from deepseek_fp4_plugin.quantization.memory import (
+    BATCH_TOKENS,
+    Portions,
+    Solving,
+    capped,
+    portions,
+    portions_on_gpu,
+    solving_bytes,
+)
 from deepseek_fp4_plugin.quantization.model_card import model_card, source_facts
 from deepseek_fp4_plugin.quantization.observer import LayerAmax
 from deepseek_fp4_plugin.quantization.plan import Plan, make_plan
@@ -123,7 +130,8 @@ def quantize_checkpoint(
     data = _calibration(calibration, folder, samples, tokens, config, seed)
     if chosen.needs is not Needs.NOTHING:
         _refuse_without_forward(chosen, data, share)
-    memory = _portions(reader, plan, config, data, chosen, max_memory)
+    solving = solving_bytes(config, chosen.needs, layout == "v2")
+    memory = _portions(reader, plan, config, data, solving, max_memory, target)
     job: dict[str, Any] = {
         "version": __version__,
         "source": _fingerprint(reader),
@@ -135,13 +143,19 @@ def quantize_checkpoint(
     }
     if memory is not None and memory.batch_tokens != BATCH_TOKENS:
         job["batch_tokens"] = memory.batch_tokens  # sums over more rows may round otherwise
+    if memory is not None and memory.block_tokens not in (memory.batch_tokens, BATCH_TOKENS):
+        job["block_tokens"] = memory.block_tokens
     if arithmetic is not None:
         job["arithmetic"] = arithmetic
     if format != "modelopt":
         job["format"] = format
     where = str(Path(destination).expanduser())
     tell = progress or (lambda stage, done, total: None)
-    work_bytes = hidden_bytes(config, data) if isinstance(data, CalibrationData) else 0
+    work_bytes = 0
+    if isinstance(data, CalibrationData):
+        work_bytes = hidden_bytes(config, data)
+        if memory is not None and memory.spill:
+            work_bytes += int(solving.token * data.num_tokens)
     writer = CheckpointWriter(destination, plan.tensors, job, max_shard_bytes, work_bytes, share)
     try:
         if writer.finished is not None:  # an earlier run got as far as tidying up
@@ -209,7 +223,10 @@ def _layers(
     budget = memory.convert if memory else DEFAULT_BUDGET
     converted, quiet = partial(tell, CONVERT), lambda done, total: None
     converter = Converter(own, writer, plan, recipe, device, converted, budget, moved or quiet)
-    solver = LayerSolver(reader, writer, plan, recipe, converter.notes) if recipe.needs is not Needs.NOTHING else None
+    spill = memory is not None and memory.spill
+    solver = None
+    if recipe.needs is not Needs.NOTHING:
+        solver = LayerSolver(reader, writer, plan, recipe, converter.notes, device, spill)
     inputs: Calibration | SavedCalibration
     if isinstance(data, SavedCalibration):
         inputs = data
@@ -264,17 +281,22 @@ def _portions(
     plan: Plan,
     config: DeepseekV3Config,
     data: CalibrationData | SavedCalibration,
-    recipe: Recipe,
+    solving: Solving,
     max_memory: int | None,
+    device: torch.device,
 ) -> Portions | None:
-    if max_memory is None:
+    if max_memory is None and device.type == "cpu":
         return None
     widths = [reader.info(c.weight.name).dtype.itemsize for unit in plan.units for c in unit.conversions if c.nvfp4]
     longest, tokens = 0, 0
     if isinstance(data, CalibrationData):
         longest, tokens = max(map(len, data.samples)), data.num_tokens
-    solving = solving_bytes(config, recipe.needs, tokens)
-    return portions(config, max_memory, longest, max(widths, default=1), solving)
+    width = max(widths, default=1)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+        return portions_on_gpu(config, max_memory, there, longest, width, solving, tokens)
+    assert max_memory is not None
+    return portions(config, max_memory, longest, width, solving, tokens)
 
 
 def _refuse_in_the_way(source: Path, destination: Path) -> None:

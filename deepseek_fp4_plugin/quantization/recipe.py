@@ -8,7 +8,7 @@ call. Names, dtypes and sizes of what it returns are those of numerics/nvfp4.py,
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class InputStatistics:
 
 
 MAX_HELD_OUT = 4096
+WEIGHTS_AT_ONCE = 2**23  # on a CPU, of a recipe that takes several copies of them
 
 
 class SourceWeight(NamedTuple):
@@ -102,11 +103,11 @@ class Recipe(Protocol):
     sequential: bool
     weight_dtype: torch.dtype
 
-    def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[Solution]:
+    def solve(self, weights: Sequence[Tensor], inputs: Any) -> list[Solution]:
         """Quantize weights that share an input and `weight_scale_2`: gate and up, or a single one.
 
         weights: [out, in] each in `weight_dtype`, finite, on the device to compute on.
-        inputs: on the same device; None exactly where `needs` is NOTHING.
+        inputs: InputStatistics on the same device, or what `ready` made of them; None exactly where `needs` is NOTHING.
         """
 
     def input_scale(self, amax: Tensor) -> Tensor:
@@ -119,6 +120,14 @@ class FromSource(Protocol):
 
     def solve_source(self, weights: Sequence[SourceWeight]) -> list[Solution] | None:
         """None where a weight holds NaN or infinity."""
+
+
+@runtime_checkable
+class ReadiesInputs(Protocol):
+    """A recipe whose `solve` takes what `ready` made of the inputs as well as the inputs themselves."""
+
+    def ready(self, inputs: InputStatistics) -> Any:
+        """What solving reads of the inputs, the same for every weight. May use up `inputs.hessian`, to save memory."""
 
 
 def measured(w: Tensor, quantized: NVFP4Tensor) -> Rounding:

@@ -10,8 +10,9 @@ those of all tokens, of down's to those of what this expert answers to a sample 
 experts' downs share no basis, so that a mean over experts would tell little.)
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
-from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels import ops, reference
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
-from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
@@ -32,13 +32,17 @@ from deepseek_fp4_plugin.quantization.recipe import (
     MAX_HELD_OUT,
     InputStatistics,
     Needs,
+    ReadiesInputs,
     Recipe,
     block_diagonal,
     shrunk,
 )
-from deepseek_fp4_plugin.quantization.streaming import StreamedLayer
+from deepseek_fp4_plugin.quantization.rows import Rows
+from deepseek_fp4_plugin.quantization.streaming import Batch, StreamedLayer
 
 SAMPLE = 2048  # tokens of a layer that every expert answers to
+ROWS = 2048  # tokens that a projection sees at once
+_DECODED = 2**24  # weights
 _TENSORS = ("weight", "weight_scale", "weight_scale_2")
 
 
@@ -48,22 +52,31 @@ class Moments:
     def __init__(self, in_features: int, needs: Needs, device: torch.device):
         self._full = needs is Needs.HESSIAN
         shape = (in_features, in_features) if self._full else (in_features // 16, 16, 16)
-        self.total = torch.zeros(shape, device=device)
+        self._moments = torch.zeros(shape, device=device)
+        self._is_mean = False
         self.tokens = 0
         self._held: list[Tensor] = []
         self._width, self._device = in_features, device
 
     def add(self, rows: Tensor, held_out: Tensor) -> None:
         """rows: [n, in].  held_out: bool [n]."""
+        assert not self._is_mean, "rows after the mean was asked for"
         used = rows[~held_out].float()
         self.tokens += used.shape[0]
-        self.total += used.T @ used if self._full else block_diagonal(used)
+        if self._full:
+            self._moments.addmm_(used.T, used)
+        else:
+            self._moments += block_diagonal(used)
         left = MAX_HELD_OUT - sum(map(len, self._held))
         if left > 0:
             self._held.append(rows[held_out][:left].float())
 
     def mean(self) -> Tensor:
-        return self.total / max(self.tokens, 1)
+        """In the place of the sum: the largest of R1 takes 1.4 GB, and there is no room for both."""
+        if not self._is_mean:
+            self._moments /= max(self.tokens, 1)
+            self._is_mean = True
+        return self._moments
 
     def statistics(self, layer: Tensor | None = None) -> InputStatistics:
         """layer: the mean over its layer's rows, which an expert's is drawn to."""
@@ -72,69 +85,77 @@ class Moments:
         return InputStatistics(self.tokens, hessian, held)
 
 
-class _Rows(NamedTuple):
-    """An expert's part of one batch.  tokens: indices in the batch.  weights: FP32, of its output."""
-
-    batch: int
-    tokens: Tensor
-    weights: Tensor
-
-
 class LayerSolver:
-    """Solves and writes the NVFP4 weights of a layer while its samples pass."""
+    """Solves and writes the NVFP4 weights of a layer while its samples pass.
 
-    def __init__(self, reader: CheckpointReader, writer: CheckpointWriter, plan: Plan, recipe: Recipe, notes: Notes):
-        self.reader, self.writer, self.recipe, self.notes = reader, writer, recipe, notes
+    spill: keep the tokens' rows in files, of the writer's folder for work.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        writer: CheckpointWriter,
+        plan: Plan,
+        recipe: Recipe,
+        notes: Notes,
+        device: torch.device,
+        spill: bool,
+    ):
+        self.reader, self.writer, self.recipe, self.notes, self.device = reader, writer, recipe, notes, device
+        self._folder = writer.work if spill else None
         self._units: Mapping[str, Unit] = {
             conversion.weight.module: unit for unit in plan.units for conversion in unit.conversions if conversion.nvfp4
         }
 
-    def forward(self, streamed: StreamedLayer, span: Sequence[tuple[ForwardBatch, Tensor]]) -> list[Tensor]:
-        """All samples' inputs of a layer, batch by batch, to its outputs; on the way its weights are written."""
-        device = span[0][1].device
-        first = 0
-        held = []
-        for batch, _ in span:
-            count = batch.input_ids.shape[0]
-            held.append(torch.arange(first, first + count, device=device) % HELD_OUT == HELD_OUT - 1)
-            first += count
-        layer = streamed.layer
-        output = layer.self_attn.o_proj
-        if output.modules_named[0] in self._units:
-            self._solve_attention_output(streamed, output, span, held)
-        halves = [streamed.attention(batch, hidden) for batch, hidden in span]
-        inputs = [normed for _, normed in halves]
-        if streamed.moe is None:
-            assert isinstance(layer.mlp, GatedMLP)
-            results = self._gated(layer.mlp, inputs, held)
-        else:
-            results = self._experts(streamed, inputs, held)
-            if streamed.moe.shared_experts:
-                shared = self._gated(streamed.moe.shared_experts, inputs, held)
-                results = [ops.add(routed, other) for routed, other in zip(results, shared, strict=True)]
-        return [ops.add(hidden, result) for (hidden, _), result in zip(halves, results, strict=True)]
+    def forward(self, tokens: int, streamed: StreamedLayer, batches: Callable[[], Iterator[Batch]]) -> Iterator[Tensor]:
+        """All samples' inputs of a layer, batch by batch, to its outputs; on the way its weights are written.
+
+        tokens: of all batches.  batches: begins them anew.
+        """
+        layer, hidden_size = streamed.layer, streamed.config.hidden_size
+        if layer.self_attn.o_proj.modules_named[0] in self._units:
+            self._solve_attention_output(streamed, batches())
+        residual, inputs = (self._rows(tokens, hidden_size) for _ in range(2))
+        sizes = []
+        for batch, hidden in batches():
+            behind, normed = streamed.attention(batch, hidden)
+            residual.append(behind)
+            inputs.append(normed)
+            sizes.append(len(hidden))
+        del layer.self_attn  # its weights
+        results = [self._experts(streamed, inputs)] if streamed.moe else []
+        mlp = streamed.moe.shared_experts if streamed.moe else layer.mlp
+        if mlp is not None:
+            assert isinstance(mlp, GatedMLP)
+            results.append(self._gated(mlp, inputs))
+        del inputs
+        for start, stop in pairwise([0, *accumulate(sizes)]):
+            parts = [rows.read(start, stop).to(torch.bfloat16) for rows in results]
+            yield ops.add(residual.read(start, stop), parts[0] if len(parts) == 1 else ops.add(*parts))
 
     def write_input_scales(self, scales: Mapping[str, Tensor]) -> None:
         """What is known only when a layer is done."""
         for module, scale in scales.items():
             self.writer.write(f"{module}.input_scale", scale)
 
-    def _solve_attention_output(
-        self,
-        streamed: StreamedLayer,
-        output: Linear,
-        span: Sequence[tuple[ForwardBatch, Tensor]],
-        held: Sequence[Tensor],
-    ) -> None:
-        """Once through attention to see what its output projection sees; then it sees nothing twice."""
-        moments = Moments(output.in_features, self.recipe.needs, held[0].device)
-        observe = output.observer
-        assert observe is not None
-        for (batch, hidden), mask in zip(span, held, strict=True):
+    def _rows(self, count: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Rows:
+        return Rows(count, width, dtype, self.device, self._folder)
 
-            def both(x: Tensor, mask: Tensor = mask) -> None:
+    def _moments(self, in_features: int) -> Moments:
+        return Moments(in_features, self.recipe.needs, self.device)
+
+    def _solve_attention_output(self, streamed: StreamedLayer, batches: Iterator[Batch]) -> None:
+        """Once through attention to see what its output projection sees; then it sees nothing twice."""
+        output = streamed.layer.self_attn.o_proj
+        moments, observe, first = self._moments(output.in_features), output.observer, 0
+        assert observe is not None
+        for batch, hidden in batches:
+            held_out = _held_out(first + torch.arange(len(hidden), device=self.device))
+            first += len(hidden)
+
+            def both(x: Tensor, held_out: Tensor = held_out) -> None:
                 observe(x)
-                moments.add(x, mask)
+                moments.add(x, held_out)
 
             output.observer = both
             streamed.attention(batch, hidden)
@@ -143,74 +164,82 @@ class LayerSolver:
                 part.observer = None
         output.weight = self._solved(output.modules_named, moments.statistics()) or output.weight
 
-    def _gated(self, mlp: GatedMLP, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
+    def _gated(self, mlp: GatedMLP, inputs: Rows) -> Rows:
         """The dense MLP or the shared expert."""
-        results = list(inputs)
-        for linear in (mlp.gate_up_proj, mlp.down_proj):
-            if linear is mlp.down_proj:
-                halves = [result.chunk(2, -1) for result in results]
-                results = [torch.nn.functional.silu(gate) * up for gate, up in halves]
-            moments = Moments(linear.in_features, self.recipe.needs, inputs[0].device)
-            assert linear.observer is not None
-            for rows, mask in zip(results, held, strict=True):
-                linear.observer(rows)
-                moments.add(rows, mask)
-            weight = self._solved(linear.modules_named, moments.statistics()) or linear.weight
-            results = [ops.linear(rows, weight) for rows in results]
+        gate_up, down = mlp.gate_up_proj, mlp.down_proj
+        self._solve_linear(gate_up, inputs)
+        hidden = self._rows(inputs.count, down.in_features)
+        for start in range(0, inputs.count, ROWS):
+            hidden.append(_gated_rows(inputs.read(start, start + ROWS), gate_up.weight))
+        del gate_up.weight
+        self._solve_linear(down, hidden)
+        results = self._rows(inputs.count, inputs.width)
+        for start in range(0, inputs.count, ROWS):
+            results.append(product(hidden.read(start, start + ROWS), down.weight))
         return results
 
-    def _experts(self, streamed: StreamedLayer, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
+    def _solve_linear(self, linear: Linear, inputs: Rows) -> None:
+        moments = self._moments(inputs.width)
+        assert linear.observer is not None
+        for start in range(0, inputs.count, ROWS):
+            rows = inputs.read(start, start + ROWS)
+            linear.observer(rows)
+            moments.add(rows, _held_out(start + torch.arange(len(rows), device=self.device)))
+        linear.weight = self._solved(linear.modules_named, moments.statistics()) or linear.weight
+
+    def _experts(self, streamed: StreamedLayer, inputs: Rows) -> Rows:
+        """The routed experts' sums, FP32."""
         assert streamed.moe is not None
-        device, needs = inputs[0].device, self.recipe.needs
-        name, count = streamed.moe.experts.name, streamed.config.n_routed_experts
-        chosen = [streamed.moe.gate(normed) for normed in inputs]
-        layer = Moments(inputs[0].shape[1], needs, device)
-        for normed, mask in zip(inputs, held, strict=True):
-            layer.add(normed, mask)
-        mean, sample = layer.mean(), _sample(inputs, held)
-        sums = [torch.zeros(normed.shape, dtype=torch.float32, device=device) for normed in inputs]
-        for expert in range(count):
-            rows = _rows_of(expert, chosen)
+        name, inner = streamed.moe.experts.name, streamed.config.moe_intermediate_size
+        every = torch.arange(inputs.count, device=self.device)
+        layer, routes = self._moments(inputs.width), []
+        for start in range(0, inputs.count, ROWS):
+            rows = inputs.read(start, start + ROWS)
+            layer.add(rows, _held_out(every[start : start + ROWS]))
+            routes.append(streamed.moe.gate(rows))
+        ids, weights = (torch.cat(parts) for parts in zip(*routes, strict=True))
+        chosen = reference.by_expert(ids, weights, streamed.config.n_routed_experts)
+        mean, sample = layer.mean(), inputs.pick(_sample(every))
+        sums = self._rows(inputs.count, inputs.width, torch.float32)
+        for expert, (tokens, weight) in enumerate(chosen):
             observe = streamed.observer.of_experts(name, [expert])
-            moments = Moments(inputs[0].shape[1], needs, device)
-            for part in rows:
-                observe("gate_up", 0, inputs[part.batch][part.tokens])
-                moments.add(inputs[part.batch][part.tokens], held[part.batch][part.tokens])
-            pair = ("gate_proj", "up_proj")
+            moments, pair = self._moments(inputs.width), ("gate_proj", "up_proj")
+            for some in tokens.split(ROWS):
+                rows = inputs.pick(some)
+                observe("gate_up", 0, rows)
+                moments.add(rows, _held_out(some))
             gate_up = self._solved([f"{name}.{expert}.{p}" for p in pair], moments.statistics(mean))
             gate_up = gate_up or streamed.expert(expert, pair)
-            hidden = [_gated_rows(inputs[part.batch][part.tokens], gate_up) for part in rows]
-            moments = Moments(streamed.config.moe_intermediate_size, needs, device)
-            for part, x in zip(rows, hidden, strict=True):
-                observe("down", 0, x)
-                moments.add(x, held[part.batch][part.tokens])
-            answer = Moments(streamed.config.moe_intermediate_size, needs, device)
-            answer.add(_gated_rows(sample, gate_up), torch.zeros(len(sample), dtype=torch.bool, device=device))
+            hidden = torch.cat([_gated_rows(inputs.pick(some), gate_up) for some in tokens.split(ROWS)])
+            moments, answer = self._moments(inner), self._moments(inner)
+            observe("down", 0, hidden)
+            moments.add(hidden, _held_out(tokens))
+            answer.add(_gated_rows(sample, gate_up), torch.zeros(len(sample), dtype=torch.bool, device=self.device))
             down = self._solved([f"{name}.{expert}.down_proj"], moments.statistics(answer.mean()))
             down = down or streamed.expert(expert, ("down_proj",))
-            for part, x in zip(rows, hidden, strict=True):
-                result = ops.linear(x, down).float() * part.weights.unsqueeze(-1)
-                sums[part.batch].index_add_(0, part.tokens, result)
-        return [total.to(torch.bfloat16) for total in sums]
+            for some, x, w in zip(tokens.split(ROWS), hidden.split(ROWS), weight.split(ROWS), strict=True):
+                sums.add(some, product(x, down).float() * w.unsqueeze(-1))
+        return sums
 
     def _solved(self, modules: Sequence[str], inputs: InputStatistics) -> PreparedWeight | None:
         """The weight that the next projection's inputs are made with; None for the source's."""
         unit = self._units[modules[0]]
         names = [f"{module}.{tensor}" for module in modules for tensor in _TENSORS]
         if any(map(self.writer.needs, names)) or any(module not in self.notes.by_module for module in modules):
+            ready = self.recipe.ready(inputs) if isinstance(self.recipe, ReadiesInputs) else inputs
             weights = [
-                decoded(self.reader, conversion, self.recipe.weight_dtype, inputs.hessian.device)
+                decoded(self.reader, conversion, self.recipe.weight_dtype, self.device)
                 for conversion in unit.conversions
             ]
-            solutions = self.recipe.solve(weights, inputs)
+            solutions = self.recipe.solve(weights, ready)
             for module, solution in zip(modules, solutions, strict=True):
                 self.notes.add(module, solution.rounding)
                 for tensor, value in zip(_TENSORS, solution.tensor, strict=True):
-                    self.writer.write(f"{module}.{tensor}", value)
+                    self.writer.write(f"{module}.{tensor}", value.cpu())
             # A tensor scale as the file gives it back, so that a run that goes on computes with the same.
             scales = [self.writer.read(f"{module}.weight_scale_2") for module in modules]
             tensors = [
-                solution.tensor._replace(scale_2=scale.to(inputs.hessian.device))
+                solution.tensor._replace(scale_2=scale.to(self.device))
                 for solution, scale in zip(solutions, scales, strict=True)
             ]
         else:
@@ -218,25 +247,37 @@ class LayerSolver:
         if not self.recipe.sequential:
             return None
         parts = [WeightTensors(WeightFormat.NVFP4, *tensor) for tensor in tensors]
-        return ops.prepare(parts, inputs.hessian.device, torch.bfloat16, backend="reference")
+        return ops.prepare(parts, self.device, torch.bfloat16, backend="reference")
 
 
-def _sample(inputs: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:
-    """About SAMPLE of the rows that are not held out, or all if there are fewer; evenly spread over the batches."""
-    step = max(1, sum(map(len, inputs)) // SAMPLE)
-    return torch.cat([rows[~mask][::step] for rows, mask in zip(inputs, held, strict=True)])
+def _held_out(tokens: Tensor) -> Tensor:
+    """Which of the tokens, by their numbers, are kept out of all second moments."""
+    return tokens % HELD_OUT == HELD_OUT - 1
+
+
+def _sample(every: Tensor) -> Tensor:
+    """About SAMPLE of the tokens that are not held out, or all if there are fewer; evenly spread."""
+    return every[~_held_out(every)][:: max(1, len(every) // SAMPLE)]
 
 
 def _gated_rows(x: Tensor, gate_up: PreparedWeight) -> Tensor:
-    gate, up = ops.linear(x, gate_up).chunk(2, -1)
+    gate, up = product(x, gate_up).chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
 
-def _rows_of(expert: int, chosen: Sequence[tuple[Tensor, Tensor]]) -> list[_Rows]:
-    """The tokens that chose `expert`, batch by batch, where there are any."""
-    found = []
-    for batch, (ids, weights) in enumerate(chosen):
-        tokens, places = (ids == expert).nonzero(as_tuple=True)
-        if tokens.shape[0]:
-            found.append(_Rows(batch, tokens, weights[tokens, places]))
-    return found
+def product(x: Tensor, weight: PreparedWeight) -> Tensor:
+    """x W^T of a reference weight, of which some rows are decoded at a time."""
+    step = max(_DECODED // weight.in_features // 128, 1) * 128
+    outputs = []
+    for part in weight.data:
+        for start in range(0, part.out_features, step):
+            rows = slice(start, start + step)
+            scale = part.scale
+            if part.format is WeightFormat.FP8_BLOCK:
+                height = part.fp8_block[0]
+                scale = scale[start // height : -(-(start + step) // height)]
+            elif scale is not None:
+                scale = scale[rows]
+            piece = dataclasses.replace(part, weight=part.weight[rows], scale=scale)
+            outputs.append(ops.linear(x, dataclasses.replace(weight, data=(piece,))))
+    return torch.cat(outputs, -1)

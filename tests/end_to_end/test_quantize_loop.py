@@ -1,6 +1,8 @@
 """The quantizer's loop: work shared by processes, commits within a shard, portions under a cap, kept calibrations."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,12 +15,13 @@ from deepseek_fp4_plugin.checkpoint import writer as writer_module
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.quantization import quantize as quantize_module
-from deepseek_fp4_plugin.quantization.memory import Portions, portions, solving_bytes
+from deepseek_fp4_plugin.quantization.memory import Portions, portions, portions_on_gpu, solving_bytes
 from deepseek_fp4_plugin.quantization.overlap import overlapped
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.quantization.recipe import Needs, block_diagonal
 from deepseek_fp4_plugin.quantization.recipes.max import Max
 from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
+from deepseek_fp4_plugin.quantization.rows import Rows
 from deepseek_fp4_plugin.quantization.solve import Moments
 from tests.stops import SETTINGS, contents, small  # noqa: F401 (fixture)
 
@@ -35,6 +38,20 @@ def tell(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 quantize_checkpoint(sys.argv[1], sys.argv[2], **{settings!r}, share=True, progress=tell)
 """
+
+
+SOLVED = {"samples": 6, "tokens": 32}
+
+
+class CountedCalls:
+    """`Rows.append`, which notes where the rows lie."""
+
+    def __init__(self, append):
+        self.append, self.folders = append, set()
+
+    def __get__(self, rows, owner):
+        self.folders.add(rows.folder)
+        return lambda some: self.append(rows, some)
 
 
 def quantize(source, destination, **changes):
@@ -167,13 +184,60 @@ def test_memory_beyond_the_cap_is_refused_by_the_kernel_in_one_sentence(small, e
     assert contents(tmp_path / "out") == checkpoint_of(expected)
 
 
-def test_what_a_recipe_of_second_moments_holds_counts(small, tmp_path):  # noqa: F811
-    r1 = DEEPSEEK_R1
-    block, full = (solving_bytes(r1, needs, 8192) / 1e9 for needs in (Needs.BLOCK_HESSIAN, Needs.HESSIAN))
-    assert solving_bytes(r1, Needs.NOTHING, 8192) == 0 and 6 < full - block < 8
+@pytest.mark.parametrize("needs", list(Needs))
+def test_every_recipe_fits_r1_into_four_gigabytes(needs):
+    """With the default number of tokens; where they do not fit beside a solver's matrices they lie in files."""
+    r1, tokens = DEEPSEEK_R1, 512 * 512
+    solving = solving_bytes(r1, needs)
+    chosen = portions(r1, 4 * 10**9, 512, 1, solving, tokens)
+    assert chosen.spill == (needs is not Needs.NOTHING) and chosen.experts > 8 and not chosen.keep
+    roomy = portions(r1, 64 * 10**9, 512, 1, solving, tokens)
+    assert not roomy.spill and roomy.keep and roomy.span_tokens > chosen.span_tokens
     with pytest.raises(ValueError, match="is too little for this model: it takes"):
-        portions(r1, 4 * 10**9, 128, 1, solving_bytes(r1, Needs.HESSIAN, 8192))
-    assert portions(r1, 4 * 10**9, 128, 1).experts > 8
+        portions(r1, 2 * 10**9, 512, 1, solving, tokens)
+
+
+def test_a_gpu_keeps_the_experts_that_the_host_reads_in_groups():
+    chosen = portions_on_gpu(DEEPSEEK_R1, 4 * 10**9, 80 * 10**9, 512, 1)
+    assert chosen.keep and chosen.experts < 32 and chosen.batch_tokens == quantize_module.BATCH_TOKENS
+    less = portions_on_gpu(DEEPSEEK_R1, None, 16 * 10**9, 512, 1)
+    assert not less.keep and less.experts < 256
+
+
+@pytest.mark.parametrize(("recipe", "layout"), [("local-hessian", "v1"), ("gptq", "v2")])
+def test_rows_in_files_change_no_byte(small, tmp_path, monkeypatch, recipe, layout):  # noqa: F811
+    choices = {**SOLVED, "recipe": recipe, "layout": layout}
+    quantize(small, tmp_path / "whole" / "out", **choices)
+    chosen = Portions(quantize_module.BATCH_TOKENS, 10**6, 3, 1, spill=True)
+    monkeypatch.setattr(quantize_module, "portions", lambda *arguments: chosen)
+    monkeypatch.setattr(Rows, "append", counted := CountedCalls(Rows.append))
+    quantize(small, tmp_path / "out", **choices, max_memory=10**12)
+    assert counted.folders == {tmp_path / "out.incomplete" / "work"}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_rows_are_read_as_they_were_written(tmp_path, spilled):
+    rows, extra = torch.randn(9, 4), torch.randn(3, 4)
+    found = Rows(9, 4, torch.float32, torch.device("cpu"), tmp_path if spilled else None)
+    found.append(rows[:5])
+    found.append(rows[5:])
+    assert torch.equal(found.read(2, 20), rows[2:])
+    some = torch.tensor([7, 0, 3])
+    found.add(some, extra)
+    assert torch.equal(found.pick(some), rows[some] + extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_for_which_the_disk_has_no_room(tmp_path, monkeypatch):
+    found = Rows(9, 4, torch.float32, torch.device("cpu"), tmp_path)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        found.append(torch.zeros(1, 4))
 
 
 # ---------------------------------------------------------------- kept calibrations
@@ -252,8 +316,6 @@ def test_an_error_comes_in_its_turn_and_nothing_behind_it_is_stored(step):
 
 
 # ---------------------------------------------------------------- layers solved from their own inputs
-
-SOLVED = {"samples": 6, "tokens": 32}
 
 
 @pytest.mark.parametrize(("recipe", "layout"), [("local-hessian", "v1"), ("gptq", "v2")])

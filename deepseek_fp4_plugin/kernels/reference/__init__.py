@@ -12,8 +12,8 @@ from deepseek_fp4_plugin.kernels.reference.attention import (
 from deepseek_fp4_plugin.kernels.reference.convert import convert_weight, weight_amax
 from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.reference.embedding import embedding
-from deepseek_fp4_plugin.kernels.reference.linear import linear, plain_linear, prepare
-from deepseek_fp4_plugin.kernels.reference.moe import add_experts, experts_mlp, gated_mlp
+from deepseek_fp4_plugin.kernels.reference.linear import decoded, linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.reference.moe import add_expert, by_expert, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.reference.routing import route
@@ -23,12 +23,14 @@ __all__ = [
     "absorb",
     "absorbed_attention",
     "add",
-    "add_experts",
+    "add_expert",
     "add_rms_norm",
     "argmax",
+    "by_expert",
     "concat",
     "convert_weight",
     "cos_sin",
+    "decoded",
     "embedding",
     "expanded_attention",
     "experts_mlp",

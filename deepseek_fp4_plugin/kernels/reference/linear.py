@@ -1,6 +1,7 @@
 """y = x W^T for every weight format. FP32 throughout; one rounding, of the result, to the activations' dtype."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
         values, scale = _decode(part, expert)
         outputs.append((x32 @ values.T) * scale)
     return torch.cat(outputs, -1).to(x.dtype)
+
+
+def decoded(weight: PreparedWeight, expert: int | None = None) -> PreparedWeight:
+    """FP8 or plain weights, or one expert of them, in FP32: products are the same, and decode nothing any more."""
+    parts = tuple(WeightTensors(WeightFormat.PLAIN, _decode(part, expert)[0]) for part in weight.data)
+    return replace(weight, format=WeightFormat.PLAIN, data=parts)
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:

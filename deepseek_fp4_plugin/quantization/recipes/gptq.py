@@ -9,7 +9,9 @@ so that the costly ones have all others to lean on; columns stay in their blocks
 With H = R R^T, R upper triangular, GPTQ's matrix is U = R^-1. Source: Frantar et al., arXiv 2210.17323.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from deepseek_fp4_plugin.numerics import e2m1, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Needs, Solution
 from deepseek_fp4_plugin.quantization.recipes import local_hessian
-from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, output_errors
+from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks, factor, output_errors, permute
 from deepseek_fp4_plugin.quantization.recipes.scale_search import (
     MAX_CODE,
     MIN_CODE,
@@ -26,6 +28,7 @@ from deepseek_fp4_plugin.quantization.recipes.scale_search import (
     encoded,
     max_codes,
     roomy_input_scale,
+    rows_at_once,
     search,
     shared_scale,
     solutions,
@@ -33,10 +36,24 @@ from deepseek_fp4_plugin.quantization.recipes.scale_search import (
 )
 
 OFFSETS = range(-2, 8)
-DAMPING = 0.05  # of the mean diagonal, added to the diagonal
 MARGIN = 2.0  # standard errors of its gain that gptq must win by
 SPREAD = 0.2  # of a row's gain, in parts of the error: the median over r1_nano's experts (docs/quantization.md)
 _GROUP = 8  # blocks whose errors reach the columns behind them in one product
+
+
+class Order(NamedTuple):
+    """columns: int64 [experts, cols], as they are taken.  factor: FP32 [experts, cols, cols], U in that order."""
+
+    columns: Tensor
+    factor: Tensor
+
+
+class Ready(NamedTuple):
+    """blocks: FP32 [cols / 16, 16, 16], for `local-hessian`.  held_out: FP32 [n, cols].  order: None where n is 0."""
+
+    blocks: Tensor
+    held_out: Tensor
+    order: Order | None
 
 
 class Gptq:
@@ -48,18 +65,18 @@ class Gptq:
     sequential = True
     weight_dtype = torch.float32
 
-    def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[Solution]:
+    def solve(self, weights: Sequence[Tensor], inputs: InputStatistics | Ready | None) -> list[Solution]:
         assert inputs is not None
-        scale_2, stacked = shared_scale(weights), torch.cat(list(weights))
-        found = search(stacked, scale_2, local_hessian.OFFSETS, diagonal_blocks(inputs.hessian))
-        safe = solutions(weights, found, [local_hessian.LocalHessian.name] * len(weights))
-        if not len(inputs.held_out):  # without a row to judge by, the bolder way has nothing to show
-            return safe
-        bold = solutions(weights, quantize(stacked, scale_2, inputs.hessian), [self.name] * len(weights))
-        return [
-            second if confirmed(weight, first.tensor, second.tensor, inputs.held_out) else first
-            for weight, first, second in zip(weights, safe, bold, strict=True)
-        ]
+        if isinstance(inputs, InputStatistics):
+            inputs = self.ready(replace(inputs, hessian=inputs.hessian.clone()))
+        return _solved(weights, shared_scale(weights), inputs)
+
+    def ready(self, inputs: InputStatistics) -> Ready:
+        """What solving reads of the inputs, the same for every weight. Uses up `inputs.hessian`."""
+        blocks = diagonal_blocks(inputs.hessian).clone()
+        if not inputs.held_out.shape[0]:  # without a row to judge by, the bolder way has nothing to show
+            return Ready(blocks, inputs.held_out, None)
+        return Ready(blocks, inputs.held_out, _leant_on(inputs.hessian.unsqueeze(0)))
 
     def input_scale(self, amax: Tensor) -> Tensor:
         return roomy_input_scale(amax)
@@ -72,11 +89,71 @@ def confirmed(weight: Tensor, safe: NVFP4Tensor, bold: NVFP4Tensor, rows: Tensor
     none of its own, and a few that happen to agree have one that is too small.  n: above zero.
     """
     n = rows.shape[0]
-    before, after = (output_errors(nvfp4.dequantize(tensor) - weight, rows) for tensor in (safe, bold))
+    before, after = (_output_errors(weight, tensor, rows) for tensor in (safe, bold))
     gain = before - after
     mean = gain.mean()
     variance = ((gain - mean).square().sum() + (SPREAD * before.mean()).square()) / n
     return bool(mean > MARGIN * (variance / n).sqrt())
+
+
+def _output_errors(weight: Tensor, quantized: NVFP4Tensor, rows: Tensor) -> Tensor:
+    """Of each row, FP64 [n], over some of the outputs at a time."""
+    height = _height(weight)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, len(weight), height):
+        some = slice(start, start + height)
+        piece = NVFP4Tensor(quantized.packed[some], quantized.scale[some], quantized.scale_2)
+        total += output_errors(nvfp4.dequantize(piece) - weight[some], rows)
+    return total
+
+
+def _solved(weights: Sequence[Tensor], scale_2: Tensor, inputs: Ready) -> list[Solution]:
+    """Both ways for some rows at a time, which do not depend on each other; for all of a weight's the better way."""
+    safe, bold = local_hessian.LocalHessian.name, Gptq.name
+    ways: list[dict[str, list[NVFP4Tensor]]] = [{safe: [], bold: []} for _ in weights]
+    for pieces in _pieces(weights):
+        rows = torch.cat([piece for _, piece in pieces])
+        found = {safe: search(rows, scale_2, local_hessian.OFFSETS, inputs.blocks)}
+        if inputs.order is not None:
+            found[bold] = _quantized(rows, scale_2, inputs.order)
+        sizes = [len(piece) for _, piece in pieces]
+        for name, whole in found.items():
+            parts = zip(whole.packed.split(sizes), whole.scale.split(sizes), strict=True)
+            for (index, _), (packed, scale) in zip(pieces, parts, strict=True):
+                ways[index][name].append(NVFP4Tensor(packed, scale, scale_2))
+    results = []
+    for weight, way in zip(weights, ways, strict=True):
+        tensor, name = _joined(way[safe]), safe
+        if way[bold]:
+            second = _joined(way[bold])
+            if confirmed(weight, tensor, second, inputs.held_out):
+                tensor, name = second, bold
+        results += solutions([weight], tensor, [name])
+    return results
+
+
+def _joined(pieces: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
+    """Pieces of a weight's rows put together."""
+    packed, scale = torch.cat([piece.packed for piece in pieces]), torch.cat([piece.scale for piece in pieces])
+    return NVFP4Tensor(packed, scale, pieces[0].scale_2)
+
+
+def _height(weight: Tensor) -> int:
+    """Rows of a weight that fit into memory several times."""
+    return max(1, rows_at_once(weight.device) // weight.shape[1])
+
+
+def _pieces(weights: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
+    """All rows, in portions that fit into memory several times: each (index of the weight, some of its rows)."""
+    portion: list[tuple[int, Tensor]] = []
+    height = _height(weights[0])
+    for index, weight in enumerate(weights):
+        for piece in weight.split(height):
+            if portion and sum(len(rows) for _, rows in portion) + len(piece) > height:
+                yield portion
+                portion = []
+            portion.append((index, piece))
+    yield portion
 
 
 def quantize(w: Tensor, scale_2: Tensor, hessian: Tensor, offsets: Sequence[int] = OFFSETS) -> NVFP4Tensor:
@@ -85,16 +162,26 @@ def quantize(w: Tensor, scale_2: Tensor, hessian: Tensor, offsets: Sequence[int]
     w: FP32 [rows, cols] or [experts, rows, cols], finite.  scale_2: FP32 [] or [experts].
     hessian: FP32 [(experts,) cols, cols], mean of x x^T.  Raises ValueError when it holds NaN or infinity.
     """
-    if not torch.isfinite(hessian).all():
+    experts = w.shape[0] if w.ndim == 3 else 1
+    return _quantized(w, scale_2, _leant_on(hessian.reshape(experts, *hessian.shape[-2:]).clone()), offsets)
+
+
+def _leant_on(hessian: Tensor) -> Order:
+    """The order of columns and the factor in it, FP32 [experts, cols, cols] in the place of `hessian`."""
+    if not all(torch.isfinite(rows).all() for rows in hessian.flatten(0, 1).split(BLOCK * 64)):
         raise ValueError("the second moments of the inputs hold NaN or infinity")
+    columns = _order(hessian)
+    permute(hessian, columns)
+    factor(hessian)
+    return Order(columns, hessian)
+
+
+def _quantized(w: Tensor, scale_2: Tensor, order: Order, offsets: Sequence[int] = OFFSETS) -> NVFP4Tensor:
+    """`quantize` in a known order."""
     stacked = w if w.ndim == 3 else w.unsqueeze(0)
-    experts, _, cols = stacked.shape
-    moments = hessian.reshape(experts, cols, cols)
-    columns = _order(moments)  # [experts, cols]
-    factor = _factor(_permuted(moments, columns))
-    scales = scale_2.expand(experts)
+    columns = order.columns
     work = stacked.gather(-1, columns.unsqueeze(1).expand_as(stacked))
-    rounded, code = _round(work, scales, factor, offsets)
+    rounded, code = _round(work, scale_2.expand(len(stacked)), order.factor, offsets)
     back = columns.argsort(-1)
     rounded = rounded.gather(-1, back.unsqueeze(1).expand_as(rounded))
     block_back = back[:, ::BLOCK] // BLOCK
@@ -107,25 +194,6 @@ def _order(hessian: Tensor) -> Tensor:
     energy = hessian.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, BLOCK)).sum(-1)
     blocks = energy.argsort(dim=-1, descending=True, stable=True)
     return (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=hessian.device)).flatten(-2)
-
-
-def _permuted(hessian: Tensor, columns: Tensor) -> Tensor:
-    rows = hessian.gather(-2, columns.unsqueeze(-1).expand_as(hessian))
-    return rows.gather(-1, columns.unsqueeze(-2).expand_as(hessian))
-
-
-def _factor(hessian: Tensor) -> Tensor:
-    """U upper triangular with U^T U the inverse of the damped Hessian.
-
-    Inputs that were never anything but zero get the mean diagonal, so that their weights are rounded as they stand.
-    """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    mean = torch.where(mean > 0, mean, 1.0)
-    damped = hessian + torch.diag_embed(torch.where(diagonal > 0, DAMPING * mean, mean))
-    lower = torch.linalg.cholesky(damped.flip((-2, -1)))
-    identity = torch.eye(hessian.shape[-1], device=hessian.device).expand_as(hessian)
-    return torch.linalg.solve_triangular(lower.flip((-2, -1)), identity, upper=True)
 
 
 def _round(work: Tensor, scale_2: Tensor, factor: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.numerics import e2m1, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from deepseek_fp4_plugin.quantization.recipe import Solution, measured
+from deepseek_fp4_plugin.quantization.recipe import WEIGHTS_AT_ONCE, Solution, measured
 
 MIN_CODE, MAX_CODE = 1, 126  # 2^-9 and 448: every positive finite E4M3 value
 INPUT_HEADROOM = 8.0  # a power of two: an input of the calibrated amax is rounded as without, larger ones still fit
@@ -103,6 +103,11 @@ def roomy_input_scale(amax: Tensor) -> Tensor:
 def chunk(device: torch.device) -> int:
     """How many weights are searched at once: temporaries of 1 MB stay in a core's cache, of 64 MB fill a GPU."""
     return 2**18 if device.type == "cpu" else 2**24
+
+
+def rows_at_once(device: torch.device) -> int:
+    """How many weights go through a recipe at once that takes several copies of them."""
+    return WEIGHTS_AT_ONCE if device.type == "cpu" else 16 * WEIGHTS_AT_ONCE
 
 
 def _rounding_error(blocks: Tensor, step: Tensor) -> Tensor:
