@@ -7,6 +7,7 @@ as they are go through in pieces of rows.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from deepseek_fp4_plugin.quantization.plan import Conversion, Plan, Unit, kept_d
 from deepseek_fp4_plugin.quantization.recipe import FromSource, Recipe, Rounding, Solution, SourceWeight
 
 DEFAULT_BUDGET = 2**29  # bytes under way between reading and writing
+NVFP4_BYTES = 9 / 16  # of a weight, with its part of a block's scale
 _PIECE = 2**25  # elements of a kept weight read at once
 _NOTES = "modules.jsonl"
 
@@ -77,7 +79,7 @@ class Converter:
         self._done: set[Unit] = set()
         self._told = -1
         self._moved, self._bytes = moved, 0
-        self._total = sum(self.steps.cost(piece) for unit in plan.units for piece in self.steps.missing(unit))
+        self._total = sum(self.steps.moves(piece) for unit in plan.units for piece in self.steps.missing(unit))
 
     def needs(self, unit: Unit) -> bool:
         """Whether something of `unit` is to be written in the part of the work at hand."""
@@ -94,11 +96,22 @@ class Converter:
         steps.input_scales = input_scales
         self._tell()
         for piece in overlapped(todo, steps.load, steps.work, steps.store, steps.cost, self.budget):
-            self._bytes += self.steps.cost(piece)
-            self._moved(self._bytes, self._total)
+            self._count(piece)
             if piece.last:
                 self._done.add(piece.unit)
                 self._tell()
+
+    @contextmanager
+    def elsewhere(self, unit: Unit) -> Iterator[None]:
+        """While somebody else writes what is missing of `unit`: it counts as well."""
+        pieces = list(self.steps.of(unit))
+        yield
+        for piece in pieces:
+            self._count(piece)
+
+    def _count(self, piece: "_Piece") -> None:
+        self._bytes += self.steps.moves(piece)
+        self._moved(self._bytes, self._total)
 
     def end(self) -> dict[str, Rounding]:
         """Module -> Rounding of every NVFP4 one, once all is written."""
@@ -194,18 +207,26 @@ class _Steps:
         return all(not c.nvfp4 or c.weight.module in self.notes.by_module for c in unit.conversions)
 
     def cost(self, piece: _Piece) -> int:
-        """Bytes of the source and of the result together."""
-        total = 0
+        """Bytes of memory for the source and the result together."""
+        return self._bytes(piece, 1)
+
+    def moves(self, piece: _Piece) -> int:
+        """Bytes read and written."""
+        return self._bytes(piece, NVFP4_BYTES)
+
+    def _bytes(self, piece: _Piece, nvfp4: float) -> int:
+        """nvfp4: of a weight that becomes it."""
+        total = 0.0
         for conversion in piece.conversions:
             shape = conversion.weight.shape
             source = self.reader.info(conversion.weight.name).dtype
             if conversion.nvfp4:
-                total += shape[0] * shape[1] * (source.itemsize + 1)
+                total += shape[0] * shape[1] * (source.itemsize + nvfp4)
             else:
                 start, stop = piece.rows or (0, shape[0])
                 size = (stop - start) * math.prod(shape[1:])
                 total += size * (source.itemsize + kept_dtype(conversion, source).itemsize)
-        return total
+        return int(total)
 
     def load(self, piece: _Piece) -> list[SourceWeight]:
         return [source_weight(self.reader, c.weight, c.source, piece.rows) for c in piece.conversions]

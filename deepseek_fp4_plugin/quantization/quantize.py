@@ -226,7 +226,7 @@ def _layers(
     spill = memory is not None and memory.spill
     solver = None
     if recipe.needs is not Needs.NOTHING:
-        solver = LayerSolver(reader, writer, plan, recipe, converter.notes, device, spill)
+        solver = LayerSolver(reader, writer, plan, recipe, converter, device, spill)
     inputs: Calibration | SavedCalibration
     if isinstance(data, SavedCalibration):
         inputs = data

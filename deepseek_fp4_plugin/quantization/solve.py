@@ -25,7 +25,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.layers.linear import Linear
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
-from deepseek_fp4_plugin.quantization.convert import Notes, decoded
+from deepseek_fp4_plugin.quantization.convert import Converter, decoded
 from deepseek_fp4_plugin.quantization.plan import Plan, Unit
 from deepseek_fp4_plugin.quantization.recipe import (
     HELD_OUT,
@@ -88,6 +88,7 @@ class Moments:
 class LayerSolver:
     """Solves and writes the NVFP4 weights of a layer while its samples pass.
 
+    converter: counts what is moved, and keeps the notes.
     spill: keep the tokens' rows in files, of the writer's folder for work.
     """
 
@@ -97,11 +98,12 @@ class LayerSolver:
         writer: CheckpointWriter,
         plan: Plan,
         recipe: Recipe,
-        notes: Notes,
+        converter: Converter,
         device: torch.device,
         spill: bool,
     ):
-        self.reader, self.writer, self.recipe, self.notes, self.device = reader, writer, recipe, notes, device
+        self.reader, self.writer, self.recipe, self.device = reader, writer, recipe, device
+        self.converter, self.notes = converter, converter.notes
         self._folder = writer.work if spill else None
         self._units: Mapping[str, Unit] = {
             conversion.weight.module: unit for unit in plan.units for conversion in unit.conversions if conversion.nvfp4
@@ -232,10 +234,11 @@ class LayerSolver:
                 for conversion in unit.conversions
             ]
             solutions = self.recipe.solve(weights, ready)
-            for module, solution in zip(modules, solutions, strict=True):
-                self.notes.add(module, solution.rounding)
-                for tensor, value in zip(_TENSORS, solution.tensor, strict=True):
-                    self.writer.write(f"{module}.{tensor}", value.cpu())
+            with self.converter.elsewhere(unit):
+                for module, solution in zip(modules, solutions, strict=True):
+                    self.notes.add(module, solution.rounding)
+                    for tensor, value in zip(_TENSORS, solution.tensor, strict=True):
+                        self.writer.write(f"{module}.{tensor}", value.cpu())
             # A tensor scale as the file gives it back, so that a run that goes on computes with the same.
             scales = [self.writer.read(f"{module}.weight_scale_2") for module in modules]
             tensors = [

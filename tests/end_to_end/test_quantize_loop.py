@@ -216,6 +216,15 @@ def test_rows_in_files_change_no_byte(small, tmp_path, monkeypatch, recipe, layo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize("recipe", ["max", "local-hessian"])
+def test_bytes_moved_add_up_to_what_is_read_and_written(small, tmp_path, recipe):  # noqa: F811
+    seen = []
+    quantize(small, tmp_path / "out", **SOLVED, recipe=recipe, moved=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and len({total for _, total in seen}) == 1 and seen[-1][0] == seen[-1][1]
+    files = sum(path.stat().st_size for folder in (small, tmp_path / "out") for path in folder.glob("*.safetensors"))
+    assert 0.85 * files < seen[-1][1] < files  # headers and FP8 scales are left out
+
+
 @pytest.mark.parametrize("spilled", [False, True])
 def test_rows_are_read_as_they_were_written(tmp_path, spilled):
     rows, extra = torch.randn(9, 4), torch.randn(3, 4)
