@@ -106,7 +106,9 @@ COPIED = 8 * 10**9
 def write_source(folder: Path, config: dict, shard_bytes: int) -> int:
     """Random FP8 weights, the same for the same config, with r1_nano's tokenizer. Returns the bytes of the tensors."""
     pool = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(100)
-    pool = pool.clamp_(-fp8_block.E4M3_MAX, fp8_block.E4M3_MAX).to(torch.float8_e4m3fn)  # some torch makes NaN of larger
+    pool = pool.clamp_(-fp8_block.E4M3_MAX, fp8_block.E4M3_MAX).to(
+        torch.float8_e4m3fn
+    )  # some torch makes NaN of larger
     inventory = list(weights(DeepseekV3Config.from_dict(config)))
     specs = []
     for weight in inventory:

@@ -18,7 +18,7 @@ from deepseek_fp4_plugin.checkpoint.durable import Journal
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
-from deepseek_fp4_plugin.checkpoint.scales import Grain, fp8_grain, in_blocks, read_scale
+from deepseek_fp4_plugin.checkpoint.scales import Grain, all_finite, fp8_grain, in_blocks, read_scale
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter
 from deepseek_fp4_plugin.models.inventory import Weight
 from deepseek_fp4_plugin.numerics.fp8_block import BLOCK
@@ -29,7 +29,7 @@ from deepseek_fp4_plugin.quantization.recipe import FromSource, Recipe, Rounding
 
 DEFAULT_BUDGET = 2**29  # bytes under way between reading and writing
 NVFP4_BYTES = 9 / 16  # of a weight, with its part of a block's scale
-_PIECE = 2**25  # elements of a kept weight read at once
+_PIECE = 2**23  # elements of a kept weight read at once: larger ones come from the system anew, page by page
 _NOTES = "modules.jsonl"
 
 
@@ -134,7 +134,7 @@ class Converter:
 def decoded(reader: CheckpointReader, conversion: Conversion, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A source weight in `dtype` on `device`. Raises CheckpointError naming it when it holds NaN or infinity."""
     weight = _on(device, source_weight(reader, conversion.weight, conversion.source)).decoded(dtype)
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise _not_finite(reader, conversion)
     return weight
 
@@ -236,7 +236,7 @@ class _Steps:
         if not piece.conversions[0].nvfp4:
             (conversion,), (weight,) = piece.conversions, weights
             values = weight.decoded(kept_dtype(conversion, self.reader.info(conversion.weight.name).dtype))
-            if not torch.isfinite(values).all():
+            if not all_finite(values):
                 raise _not_finite(self.reader, conversion)
             return [values.cpu()]
         solutions = None
@@ -245,7 +245,7 @@ class _Steps:
         if solutions is None:
             decoded_weights = [weight.decoded(self.recipe.weight_dtype) for weight in weights]
             for conversion, value in zip(piece.conversions, decoded_weights, strict=True):
-                if not torch.isfinite(value).all():
+                if not all_finite(value):
                     raise _not_finite(self.reader, conversion)
             solutions = self.recipe.solve(decoded_weights, None)
         return [solution._replace(tensor=_to_cpu(solution.tensor)) for solution in solutions]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.checkpoint.scales import all_finite
 from deepseek_fp4_plugin.numerics import e2m1, nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from deepseek_fp4_plugin.quantization.recipe import InputStatistics, Needs, Solution
@@ -168,7 +169,7 @@ def quantize(w: Tensor, scale_2: Tensor, hessian: Tensor, offsets: Sequence[int]
 
 def _leant_on(hessian: Tensor) -> Order:
     """The order of columns and the factor in it, FP32 [experts, cols, cols] in the place of `hessian`."""
-    if not all(torch.isfinite(rows).all() for rows in hessian.flatten(0, 1).split(BLOCK * 64)):
+    if not all_finite(hessian):
         raise ValueError("the second moments of the inputs hold NaN or infinity")
     columns = _order(hessian)
     permute(hessian, columns)
