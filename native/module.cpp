@@ -184,7 +184,7 @@ NB_MODULE(_native, m) {
       .def_static("stop", &Recording::stop)
       .def("replay", &Recording::replay, Unlocked())
       .def("__len__", &Recording::size);
-  m.attr("INTERFACE") = 4;  // counts with kernels/cpu/extension.py's
+  m.attr("INTERFACE") = 5;  // counts with kernels/cpu/extension.py's
   m.def("paths", paths, "Instruction-set paths this processor can run, fastest first.");
   m.def("path", [] { return name_of(kernels); }, "The path in use.");
   m.def("use_path", use_path, "Take another path; returns the one before. For tests and measurements.");

@@ -11,7 +11,7 @@ try:
     from deepseek_fp4_plugin.kernels.cpu import _native as native  # type: ignore[attr-defined,no-redef]
 except ImportError:
     native = None
-_INTERFACE = 4  # counts with native/module.cpp's
+_INTERFACE = 5  # counts with native/module.cpp's
 if native is not None and getattr(native, "INTERFACE", 1) != _INTERFACE:
     raise ImportError("the native kernels were built from other sources than this package; run: pip install -e .")
 
