@@ -128,6 +128,43 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
     n = stop;
   }
 }
+
+// Of NVFP4, whole chunks of it, for one token: 64 columns at a time, whose sums stay in registers while the rows pass by.
+// Bits are those of absorb_halves(): x times a block's scale is exact in FP32, as the weight times it is.
+inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* x, float* total) {
+  typedef __m256 Scales[2];
+  Scales* factors = static_cast<Scales*>(scratch(SCRATCH_PANEL, rows * sizeof(Scales)));
+  for (int64_t chunk = 0; chunk * CHUNK < v.in; chunk++) {
+    const uint8_t* p = v.values + row * v.row_bytes + chunk * (CHUNK / 2);
+    for (int64_t n = 0; n < rows; n++) {
+      fetch_bytes(address(p) + n * v.row_bytes + v.ahead, CHUNK / 2);
+      decode_scales(v.scale + (row + n) * v.scale_cols + chunk * 16, factors[n]);
+      UNROLL for (int i = 0; i < 2; i++) factors[n][i] = _mm256_mul_ps(factors[n][i], _mm256_set1_ps(x[n]));
+    }
+    each<4>([&](auto i) INLINED {
+      __m256 sum[2][4] = {}, w[2][4];
+      for (int64_t n = 0; n < rows; n++) {
+        decode_nvfp4(p + n * v.row_bytes + i * 32, w);
+        each<2>([&](auto h) INLINED {
+          const __m256 factor = two_scales<i, h>(factors[n]);
+          UNROLL for (int j = 0; j < 4; j++) sum[h][j] = _mm256_fmadd_ps(w[h][j], factor, sum[h][j]);
+        });
+      }
+      UNROLL for (int h = 0; h < 2; h++) {  // elements 0 4 8 12, 2 6 10 14, 1 5 9 13, 3 7 11 15 of a block in each half
+        const __m256* s = sum[h];
+        const __m256 low[2] = {_mm256_unpacklo_ps(s[0], s[2]), _mm256_unpacklo_ps(s[1], s[3])};
+        const __m256 high[2] = {_mm256_unpackhi_ps(s[0], s[2]), _mm256_unpackhi_ps(s[1], s[3])};
+        const __m256 fours[4] = {_mm256_shuffle_ps(low[0], low[1], 0x44), _mm256_shuffle_ps(low[0], low[1], 0xee),
+                                 _mm256_shuffle_ps(high[0], high[1], 0x44), _mm256_shuffle_ps(high[0], high[1], 0xee)};
+        float* to = total + chunk * CHUNK + i * 64 + h * 16;
+        UNROLL for (int k = 0; k < 4; k++) {
+          _mm_storeu_ps(to + k * 4, _mm256_castps256_ps128(fours[k]));
+          _mm_storeu_ps(to + 32 + k * 4, _mm256_extractf128_ps(fours[k], 1));
+        }
+      }
+    });
+  }
+}
 #endif
 
 // Rows are added up, so that the weight is read as it lies.
@@ -160,7 +197,10 @@ inline void absorb(const HeadArgs& a) {
       float* values = static_cast<float*>(scratch(SCRATCH_INPUT, a.tokens * a.rows * 4));
       for (int64_t t = 0; t < a.tokens; t++)
         for (int64_t n = 0; n < a.rows; n++) values[t * a.rows + n] = from_bf16(x[t * a.token_stride + n]);
-      absorb_halves(v, row, a.rows, values, a.tokens, total);
+      // Decoding again for another token is cheaper than keeping what is decoded.
+      if (v.format == NVFP4 && v.in % CHUNK == 0 && a.tokens < 4)
+        for (int64_t t = 0; t < a.tokens; t++) absorb_nvfp4(v, row, a.rows, values + t * a.rows, total + t * v.in);
+      else absorb_halves(v, row, a.rows, values, a.tokens, total);
     } else
 #endif
     {
