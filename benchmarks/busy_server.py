@@ -5,8 +5,12 @@
 
 While `--streams` endless streams run, another process asks /health every few milliseconds. For each kind of heavy
 request the same is measured twice, without and with it (sent again and again for `--seconds`): the delays of /health,
-the gaps between two pieces of a stream, and how long the heavy request itself took and what came of it. The delays
-are a client's: they contain what the machine's other programs take.
+the gaps between two pieces of a stream, the engine's steps meanwhile, and how long the heavy request itself took and
+what came of it. The delays are a client's: they contain what the machine's other programs take.
+
+A step is what a stream waits for at the least: one pass of the model over everything that runs, and what a prompt may
+add to it (--max_prompt_seconds of the server). Its seconds are the engine's own (/iteration_stats). What a stream waits
+beyond, its gap less the step, is the server's doing and the client's.
 """
 
 import argparse
@@ -142,6 +146,11 @@ def summary(found: list[tuple[float, float]], began: float, ended: float) -> dic
             "longest": chosen[-1]}  # fmt: skip
 
 
+def steps(url: str) -> list[float]:
+    """Seconds of the engine's steps since this was last asked, the newest thousand at most."""
+    return [step["seconds"] for step in httpx.get(f"{url}/iteration_stats", timeout=60).json()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://localhost:8000")
@@ -164,11 +173,13 @@ def main() -> None:
     for kind in args.kinds:
         path, fields = KINDS[kind]()
         body = json.dumps({"model": model, **fields}).encode()
+        steps(args.url)
         quiet = time.perf_counter()
         time.sleep(args.seconds)
-        began = time.perf_counter()
+        began, without = time.perf_counter(), steps(args.url)
         seconds, outcomes = send(args.url, path, body, began + args.seconds)
-        times.append((kind, quiet, began, time.perf_counter(), seconds, outcomes))
+        ended, with_it = time.perf_counter(), steps(args.url)
+        times.append((kind, quiet, began, ended, seconds, outcomes, without, with_it))
     for pipe in pipes:
         pipe.send(None)
     delays, gaps = (pipe.recv() for pipe in pipes)
@@ -176,15 +187,18 @@ def main() -> None:
         process.join()
     facts = {"when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": platform.processor(),
              "streams": args.streams}  # fmt: skip
-    print(f"{'':42}{'/health without':>16}{'with':>16}{'streams without':>18}{'with':>16}  each request")
-    print(f"{'':42}{'p99, longest ms':>16}{'':>16}{'p99, longest ms':>18}")
-    for kind, quiet, began, ended, seconds, outcomes in times:
+    print(f"p99 and longest, milliseconds, without and with each request\n{'':42}{'/health':>20}{'gap of a stream':>24}"
+          f"{'step':>24}{'gap p99 less step p99':>24}  each request")  # fmt: skip
+    for kind, quiet, began, ended, seconds, outcomes, *engine in times:
         parts = [summary(found, *span) for found in (delays, gaps) for span in ((quiet, began), (began, ended))]
+        parts += [summary([(0.0, step) for step in part], 0.0, 1.0) for part in engine]
         shown = [f"{part.get('p99', 0):.0f}, {part.get('longest', 0):.0f}" for part in parts]
-        print(f"{kind:42}{shown[0]:>16}{shown[1]:>16}{shown[2]:>18}{shown[3]:>16}  "
+        pairs = [f"{without}; {with_it}" for without, with_it in zip(shown[::2], shown[1::2], strict=True)]
+        beyond = [gap.get("p99", 0) - step.get("p99", 0) for gap, step in zip(parts[2:4], parts[4:], strict=True)]
+        print(f"{kind:42}{pairs[0]:>20}{pairs[1]:>24}{pairs[2]:>24}{f'{beyond[0]:.0f}; {beyond[1]:.0f}':>24}  "
               f"{sum(seconds) / len(seconds):.2f} s x {len(seconds)}: {outcomes[0]}")  # fmt: skip
         if args.json:
-            names = ("health_without", "health_with", "gaps_without", "gaps_with")
+            names = ("health_without", "health_with", "gaps_without", "gaps_with", "steps_without", "steps_with")
             line = {**facts, "kind": kind, **dict(zip(names, parts, strict=True)), "seconds": seconds,
                     "outcome": outcomes[0]}  # fmt: skip
             with args.json.open("a") as file:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deepseek_fp4_plugin.config import SamplingParams, SchedulingParams, SpeculativeConfig
 from deepseek_fp4_plugin.engine.async_engine import RequestHandle
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput, StopStrings
-from deepseek_fp4_plugin.engine.request import Request, RequestError, Stopping, too_long
+from deepseek_fp4_plugin.engine.request import Request, RequestError, Stopping, check_length
 from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -90,11 +90,7 @@ class Admission:
 
     def check_length(self, text: str) -> None:
         """Raises RequestError for a prompt that cannot fit, however it is tokenized. Any thread."""
-        limit = self.max_request_tokens
-        if self.tokenizer is not None and 4 * len(text) >= limit:  # a character has at most four bytes
-            fewest = self.tokenizer.fewest_tokens(text)
-            if fewest >= limit:
-                raise RequestError(too_long(f"at least {fewest}", limit))
+        check_length(self.tokenizer, text, self.max_request_tokens)
 
     def _prompt(self, prompt: str | Sequence[int], params: SamplingParams) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -104,8 +100,8 @@ class Admission:
                 self.check_length(prompt)
             text, ids = prompt, self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
         else:
-            if params.truncate_prompt_tokens is None and len(prompt) >= self.max_request_tokens:
-                raise RequestError(too_long(str(len(prompt)), self.max_request_tokens))
+            if params.truncate_prompt_tokens is None:
+                check_length(self.tokenizer, prompt, self.max_request_tokens)
             text, ids = None, list(prompt)
             if not all(isinstance(token, int) for token in ids):
                 raise RequestError("a prompt is a string or a list of token ids (integers)")

@@ -3,11 +3,14 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from deepseek_fp4_plugin.engine.step_plan import Sampling, TokenLogprobs
+
+if TYPE_CHECKING:
+    from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 
 class RequestError(ValueError):
@@ -20,6 +23,17 @@ def too_long(tokens: str, limit: int) -> str:
         f"the prompt has {tokens} tokens and at most {limit - 1} fit (max_seq_len and the cache allow {limit} "
         "with the answer); shorten it or raise max_seq_len / kv_cache_config.max_tokens"
     )
+
+
+def check_length(tokenizer: "Tokenizer | None", prompt: str | Sequence[int], limit: int) -> None:
+    """Raises RequestError for a prompt that leaves no room below `limit` tokens, a text's however it is tokenized."""
+    if not isinstance(prompt, str):
+        if len(prompt) >= limit:
+            raise RequestError(too_long(str(len(prompt)), limit))
+    elif tokenizer is not None and 4 * len(prompt) >= limit:  # a character has at most four bytes
+        fewest = tokenizer.fewest_tokens(prompt)
+        if fewest >= limit:
+            raise RequestError(too_long(f"at least {fewest}", limit))
 
 
 class GenerationError(RuntimeError):

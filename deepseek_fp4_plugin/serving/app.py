@@ -21,6 +21,7 @@ from deepseek_fp4_plugin.serving.middleware import AccessLog, ApiKeys, BodyLimit
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.pages import page
 from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.reader_process import ReaderProcess
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 from deepseek_fp4_plugin.serving.service import Service
 
@@ -59,10 +60,14 @@ def error_response(request: Request, error: ApiError) -> Response:
     return Json(error_form(request.url.path)(error), error.status, headers=error.headers)
 
 
-def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
-    """The ASGI application of one loaded model. `model` is what the command line called it."""
+def create_app(llm: LLM, options: ServerOptions, model: str, own_reader: bool = False) -> FastAPI:
+    """The ASGI application of one loaded model. `model` is what the command line called it.
+
+    own_reader: long bodies are read by a process of their own; call `state.close` at the end.
+    """
     aside = Aside()
     service = Service(llm, options, model, aside)
+    reader = ReaderProcess(service.preparation) if own_reader else None
     middleware = [Middleware(AccessLog, metrics=service.metrics)]
     if options.allowed_origins:
         middleware.append(
@@ -80,7 +85,8 @@ def create_app(llm: LLM, options: ServerOptions, model: str) -> FastAPI:
         middleware=middleware,
     )  # fmt: skip
     app.state.service = service
-    app.router.route_class = body_route(aside)
+    app.state.close = reader.close if reader is not None else lambda: None
+    app.router.route_class = body_route(aside, reader)
     _add_error_handlers(app)
     _add_generation_routes(app, service)
     _add_token_routes(app, service, aside)
@@ -180,6 +186,8 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 
 def _add_token_routes(app: FastAPI, service: Service, aside: Aside) -> None:
     async def counted(work: Callable[[Any], Any], body: Any) -> Response:
+        if body._ready is not None:
+            return Response(body._ready, media_type=JSON)
         return await aside.native(lambda: Json(work(body)))
 
     @app.post(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from fastapi import HTTPException, Request, Response
@@ -43,16 +43,29 @@ def read_json(body: bytes) -> tuple[Any, dict[str, Any] | None]:
 
 def read_body(body: bytes, model: type[BaseModel]) -> BaseModel:
     """The validated body. Raises ApiError 400."""
+    return validated(*read_json(body), model)
+
+
+def validated(value: Any, known: dict[str, Any] | None, model: type[BaseModel]) -> BaseModel:
+    """Of a JSON value and what is known of it. Raises ApiError 400."""
     try:
-        value, known = read_json(body)
         return model.model_validate(value, context=known)
     except ValidationError as error:
         message, param = describe_validation(error)
         raise bad_request(message, param) from None
 
 
-def body_route(aside: Aside) -> type[APIRoute]:
-    """The routes' class: a JSON body reaches FastAPI as the object that its handler asks for."""
+class Reader(Protocol):
+    """What reads long bodies in place of the server."""
+
+    async def read(self, body: bytes, model: type[BaseModel]) -> BaseModel: ...
+
+
+def body_route(aside: Aside, reader: Reader | None = None) -> type[APIRoute]:
+    """The routes' class: a JSON body reaches FastAPI as the object that its handler asks for.
+
+    reader: reads long bodies; without one a thread does.
+    """
 
     class BodyRequest(Request):
         model: type[BaseModel]
@@ -62,6 +75,8 @@ def body_route(aside: Aside) -> type[APIRoute]:
             try:
                 if len(body) <= _SHORT_BODY:
                     return read_body(body, self.model)
+                if reader is not None:
+                    return await reader.read(body, self.model)
                 return await aside.python(read_body, body, self.model)
             except ApiError as error:
                 raise RefusedBody(error) from None

@@ -54,7 +54,7 @@ class ChatPrompt:
         """
         for name in kwargs or {}:
             if name not in self.variables or name in ("messages", "tools", "add_generation_prompt"):
-                raise bad_request(f"chat_template_kwargs: this model's template has no variable {name!r}",
+                raise bad_request(f"chat_template_kwargs: this model's template has no variable {name[:100]!r}",
                                   "chat_template_kwargs")  # fmt: skip
         plain = _plain(messages)
         described = [tool.model_dump(exclude_none=True) for tool in tools or []]
@@ -154,7 +154,7 @@ def tools_of(request: ChatCompletionRequest, parser: str | None) -> tuple[list[T
         wanted = choice.allowed_tools.tools
     for named in wanted:
         if named.function.name not in names:
-            raise bad_request(f"tool_choice: no tool is named {named.function.name!r}", "tool_choice")
+            raise bad_request(f"tool_choice: no tool is named {named.function.name[:100]!r}", "tool_choice")
     if isinstance(choice, AllowedToolsChoice):
         allowed = {named.function.name for named in wanted}
         return [tool for tool in request.tools if tool.function.name in allowed], choice.allowed_tools.mode

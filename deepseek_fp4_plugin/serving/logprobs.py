@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_fp4_plugin.llm import Logprob
+from deepseek_fp4_plugin.engine.step_plan import Logprob
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 LogprobTable = Sequence[dict[int, Logprob]]  # for each token: itself and the best, by id

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deepseek_fp4_plugin.serving.protocol import ApiError, Int, _Body, _Strict, bad_request
+from deepseek_fp4_plugin.serving.protocol import FAIL_FAST, ApiError, Int, _Body, _Strict, bad_request
 
 # ---------------------------------------------------------------------------- blocks
 
@@ -49,7 +49,7 @@ class ToolResultBlock(_Block):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Annotated[list[TextBlock], FAIL_FAST] | None = None
     is_error: bool | None = None
 
 
@@ -60,7 +60,7 @@ Block = Annotated[
 
 class InputMessage(_Strict):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], FAIL_FAST]
 
 
 # ---------------------------------------------------------------------------- the request
@@ -123,8 +123,8 @@ class CountTokensRequest(_Body):
     """Body of POST /v1/messages/count_tokens."""
 
     model: str
-    messages: list[InputMessage] = Field(min_length=1)
-    system: str | list[TextBlock] | None = None
+    messages: list[InputMessage] = Field(min_length=1, fail_fast=True)
+    system: str | Annotated[list[TextBlock], FAIL_FAST] | None = None
     tools: list[MessagesTool] | None = Field(None, max_length=128)
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
@@ -149,7 +149,7 @@ class MessagesRequest(CountTokensRequest):
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     container: None = None
-    mcp_servers: None = None
+    mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 # ---------------------------------------------------------------------------- as a chat
@@ -161,6 +161,7 @@ CHAT_NAMES = {"max_completion_tokens": "max_tokens", "response_format": "output_
 
 def chat_fields(request: CountTokensRequest) -> dict[str, Any]:
     """The fields of the chat request that answers `request`."""
+    _check_blocks(request.messages)
     messages = [message for given in request.messages for message in _messages(given)]
     if request.system:
         messages.insert(0, {"role": "system", "content": _text(request.system)})
@@ -202,6 +203,26 @@ def _tools(request: CountTokensRequest) -> dict[str, Any]:
         else:
             fields["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}[choice.type]
     return fields
+
+
+def _check_blocks(messages: list[InputMessage]) -> None:
+    """Raises ApiError for calls that the user makes, and for results of none or of the assistant's making."""
+    called: set[str] = set()
+    for number, message in enumerate(messages):
+        for place, block in enumerate([] if isinstance(message.content, str) else message.content):
+            field = f"messages.{number}.content.{place}"
+            if isinstance(block, ToolUseBlock | ThinkingBlock | RedactedThinkingBlock) and message.role != "assistant":
+                raise bad_request(f"{field}: {block.type} is the assistant's, not of role {message.role!r}", field)
+            if isinstance(block, ToolResultBlock):
+                if message.role != "user":
+                    raise bad_request(f"{field}: tool_result is the user's, not of role {message.role!r}", field)
+                if block.tool_use_id not in called:
+                    raise bad_request(
+                        f"{field}.tool_use_id: no earlier message has this call (a chat's tool_call_id)",
+                        f"{field}.tool_use_id",
+                    )
+            elif isinstance(block, ToolUseBlock):
+                called.add(block.id)
 
 
 def _messages(given: InputMessage) -> list[dict[str, Any]]:

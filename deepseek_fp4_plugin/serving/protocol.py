@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
     ValidationInfo,
@@ -46,11 +47,14 @@ class ApiError(Exception):
         first, dot, rest = old.partition(".")
         param = names.get(first, first) + dot + rest
         if "function.parameters" in names:
-            param = param.replace("function.parameters", names["function.parameters"])
+            param = param.replace("function.parameters", names["function.parameters"]).replace(".function.", ".")
         if param == old:
             return self
         message = self.message.replace(old, param, 1)
         return ApiError(self.status, message, self.kind, param, self.code, self.headers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ApiError, (self.status, self.message, self.kind, self.param, self.code, self.headers)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body; `object`, and the status as `code` where no name is usual, as trtllm-serve has them."""
@@ -74,24 +78,83 @@ def _is_alternative(part: str) -> bool:
     return part in ("str", "int", "float", "bool", "constrained-int", "constrained-str") or any(c in part for c in "[(")
 
 
+# By which a list's entries are told apart.
+_KINDS = {"system", "developer", "user", "assistant", "tool", "message", "function_call", "function_call_output",
+          "reasoning", "text", "thinking", "redacted_thinking", "tool_use", "tool_result"}  # fmt: skip
+
+
+def _field_path(error: Any, form: str) -> list[str]:
+    """The fields and positions that lead to what is wrong, without what pydantic adds for a union's alternatives.
+
+    form: the name of the request's class.
+    """
+    parts = [str(part) for part in error["loc"] if part != "body" and not _is_alternative(str(part))]
+    path: list[str] = []
+    for number, part in enumerate(parts):
+        listed = number > 1 and parts[number - 1].isdigit()
+        inside, last = path[-2] if listed else "", number == len(parts) - 1
+        if part in _KINDS and (inside in ("messages", "input") or (inside == "content" and not last)):
+            continue
+        if path == ["tool_choice"] and part[:1].isupper():
+            continue
+        if number == 1 and path == ["response_format"] and not last:
+            continue
+        if inside == "tools" and form == "ResponsesRequest" and not last:
+            continue
+        path.append(part)
+    return path
+
+
+def _of_union(error: Any, param: str) -> tuple[str, str]:
+    """About an entry of a list, or a form of the answer, whose kind is unknown or missing."""
+    field = f"{param}.{'role' if 'role' in error['ctx']['discriminator'] else 'type'}"
+    if not param.rpartition(".")[2].isdigit():
+        field = param
+    if error["type"] == "union_tag_invalid":
+        known, given = error["ctx"]["expected_tags"], _shown(error["ctx"]["tag"])
+        return f"{field}: input should be one of {known}, got {given}", field
+    if not isinstance(error["input"], dict):
+        return f"{param}: input should be a JSON object, got {_shown(error['input'])}", param
+    return f"{field}: field required", field
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _is_other_medium(error: Any, path: list[str]) -> bool:
+    """Whether a part of a message is no text: an image, a sound, a file."""
+    if error["type"] == "union_tag_invalid":
+        return path[-2:-1] == ["content"] and not str(error["ctx"]["tag"]).startswith("server_")
+    return (
+        error["type"] == "literal_error" and path[-1] == "type" and path[-3:-2] in (["content"], ["output"], ["system"])
+    )
+
+
 def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
     """One sentence about the first thing wrong in a body, and the field it is in."""
-    errors = error.errors()
+    errors, form = error.errors(), getattr(error, "title", "")
     # Of a union's complaints the deepest is about the alternative that was meant.
     first = max(errors, key=lambda e: len(e["loc"])) if errors[0]["type"] != "extra_forbidden" else errors[0]
-    path = [str(part) for part in first["loc"] if part != "body" and not _is_alternative(str(part))]
-    param = ".".join(path) or None
-    if param is not None and path[0] == "prompt":
+    path = _field_path(first, form)
+    param = ".".join(part if len(part) <= 100 else part[:97] + "..." for part in path) or None
+    if param is not None and path[0] == "prompt" and form == "CompletionRequest":
         return (
             "prompt: give a text, a list of texts, a list of token ids, or a list of such lists; none empty",
             "prompt",
         )
+    if param is not None and _is_other_medium(first, path):
+        param = param.removesuffix(".type") + ".type"
+        kind = first["ctx"]["tag"] if first["type"] == "union_tag_invalid" else first["input"]
+        return f"{param}: this model reads text alone, so {_shown(kind)} cannot be taken; send text", param
+    if param is not None and first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _of_union(first, param)
     if first["type"] == "extra_forbidden":
         return f"{param}: this server knows no such field; remove it", param
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
-    shown = repr(first.get("input"))
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    shown = _shown(first.get("input"))
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "input should be a JSON object (Content-Type: application/json)"
@@ -112,9 +175,15 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or None not in value.values():
+        if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
+        if len(value) > len(known):  # one unknown field is told, however many there are
+            unknown = next(name for name in value if name not in known)
+            if cls.model_config["extra"] == "forbid":
+                value = {name: part for name, part in value.items() if name in known or name == unknown}
+        if None not in value.values():
+            return value
         return {name: part for name, part in value.items() if part is not None or name not in known}
 
 
@@ -125,9 +194,13 @@ def _integer(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_integer)]
 
+FAIL_FAST = Field(fail_fast=True)  # of lists without a bound: a million complaints would take longer than all else
+
 
 class _Body(_Strict):
-    """A whole request body."""
+    """A whole request body. `_ready`: what another process has made of it, the prompts' token ids or the answer."""
+
+    _ready: Any = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -151,7 +224,7 @@ class TextPart(_Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], FAIL_FAST]
 
 
 class FunctionCall(_Strict):
@@ -189,7 +262,7 @@ class AssistantMessage(_Strict):
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="vLLM's name of reasoning_content.")
     reasoning_details: list[Any] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FAIL_FAST] | None = None
     refusal: None = None
     function_call: None = None
     audio: None = None
@@ -421,7 +494,7 @@ class GenerationRequest(_Body):
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: Int | None = Field(None, ge=1, le=2**31 - 1)
     max_tokens: Int | None = Field(None, ge=1, le=2**31 - 1, description="The older name of max_completion_tokens.")
     logprobs: bool = False
@@ -466,7 +539,7 @@ def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:
         raise bad_request(message, param) from None
 
 
-TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -500,7 +573,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -508,7 +581,7 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[Annotated[Int, Field(ge=0)]]
+    tokens: list[Annotated[Int, Field(ge=0)]] = Field(fail_fast=True)
     skip_special_tokens: bool = False
 
 

@@ -4,12 +4,13 @@ What the model cannot have (hosted tools) or this server does not keep (items by
 bookkeeping that cannot change the text is accepted, as in chats.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from deepseek_fp4_plugin.serving.json_bytes import to_json
-from deepseek_fp4_plugin.serving.protocol import Int, _Body, _Strict, bad_request
+from deepseek_fp4_plugin.serving.protocol import FAIL_FAST, Int, _Body, _Strict, bad_request
 
 # ---------------------------------------------------------------------------- items
 
@@ -21,7 +22,7 @@ class InputText(_Strict):
     logprobs: list[Any] | None = None
 
 
-Text = str | list[InputText]
+Text = str | Annotated[list[InputText], FAIL_FAST]
 
 
 class _Item(_Strict):
@@ -131,7 +132,7 @@ class ResponsesRequest(_Body):
     """Body of POST /v1/responses."""
 
     model: str
-    input: str | list[Item]
+    input: str | Annotated[list[Item], FAIL_FAST]
     instructions: str | None = Field(None, description="A system text before everything; not kept for a next response.")
     previous_response_id: str | None = Field(None, description="Go on behind a response that this server still keeps.")
     store: bool = Field(True, description="Keep this response in memory for previous_response_id.")
@@ -215,17 +216,25 @@ def _response_format(form: TextFormatOf | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.schema_, "strict": form.strict}}
 
 
-def as_messages(given: str | list[Item]) -> list[dict[str, Any]]:
-    """Input items as a chat's messages; calls join the assistant's turn that they belong to."""
+def as_messages(given: str | list[Item], before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Input items as a chat's messages; calls join the assistant's turn that they belong to.
+
+    before: the conversation that they go on. Raises ApiError for results of calls that nobody made.
+    """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []
-    for item in given:
+    called = {call["id"] for message in before for call in message.get("tool_calls") or ()}
+    for number, item in enumerate(given):
         if isinstance(item, MessageItem):
             messages.append({"role": item.role, "content": _text(item.content)})
         elif isinstance(item, CallOutputItem):
+            if item.call_id not in called:
+                field = f"input.{number}.call_id"
+                raise bad_request(f"{field}: no earlier item has this call (a chat's tool_call_id)", field)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         elif isinstance(item, CallItem):
+            called.add(item.call_id)
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": None})
             function = {"name": item.name, "arguments": item.arguments}

@@ -95,7 +95,7 @@ def _length_and_logprobs(request: ChatCompletionRequest | CompletionRequest) -> 
     both = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(both) > 1:
         raise bad_request("max_tokens: it differs from max_completion_tokens; send one", "max_tokens")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs: only with logprobs", "top_logprobs")
     return next(iter(both), None), (request.top_logprobs or 0) if request.logprobs else None
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -44,9 +45,12 @@ def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
         began = time.perf_counter()
         llm = LLM(model, config=config)
         try:
-            app = create_app(llm, options, model)
+            app = create_app(llm, options, model, own_reader=True)
             _report(app.state.service, options, time.perf_counter() - began)
+            gc.collect()
+            gc.freeze()  # what was loaded stays: a collection that goes through all of it stops everything for 0.1 s
             with contextlib.ExitStack() as stack:
+                stack.callback(app.state.close)
                 if options.restart_on_failure:
                     stack.callback(Restarter(llm).stop)
                 return _run(app, listener, options)

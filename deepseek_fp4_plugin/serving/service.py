@@ -17,13 +17,14 @@ from deepseek_fp4_plugin.serving.admission import Admission
 from deepseek_fp4_plugin.serving.answer_form import asked_form, lark_rule
 from deepseek_fp4_plugin.serving.aside import Aside
 from deepseek_fp4_plugin.serving.call_check import CallCheck
-from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, call_arguments, call_grammar, tools_of
+from deepseek_fp4_plugin.serving.chat_prompt import call_arguments, call_grammar, tools_of
 from deepseek_fp4_plugin.serving.generation import Answer, Job
 from deepseek_fp4_plugin.serving.logprobs import TokenTexts
 from deepseek_fp4_plugin.serving.messages import MessagesAnswer
 from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.options import ServerOptions
+from deepseek_fp4_plugin.serving.preparation import Preparation
 from deepseek_fp4_plugin.serving.protocol import (
     ApiError,
     ChatCompletionRequest,
@@ -38,7 +39,6 @@ from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest, as_
 from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params
 from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, TOOL_PARSERS
-from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,9 @@ _SHORT_TEXT, _FEW_PARTS = 4096, 16
 
 def _is_long(parts: Sequence[Any]) -> bool:
     """Whether work on these texts or objects may take longer than streams should wait."""
-    return len(parts) > _FEW_PARTS or sum(len(str(part)) for part in parts) > _SHORT_TEXT
+    if len(parts) > _FEW_PARTS:
+        return True
+    return sum(len(part) if isinstance(part, str | list) else len(str(part)) for part in parts) > _SHORT_TEXT
 
 
 class Service:
@@ -66,7 +68,9 @@ class Service:
         self._noted_system = False
         self.metrics = Metrics(llm.get_stats, self.names[0], options.vllm_metrics)
         self.admission = Admission(llm.config.max_batch_size, options.max_queue, self.metrics)
-        self.prompts = ChatPrompt(self.tokenizer, options.chat_template)
+        self.preparation = Preparation(self.tokenizer, options.chat_template, options.tool_parser, self.names,
+                                       llm.vocab_size, llm.max_request_tokens)  # fmt: skip
+        self.prompts = self.preparation.prompts
         self.responses = ResponseStore()
         self.texts = TokenTexts(self.tokenizer)
         self.defaults = self._sampling_defaults()
@@ -136,6 +140,8 @@ class Service:
 
     async def _chat_ids(self, request: ChatCompletionRequest, tools: list[Tool]) -> list[int]:
         """The prompt's tokens. A text that cannot fit is refused before it is tokenized."""
+        if request._ready is not None:
+            return request._ready[0]
         arguments = (request.messages, tools, request.add_generation_prompt, request.chat_template_kwargs,
                      request.reasoning_effort)  # fmt: skip
         if _is_long([*(message.content for message in request.messages), *tools]):
@@ -170,7 +176,7 @@ class Service:
         before: list[dict[str, Any]] = []
         if request.previous_response_id is not None:
             before = self.responses.get(request.previous_response_id, "previous_response_id").messages
-        messages = [*before, *as_messages(request.input)]
+        messages = [*before, *as_messages(request.input, before)]
         answered = functools.partial(ResponsesAnswer, asked=request, messages=messages, store=self.responses)
         try:
             chat = await self._chat_of(messages, lambda: responses_protocol.chat_fields(request, messages))
@@ -182,6 +188,7 @@ class Service:
         """A message in Anthropic's form."""
         try:
             chat = await self._chat_of(request.messages, lambda: messages_protocol.chat_fields(request))
+            chat._ready = request._ready
             return await self.chat(chat, log, MessagesAnswer)
         except ApiError as error:
             raise error.renamed(messages_protocol.CHAT_NAMES) from None
@@ -194,11 +201,7 @@ class Service:
 
     def count_tokens(self, request: CountTokensRequest) -> dict[str, Any]:
         """Of the prompt that a message would have. Any thread."""
-        self.check_model(request.model)
-        chat = as_chat(messages_protocol.chat_fields(request))
-        tools, _ = tools_of(chat, self.options.tool_parser)
-        text = self.prompts.render(chat.messages, tools, effort=chat.reasoning_effort)
-        return {"input_tokens": len(self.tokenizer.encode(text, add_special_tokens=False))}
+        return self.preparation.count_tokens(request)
 
     def _answer_rule(self, field: str, form: GuidedDecodingParams) -> str:
         """The Lark rule of an answer beside calls. Raises ApiError where it cannot be enforced. Any thread."""
@@ -227,7 +230,9 @@ class Service:
         params = sampling_params(request, self.defaults, self.vocab_size)
         given: Any = request.prompt
         prompts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-        ids = await self._encode(prompts, request.add_special_tokens, request.truncate_prompt_tokens)
+        ids = request._ready
+        if ids is None:
+            ids = await self._encode(prompts, request.add_special_tokens, request.truncate_prompt_tokens)
         job = await self._start(request, ids, params, log)
         echoed = None
         if request.echo:
@@ -300,31 +305,11 @@ class Service:
 
     def tokenize(self, request: protocol.TokenizeRequest) -> dict[str, Any]:
         """Any thread."""
-        self._check_optional_model(request.model)
-        if (request.prompt is None) == (request.messages is None):
-            raise bad_request("give either prompt or messages")
-        if request.messages is not None:
-            text = self.prompts.render(request.messages, None, request.add_generation_prompt)
-            ids = self.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
-        else:
-            assert request.prompt is not None
-            ids = self.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
-        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": self.max_model_len}
-        if request.return_token_strs:
-            answer["token_strs"] = [self.texts.text(token) for token in ids]
-        return answer
+        return self.preparation.tokenize(request)
 
     def detokenize(self, request: protocol.DetokenizeRequest) -> dict[str, Any]:
         """Any thread."""
-        self._check_optional_model(request.model)
-        for token in request.tokens:
-            if token >= self.vocab_size:
-                raise bad_request(f"tokens: {token} is outside the vocabulary of {self.vocab_size}", "tokens")
-        # Piece by piece: the library's own decoding holds the interpreter from the first token to the last.
-        detokenizer = IncrementalDetokenizer(self.tokenizer, request.skip_special_tokens)
-        tokens = request.tokens
-        pieces = [detokenizer.add(tokens[begin : begin + 4096]) for begin in range(0, len(tokens), 4096)]
-        return {"prompt": "".join(pieces) + detokenizer.flush()}
+        return self.preparation.detokenize(request)
 
     # ------------------------------------------------------------------ the server itself
 
@@ -337,14 +322,8 @@ class Service:
         return self.llm.max_request_tokens
 
     def check_model(self, name: str) -> None:
-        if name not in self.names:
-            served = " or ".join(repr(known) for known in self.names)
-            raise ApiError(404, f"model: this server has no model {name[:200]!r}, it serves {served}", "NotFoundError",
-                           "model", "model_not_found")  # fmt: skip
-
-    def _check_optional_model(self, name: str | None) -> None:
-        if name is not None:
-            self.check_model(name)
+        """Raises ApiError 404 for a model that is not served."""
+        self.preparation.check_model(name)
 
     def check_health(self) -> None:
         """Raises ApiError 503 when no request can be answered."""

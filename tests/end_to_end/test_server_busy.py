@@ -4,11 +4,13 @@ Each kind of work is stopped in its middle for as long as the others are asked, 
 """
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from deepseek_fp4_plugin.config import EngineConfig
@@ -21,13 +23,15 @@ from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 MODEL, LIMIT = "r1_nano", 2048
+# Without reuse an answer's counts do not depend on what was asked before.
+ENGINE = {"max_seq_len": LIMIT, "max_batch_size": 8, "kv_cache_config": {"enable_block_reuse": False}}
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.fixture(scope="module")
 def app():
-    config = EngineConfig.from_kwargs(MODEL, max_seq_len=LIMIT, max_batch_size=8)
+    config = EngineConfig.from_kwargs(MODEL, **ENGINE)
     with LLM(MODEL, config=config) as llm:
         yield create_app(llm, ServerOptions(tool_parser="deepseek_v3"), MODEL)
 
@@ -136,3 +140,111 @@ def test_a_long_prompt_that_is_to_be_truncated_is_no_mistake(app):
             assert answer.json()["usage"]["prompt_tokens"] == 50
 
     asyncio.run(run())
+
+
+LONG = "a " * 10_000
+CALLED = [{"role": "user", "content": [{"type": "text", "text": LONG[:3000]}]}] * 7
+READ: dict[str, tuple[str, dict[str, Any]]] = {
+    "a text that is truncated": complete(LONG, truncate_prompt_tokens=40, max_tokens=3, temperature=0),
+    "token ids": complete([7] * 9000, truncate_prompt_tokens=1000, temperature=0),
+    "lists of token ids": complete([[7, 8] * 900] * 4, temperature=0),
+    "an echo": complete([7] * 1000, echo=True, max_tokens=0, stop=["y" * 20_000]),
+    "a chat": chat([*HI, {"role": "assistant", "content": "ho"}] * 300, truncate_prompt_tokens=90, temperature=0),
+    "a chat with system and tools": chat(
+        [{"role": "system", "content": "Be brief."}, *HI], tools=[TOOL], metadata={"a": LONG}, temperature=0),
+    "a message": ("/v1/messages", {"model": MODEL, "max_tokens": 2, "messages": HI, "system": "Be brief.",
+                                   "temperature": 0, "stop_sequences": ["y" * 20_000]}),
+    "a response": ("/v1/responses", {"model": MODEL, "max_output_tokens": 2, "input": HI, "temperature": 0,
+                                     "metadata": {"a": LONG}}),
+    "counted": ("/v1/messages/count_tokens", {"model": MODEL, "messages": CALLED}),
+    "/tokenize": ("/tokenize", {"prompt": LONG, "return_token_strs": True}),
+    "/detokenize": ("/detokenize", {"tokens": [7] * 9000}),
+    "too long a text": complete(LONG * 5),
+    "too many token ids": complete([7] * 30_000),
+    "too many messages": chat(HI * 3000),
+    "too long a message": ("/v1/messages", {"model": MODEL, "max_tokens": 1, "messages": HI * 3000}),
+    "too long a response": ("/v1/responses", {"model": MODEL, "input": HI * 3000}),
+    "another model": ("/v1/completions", {"model": "other", "prompt": LONG}),
+    "an unknown field": complete("a", unknown=LONG),
+    "wrong all over": chat([{}] * 20_000),
+    "an unknown call": ("/v1/messages", {"model": MODEL, "max_tokens": 1, "messages": [*HI, {
+        "role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": LONG}]}]}),
+    "a token that is none": ("/detokenize", {"tokens": [1 << 40] * 9000}),
+    "tools without a parser's help": chat(HI, tool_choice="required", metadata={"a": LONG}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reading_app():
+    config = EngineConfig.from_kwargs(MODEL, **ENGINE)
+    with LLM(MODEL, config=config) as llm:
+        app = create_app(llm, ServerOptions(tool_parser="deepseek_v3"), MODEL, own_reader=True)
+        yield app
+        app.state.close()
+
+
+def answered(app, path: str, body: Any) -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with client(app) as http:
+            return await http.post(path, content=body if isinstance(body, bytes) else json.dumps(body).encode(),
+                                   headers={"Content-Type": "application/json"})  # fmt: skip
+
+    return asyncio.run(run())
+
+
+def without_names(value: Any) -> Any:
+    """An answer without ids and times."""
+    if isinstance(value, dict):
+        return {k: without_names(v) for k, v in value.items() if k not in ("id", "created", "created_at")}
+    return [without_names(part) for part in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_process_of_its_own_reads_as_the_server_does(app, reading_app, kind):
+    path, body = READ[kind]
+    assert len(json.dumps(body)) > 16 << 10
+    here, there = answered(app, path, body), answered(reading_app, path, body)
+    assert (there.status_code, there.headers["content-type"]) == (here.status_code, here.headers["content-type"])
+    assert without_names(there.json()) == without_names(here.json())
+
+
+@pytest.mark.parametrize("body", [
+    b'{"model": "r1_nano", "prompt": "a", "temperature": NaN, "user": "' + b"x" * 20_000 + b'"}',
+    b'{"model": "r1_nano", "prompt": "\\ud800' + b"x" * 20_000 + b'"}',
+    b'{"model": "r1_nano", "prompt": "' + b"x" * 20_000,
+    b'{"model": "r1_nano", "prompt": "' + b"\xff" * 20_000 + b'"}',
+    b"[" * 20_000,
+])  # fmt: skip
+def test_what_is_no_json_is_told_in_the_same_words(app, reading_app, body):
+    here, there = answered(app, "/v1/completions", body), answered(reading_app, "/v1/completions", body)
+    assert there.status_code == here.status_code == 400
+    assert there.json() == here.json()
+
+
+def test_long_bodies_never_become_objects_of_the_server(reading_app, monkeypatch):
+    read_json = bodies.read_json
+
+    def short_only(body: bytes) -> Any:
+        assert len(body) < 16 << 10, "a long body was read by the server"
+        return read_json(body)
+
+    monkeypatch.setattr(bodies, "read_json", short_only)
+    for kind in (
+        "a text that is truncated",
+        "token ids",
+        "/tokenize",
+        "/detokenize",
+        "too many messages",
+        "wrong all over",
+    ):
+        assert answered(reading_app, *READ[kind]).status_code in (200, 400)
+
+
+def test_a_reader_that_is_lost_is_started_again(reading_app):
+    before = {child.pid for child in psutil.Process().children()}
+    (lost,) = [pid for pid in before if "spawn_main" in " ".join(psutil.Process(pid).cmdline())]
+    psutil.Process(lost).kill()
+    answer = answered(reading_app, *READ["token ids"])
+    assert answer.status_code == 503
+    assert "send it once more" in answer.json()["error"]["message"]
+    assert answered(reading_app, *READ["token ids"]).status_code == 200
