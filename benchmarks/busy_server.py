@@ -60,6 +60,11 @@ KINDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "tokens, 100 lists of 20,000": lambda: completion([[7] * 20_000] * 100),
     "chat, 6 MB": lambda: chat([{"role": "user", "content": words(6_000_000)}]),
     "chat, 100,000 messages": lambda: chat([{"role": "user", "content": "hi"}] * 100_000),
+    "chat, 4 million empty messages": lambda: chat([{}] * 4_000_000),
+    "response, 100,000 items": lambda: (
+        "/v1/responses", {"input": [{"role": "user", "content": "hi"}] * 100_000, "max_output_tokens": 1}),
+    "message, 100,000 turns": lambda: (
+        "/v1/messages", {"messages": [{"role": "user", "content": "hi"}] * 100_000, "max_tokens": 1}),
     "chat, 2,000 messages": lambda: chat([{"role": "user", "content": "hi"}] * 2_000),
     "chat, 100 tools of 20 KB": lambda: chat(
         [{"role": "user", "content": "hi"}], tool_choice="required",

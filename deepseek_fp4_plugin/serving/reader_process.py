@@ -81,6 +81,8 @@ class ReaderProcess:
 
     def _read(self, body: bytes, model: type[BaseModel]) -> BaseModel:
         try:
+            if self._connection is None:
+                self._start()
             assert self._connection is not None
             self._connection.send(model)
             self._connection.send_bytes(body)
@@ -89,7 +91,6 @@ class ReaderProcess:
             logger.error("the process that reads long requests was lost; it is started again")
             self._process.kill()
             self._stop()
-            self._start()
             raise ApiError(503, "the process that read this request was lost and is started again; send it once more",
                            "ServiceUnavailableError", headers={"Retry-After": "1"}) from None  # fmt: skip
         if reading.error is not None:

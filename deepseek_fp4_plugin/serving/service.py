@@ -50,7 +50,13 @@ def _is_long(parts: Sequence[Any]) -> bool:
     """Whether work on these texts or objects may take longer than streams should wait."""
     if len(parts) > _FEW_PARTS:
         return True
-    return sum(len(part) if isinstance(part, str | list) else len(str(part)) for part in parts) > _SHORT_TEXT
+    return sum(_length(part) for part in parts) > _SHORT_TEXT
+
+
+def _length(part: Any) -> int:
+    """Of a text, of token ids, or of an object that is written out."""
+    counted = isinstance(part, str) or (isinstance(part, list) and part and isinstance(part[0], int))
+    return len(part) if counted else len(str(part))
 
 
 class Service:
