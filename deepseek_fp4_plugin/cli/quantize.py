@@ -59,7 +59,7 @@ class Bytes(click.ParamType):
     metavar="NAME|PATH",
     help="Text the activations are measured on: cnn_dailymail or another data set of the hub "
     "(OWNER/NAME[:CONFIG[:SPLIT]]), builtin, a txt, jsonl, json, csv, tsv or parquet file, or several with commas "
-    "between; or what --save-calibration kept.",
+    "between; or what --save-calibration kept; or none, for recipes that look at no data.",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Texts to take of it.")
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each text.")
@@ -69,6 +69,14 @@ class Bytes(click.ParamType):
     default="fp8",
     show_default=True,
     help="The latent cache that the checkpoint asks for at run time.",
+)
+@click.option("--kv-scales", is_flag=True, help="Calibrate a scale of each layer's FP8 cache too.")
+@click.option(
+    "--mtp",
+    type=click.Choice(["bf16", "nvfp4"]),
+    default="bf16",
+    show_default=True,
+    help="What the MTP layer becomes; published checkpoints keep it.",
 )
 @click.option("--max-shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest file to write.")
 @click.option(
@@ -101,6 +109,8 @@ def quantize(
     samples: int,
     tokens: int,
     kv_cache: str,
+    kv_scales: bool,
+    mtp: str,
     max_shard_size: int,
     device: str,
     seed: int,
@@ -135,6 +145,8 @@ def quantize(
             samples=samples,
             tokens=tokens,
             kv_cache=kv_cache,
+            kv_scales=kv_scales,
+            mtp=mtp,
             max_shard_bytes=max_shard_size,
             device=device,
             seed=seed,
@@ -148,7 +160,7 @@ def quantize(
     for table in report.tables():
         out(table)
         out("")
-    tokens_text = f"{report.samples} samples ({report.tokens:,} tokens) of {report.calibration}"
-    out(f"{report.destination}: calibrated on {tokens_text}")
+    tokens_text = f"calibrated on {report.samples} samples ({report.tokens:,} tokens) of {report.calibration}"
+    out(f"{report.destination}: {tokens_text if report.samples else 'input scales not calibrated, each of them 1'}")
     if json_path is not None:
         screen.write_json(json_path, report.to_json())

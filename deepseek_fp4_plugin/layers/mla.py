@@ -6,13 +6,18 @@
 Expanded form, for prompt chunks: compute k_h and v_h of the whole context and attend as usual.
 Absorbed form, for a few new tokens: since q_h . (W_UK_h c) = (W_UK_h^T q_h) . c, move W_UK to the query and W_UV
 behind the softmax; each head then reads only the latents: (L + R) values a token, whatever the number of heads.
+
+A cache in FP8 holds [c, r] / s where the checkpoint has a scale s for the layer. Scores are linear in what is cached,
+and so is what the softmax gives: s goes into the factor of the one and behind the other.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.kernels.recording import beside
+from deepseek_fp4_plugin.kernels.recording import beside, cut
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear, column_parallel, row_parallel
@@ -26,9 +31,14 @@ LATENT_NORM_EPS = (
 
 
 class MLA(nn.Module):
-    """Attention of one layer; heads are cut over the tensor-parallel ranks. Output is a partial sum over them."""
+    """Attention of one layer; heads are cut over the tensor-parallel ranks. Output is a partial sum over them.
+
+    observer: called with what the cache would hold of each token, for calibration.
+    """
 
     kv_b_proj: PreparedWeight  # [heads * (nope + v), latent]
+    cache_scale: float = 1.0  # of a cache in FP8
+    observer: Callable[[Tensor], None] | None = None
 
     def __init__(self, name: str, config, mesh: Mesh):
         super().__init__()
@@ -51,6 +61,7 @@ class MLA(nn.Module):
     def load(self, source: WeightSource) -> None:
         for part in self.children():
             part.load(source)  # type: ignore[operator]
+        self.cache_scale = source.cache_scale(self.name)
         c = self.config
         rows = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
         # Both forms of attention must see the same values, and in the absorbed one no input could be rounded to FP4.
@@ -63,12 +74,15 @@ class MLA(nn.Module):
 
         Writes the tokens' latents at batch.slot_mapping, then attends. Returns [T, hidden], this rank's heads' part.
         """
+        scale = self.cache_scale if cache is not None and cache.dtype == torch.float8_e4m3fn else 1.0
 
         def store() -> Tensor:
             entries = self._latents(x, cos, sin)
+            if self.observer is not None:
+                self.observer(entries)
             if cache is not None:
                 assert batch.slot_mapping is not None
-                ops.store_entries(cache, batch.slot_mapping, entries)
+                ops.store_entries(cache, batch.slot_mapping, _times(entries, 1 / scale))
             return entries
 
         (q_nope, q_rope), entries = beside(x.device, lambda: self._queries(x, cos, sin), store)
@@ -76,10 +90,10 @@ class MLA(nn.Module):
         outputs = []
         if split:
             assert cache is not None
-            outputs.append(self._absorbed(q_nope[:split], q_rope[:split], batch, cache))
+            outputs.append(self._absorbed(q_nope[:split], q_rope[:split], batch, cache, scale))
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)
-            context = entries[rows] if cache is None else _gather(cache, batch, chunk, x.dtype)
+            context = entries[rows] if cache is None else _times(_gather(cache, batch, chunk, x.dtype), scale)
             outputs.append(self._expanded(q_nope[rows], q_rope[rows], context))
         if len(outputs) == 1:
             attended = outputs[0]
@@ -119,7 +133,9 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, rope.unsqueeze(1).expand(-1, self.heads, -1)), -1)
         return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, c.softmax_scale)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor, cache_scale: float
+    ) -> Tensor:
         q_latent = ops.absorb(q_nope, self.kv_b_proj)
         assert batch.block_tables is not None and batch.query_start is not None and batch.context_lens is not None
         requests = batch.num_decode_requests
@@ -132,9 +148,14 @@ class MLA(nn.Module):
             batch.context_lens[:requests],
             batch.max_query,
             batch.max_context,
-            self.config.softmax_scale,
+            self.config.softmax_scale * cache_scale,
         )
-        return ops.values_from_latent(attended, self.kv_b_proj, self.config.v_head_dim)
+        return ops.values_from_latent(_times(attended, cache_scale), self.kv_b_proj, self.config.v_head_dim)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    """x * factor; exact where the factor is a power of two, as our own scales are."""
+    return x if factor == 1.0 else cut(lambda y: (y * factor,), x)[0]
 
 
 def _gather(cache: Tensor, batch: ForwardBatch, chunk: Chunk, dtype: torch.dtype) -> Tensor:

@@ -108,6 +108,20 @@ class WeightSource:
             stacks.append(_stack(slots, len(experts), self._largest_input_scale(modules, weight_format)))
         return self._prepare(stacks)
 
+    def cache_scale(self, attention: str) -> float:
+        """What the values of a layer's FP8 cache are to be multiplied by, 1.0 where the checkpoint does not say.
+
+        attention: the module's name. ModelOpt's and llm-compressor's names are read; a value scale beside it is equal,
+        since there is one latent. Raises CheckpointError for a scale that is not one number above zero.
+        """
+        for name in (f"{attention}.k_proj.k_scale", f"{attention}.k_scale"):
+            if name in self.reader:
+                scale = self.reader.get(name).float()
+                if scale.numel() != 1 or not 0 < float(scale) < float("inf"):
+                    raise CheckpointError(f"{name} in {self.reader.folder} is not one number above zero")
+                return float(scale)
+        return 1.0
+
     def _prepare(self, parts: Sequence[WeightTensors], activations: Activations | None = None) -> PreparedWeight:
         return ops.prepare(parts, self.device, self.dtype, activations or self.activations, self.backend)
 

@@ -235,6 +235,9 @@ def _unread_mtp(folder: Path, unread: Mapping[int, list[str]], declared: int) ->
     return warning(f"model.layers.{min(unread)}", finding, unused=True, fault=fault)
 
 
+_CACHE_SCALE = "a scale of the K/V cache"
+
+
 def _unplaced(folder: Path, unread: Sequence[str], formats: Mapping[str, WeightFormat | None]) -> list[Finding]:
     """What the tensors are that belong to no weight: known ones that nothing needs, or those of another model."""
     kinds: dict[str, list[str]] = {}
@@ -243,7 +246,8 @@ def _unplaced(folder: Path, unread: Sequence[str], formats: Mapping[str, WeightF
     findings = []
     for kind, names in kinds.items():
         if kind:
-            sentence = f"{names[0]} in {folder} is {kind} and is not used"
+            ending = "is used with a cache in FP8 alone" if kind is _CACHE_SCALE else "is not used"
+            sentence = f"{names[0]} in {folder} is {kind} and {ending}"
             findings.append(note(names[0], sentence, len(names), unused=True))
         else:
             sentence = f"{folder} has {len(names)} tensors this model has no place for, first {names[0]}; "
@@ -258,7 +262,7 @@ def _kind_of(name: str, formats: Mapping[str, WeightFormat | None]) -> str:
     if name.endswith("rotary_emb.inv_freq"):
         return "a buffer of rotary frequencies (computed from config.json here)"
     if suffix in ("k_scale", "v_scale", "kv_scale"):
-        return "a scale of the K/V cache (the latent cache has none)"
+        return _CACHE_SCALE
     if suffix == "input_scale" and formats.get(module) is WeightFormat.FP8_BLOCK:
         return "an activation scale of FP8 (activations are not rounded to FP8 here)"
     return ""

@@ -55,6 +55,9 @@ class RandomWeights(WeightSource):
             return (torch.zeros if dtype else torch.ones)(own, dtype=dtype or self.dtype, device=self.device)
         return self._normal(name, own, 1.0 if "embed_tokens" in name else own[1] ** -0.5, dtype or self.dtype, cut)
 
+    def cache_scale(self, attention: str) -> float:
+        return 1.0
+
     def linear(
         self,
         modules: Sequence[str],

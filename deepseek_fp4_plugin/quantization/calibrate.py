@@ -7,6 +7,7 @@ that hidden states are continued from only where they are the right ones. How mu
 in memory at once is memory.py's to say.
 """
 
+import itertools
 import os
 import re
 import zlib
@@ -31,12 +32,13 @@ from deepseek_fp4_plugin.numerics import nvfp4
 from deepseek_fp4_plugin.quantization.calibration_data import CalibrationData, grouped, token_batches
 from deepseek_fp4_plugin.quantization.convert import decoded
 from deepseek_fp4_plugin.quantization.memory import BATCH_TOKENS, Portions
+from deepseek_fp4_plugin.quantization.mtp_input import MtpInput
 from deepseek_fp4_plugin.quantization.observer import LayerAmax
 from deepseek_fp4_plugin.quantization.plan import Plan
 from deepseek_fp4_plugin.quantization.recipe import Recipe
 from deepseek_fp4_plugin.quantization.streaming import Batch, StreamedLayer
 
-ZERO_INPUT_SCALE = 1.0  # of a projection whose every input was zero: holds block maxima of 0.1 to 2688 in full
+SAFE_INPUT_SCALE = 1.0  # where nothing is known of inputs, or zeros alone: holds block maxima of 0.1 to 2688 in full
 Solve = Callable[[int, StreamedLayer, Callable[[], Iterator[Batch]]], Iterator[Tensor]]
 _DTYPE = torch.bfloat16  # of hidden states
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -58,7 +60,7 @@ def calibrate(
     """
     calibration = Calibration(reader, config, plan, data, work, device, progress)
     merged = LayerAmax()
-    for index in range(config.num_hidden_layers):
+    for index in range(calibration.layers):
         merged = merged.merge(calibration.seen(index))
     calibration.end()
     return merged
@@ -69,7 +71,7 @@ def input_scales(found: LayerAmax, modules: Iterable[str], recipe: Recipe | None
 
     So an expert that saw no token has the scale of its peers, and every run-time kernel finds one value whichever
     expert it asks. Where nothing but zeros was seen (behind weights that are all zero, mostly) any scale decodes them
-    exactly, and ZERO_INPUT_SCALE is written. Raises ValueError naming a module of which nothing at all was seen.
+    exactly, and SAFE_INPUT_SCALE is written. Raises ValueError naming a module of which nothing at all was seen.
     """
     amax = _shared_amax(found)
     scales = {}
@@ -78,12 +80,17 @@ def input_scales(found: LayerAmax, modules: Iterable[str], recipe: Recipe | None
             raise ValueError(f"calibration saw no input of {module}; calibrate on more text")
         largest = torch.tensor(amax[_shared(module)], dtype=torch.float32)
         scale = recipe.input_scale(largest) if recipe else nvfp4.tensor_scale(largest)
-        scales[module] = scale if scale > 0 else torch.full_like(scale, ZERO_INPUT_SCALE)
+        scales[module] = scale if scale > 0 else torch.full_like(scale, SAFE_INPUT_SCALE)
     return scales
 
 
+def safe_input_scales(modules: Iterable[str]) -> dict[str, Tensor]:
+    """Module -> `input_scale` of a run without calibration."""
+    return {module: torch.tensor(SAFE_INPUT_SCALE) for module in modules}
+
+
 def zero_inputs(found: LayerAmax, modules: Iterable[str]) -> list[str]:
-    """Modules whose scale is ZERO_INPUT_SCALE because their inputs, and their peers', were all zero."""
+    """Modules whose scale is SAFE_INPUT_SCALE because their inputs, and their peers', were all zero."""
     amax = _shared_amax(found)
     return [module for module in modules if not nvfp4.tensor_scale(torch.tensor(amax[_shared(module)])) > 0]
 
@@ -104,6 +111,12 @@ def _shared(module: str) -> str:
 def cold_experts(found: LayerAmax, modules: Iterable[str]) -> list[str]:
     """Modules of experts that saw no token."""
     return [module for module in modules if _EXPERT.search(module) and not found.rows.get(module)]
+
+
+def observed_layers(config: DeepseekV3Config, plan: Plan) -> int:
+    """How many layers are calibrated: the main model's, and the MTP layer where it is to be quantized."""
+    mtp = any(c.nvfp4 and c.weight.layer == config.num_hidden_layers for unit in plan.units for c in unit.conversions)
+    return config.num_hidden_layers + mtp
 
 
 def hidden_bytes(config: DeepseekV3Config, data: CalibrationData) -> int:
@@ -150,9 +163,10 @@ class Calibration:
         self.starts = [0]
         for sample in data.samples:
             self.starts.append(self.starts[-1] + len(sample))
+        self.layers = observed_layers(config, plan)
         self._solve = solve
         self._ready: int | None = None  # the layer whose input is known to be in its file
-        self._results = _finished(work, range(config.num_hidden_layers))
+        self._results = _finished(work, range(self.layers))
 
     def seen(self, index: int) -> LayerAmax:
         """Of layer `index`, computed now, with the layers before it that are missing, unless an earlier run did."""
@@ -175,15 +189,15 @@ class Calibration:
         """Every layer was asked for: nobody needs the hidden states any more."""
         for path in self.hidden:
             path.unlink(missing_ok=True)
-        total = self.config.num_hidden_layers * len(self.batches)
+        total = self.layers * len(self.batches)
         self.progress(total, total)
 
     def _missing(self) -> list[int]:
-        return [index for index in range(self.config.num_hidden_layers) if index not in self._results]
+        return [index for index in range(self.layers) if index not in self._results]
 
     def _compute(self, index: int) -> None:
         """Up to and with layer `index`, from the last one whose input is still there, or from the embedding."""
-        total = self.config.num_hidden_layers * len(self.batches)
+        total = self.layers * len(self.batches)
         start = self._ready if self._ready is not None and self._ready <= index else self._latest_input(index)
         for layer in range(start, index + 1):
             done = layer * len(self.batches)
@@ -207,8 +221,8 @@ class Calibration:
         self._embed()
         return 0
 
-    def _embed(self) -> None:
-        """Write the input of layer 0. Of the embedding only the rows of tokens that occur are in memory."""
+    def _embedding(self) -> Callable[[Tensor], Tensor]:
+        """Token ids to embeddings. Only the rows of tokens that occur are in memory."""
         name, c = "model.embed_tokens.weight", self.config
         used = sorted({token for sample in self.samples for token in sample})
         if self.reader.info(name).dtype == torch.float8_e4m3fn:
@@ -219,23 +233,28 @@ class Calibration:
         place = torch.zeros(c.vocab_size, dtype=torch.int64, device=self.device)
         place[used] = torch.arange(len(used), device=self.device)
 
-        _write(self.hidden[0], (rows[place[torch.tensor(sample, device=self.device)]] for sample in self.samples))
+        return lambda ids: rows[place[ids]]
+
+    def _embed(self) -> None:
+        """Write the input of layer 0."""
+        embed = self._embedding()
+        _write(self.hidden[0], (embed(torch.tensor(sample, device=self.device)) for sample in self.samples))
 
     def _layer(self, index: int, progress: Callable[[int], None]) -> _LayerResult:
         """Read the input of layer `index`, write its output, return what its projections saw."""
         layer = StreamedLayer(index, self.config, self.source, self.rotary, self.memory.experts, self.memory.keep)
         source, target = self.hidden[index % 2], self.hidden[(index + 1) % 2]
-        if self._solve is None:
-            outputs = self._through(layer, source, progress)
-        else:
-            outputs = self._solve(self.starts[-1], layer, partial(self._inputs, source, progress))
+        tokens, inputs = self.starts[-1], partial(self._inputs, source, progress)
+        if index == self.config.num_hidden_layers:
+            enter = MtpInput(self.config, self.source, self._embedding())
+            tokens, inputs = tokens - len(self.samples), partial(_entered, enter, inputs)
+        outputs = self._solve(tokens, layer, inputs) if self._solve else self._through(layer, inputs())
         output = _write(target, outputs)
         self.reader.close()
         return _LayerResult(layer.observer.result().to_json(), output)
 
-    def _through(self, layer: StreamedLayer, source: Path, progress: Callable[[int], None]) -> Iterator[Tensor]:
+    def _through(self, layer: StreamedLayer, inputs: Iterator[Batch]) -> Iterator[Tensor]:
         """The layer's outputs, batch by batch."""
-        inputs = self._inputs(source, progress)
         for span in self._spans(layer.moe is not None):
             yield from layer.forward([[next(inputs) for _ in range(count)] for count in span])
 
@@ -259,6 +278,10 @@ class Calibration:
         blocks = grouped(sizes, self.memory.block_tokens)
         spans = grouped([sum(sizes[start:stop]) for start, stop in blocks], self.memory.span_tokens)
         return [[stop - start for start, stop in blocks[first:last]] for first, last in spans]
+
+
+def _entered(enter: MtpInput, inputs: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    return itertools.starmap(enter, inputs())
 
 
 def _write(target: Path, outputs: Iterable[Tensor]) -> int:

@@ -10,7 +10,8 @@ from deepseek_fp4_plugin.checkpoint.quant_config import PRODUCER
 from deepseek_fp4_plugin.checkpoint.sizes import size_text
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.numerics import nvfp4
-from deepseek_fp4_plugin.quantization.calibrate import ZERO_INPUT_SCALE
+from deepseek_fp4_plugin.quantization.cache_scales import HEADROOM
+from deepseek_fp4_plugin.quantization.calibrate import SAFE_INPUT_SCALE
 from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.report import WORST, QuantizationReport, decibels
 
@@ -68,17 +69,28 @@ def model_card(facts: dict[str, Any], report: QuantizationReport, config: Deepse
 
 
 def _description(source: str, report: QuantizationReport, config: DeepseekV3Config, version: str) -> str:
-    mtp = ", the MTP layer included" if config.num_nextn_predict_layers else ""
+    mtp = ", the MTP layer included" if config.num_nextn_predict_layers and report.mtp == "bf16" else ""
+    last = ", those of the MTP layer included," if report.mtp == "nvfp4" else ""
     attention = " and the attention's output projections" if report.layout == "v2" else ""
     return f"""## Description
 
-{source} with the weights and the input activations of its MLPs{attention} in NVFP4:
+{source} with the weights and the input activations of its MLPs{attention}{last} in NVFP4:
 4-bit E2M1 values in blocks of 16 with one FP8 (E4M3) scale a block and one FP32 scale a tensor. Everything else is
 BF16{mtp}.
 
 Made by `deepseek_fp4_plugin` {version}, recipe `{report.recipe}`, layout `{report.layout}`, in the format of {
         _FORMATS[report.format]
-    }. The cache is asked for in {"FP8" if report.kv_cache == "fp8" else "BF16"}."""
+    }. The cache is asked for in {_cache(report)}."""
+
+
+def _cache(report: QuantizationReport) -> str:
+    if report.kv_cache != "fp8":
+        return "BF16"
+    return (
+        f"FP8, with calibrated scales of\nits layers, powers of two for {HEADROOM:g} times what was seen"
+        if (report.kv_scales)
+        else "FP8"
+    )
 
 
 def _architecture(c: DeepseekV3Config) -> str:
@@ -93,6 +105,11 @@ and {c.n_shared_experts} shared; {mtp} a multi-token-prediction layer. Input and
 
 
 def _calibration(report: QuantizationReport) -> str:
+    if not report.samples:
+        return f"""## Post-training quantization
+
+Input scales were not calibrated. Every one is {SAFE_INPUT_SCALE}: activations saturate where a block of 16 goes beyond
+2688 and lose precision where its largest value is below 0.1. {report.quantized_modules} linears are NVFP4."""
     text = report.calibration
     if text.startswith("cnn_dailymail"):
         text = text.replace("cnn_dailymail", f"[cnn_dailymail]({_CNN_DAILYMAIL})", 1)
@@ -103,7 +120,7 @@ def _calibration(report: QuantizationReport) -> str:
         zeros = f"""
 
 The inputs of {names} were all zero, which every scale decodes exactly;
-their input scale is {ZERO_INPUT_SCALE}."""
+their input scale is {SAFE_INPUT_SCALE}."""
     recipe = RECIPES[report.recipe.partition(" ")[0]]
     through = (
         "each layer behind the quantized ones before it" if recipe.sequential else "through the source's own weights"

@@ -1,4 +1,4 @@
-"""Observers of a decoder layer's inputs: the largest magnitude that every quantized projection saw."""
+"""Observers of a decoder layer: the largest magnitudes that its projections saw, and that its cache would hold."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +9,16 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.layers.linear import Linear
+from deepseek_fp4_plugin.layers.mla import MLA
 from deepseek_fp4_plugin.layers.moe import RoutedExperts
 from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer
 
 _EXPERT_INPUTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+
+
+def cache_module(attention: str) -> str:
+    """Under what name is kept what an attention's cache would hold."""
+    return f"{attention}.kv_cache"
 
 
 @dataclass
@@ -55,6 +61,8 @@ class LayerObserver:
                 part.observer = self._of_linear(part.modules_named)
             elif isinstance(part, RoutedExperts):
                 part.observer = self.of_experts(part.name, part.local)
+            elif isinstance(part, MLA):
+                part.observer = self._of_linear([cache_module(part.name)])
 
     def result(self) -> LayerAmax:
         """Raises ValueError naming a projection whose input was not finite."""

@@ -11,7 +11,7 @@ v1 is the layout of nvidia/DeepSeek-R1-0528-FP4, v2 that of its successor. gate_
 because run-time kernels fuse them and use one. See docs/quantization.md.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,11 +65,13 @@ class Plan(NamedTuple):
     """Everything that will be written, before any value is read.
 
     units: in reading order.  tensors: of the result, in the same order.  exclude_modules: for the config files.
+    cache_scales: layers and the names of their caches' scales, which come last.
     """
 
     units: tuple[Unit, ...]
     tensors: tuple[TensorSpec, ...]
     exclude_modules: tuple[str, ...]
+    cache_scales: tuple[tuple[int, str], ...] = ()
 
 
 def becomes_nvfp4(weight: Weight, config: DeepseekV3Config, layout: str, mtp: bool = False) -> bool:
@@ -80,12 +82,15 @@ def becomes_nvfp4(weight: Weight, config: DeepseekV3Config, layout: str, mtp: bo
     return projections is not None and (not projections or weight.module.rpartition(".")[2] in projections)
 
 
-def layout_format(config: DeepseekV3Config, layout: str) -> Callable[[Weight], WeightFormat]:
-    """Each weight's format in a checkpoint of this layout: v1, v2, `fp8` as DeepSeek publishes it, or `bf16`."""
+def layout_format(config: DeepseekV3Config, layout: str, mtp: bool = False) -> Callable[[Weight], WeightFormat]:
+    """Each weight's format in a checkpoint of this layout: v1, v2, `fp8` as DeepSeek publishes it, or `bf16`.
+
+    mtp: its MTP layer is quantized as the others are.
+    """
     if layout in ("fp8", "bf16"):
         linear = WeightFormat.FP8_BLOCK if layout == "fp8" else WeightFormat.PLAIN
         return lambda weight: linear if weight.linear else WeightFormat.PLAIN
-    return lambda weight: WeightFormat.NVFP4 if becomes_nvfp4(weight, config, layout) else WeightFormat.PLAIN
+    return lambda weight: WeightFormat.NVFP4 if becomes_nvfp4(weight, config, layout, mtp) else WeightFormat.PLAIN
 
 
 def excluded_modules(config: DeepseekV3Config, layout: str, mtp: bool = False) -> list[str]:
@@ -115,14 +120,17 @@ def make_plan(
     layout: str,
     names: Mapping[str, str] | None = None,
     mtp: bool = False,
+    cache_scales: Callable[[int], Sequence[str]] = lambda layer: (),
 ) -> Plan:
     """Check every tensor of the source against the config, from headers alone, and lay out the result.
 
     names: last parts of the names in the result's files, of an NVFP4 weight's tensors; None: as they are here.
-    mtp: quantize the MTP layer too.
+    mtp: quantize the MTP layer too.  cache_scales: layer -> the names of its cache's scales.
     Raises CheckpointError naming a tensor that is missing, has another shape, lacks its scale, is quantized to NVFP4
     already, has a width NVFP4 cannot hold, or has no place in the model; ValueError for an unknown layout.
     """
+    if mtp and not config.num_nextn_predict_layers:
+        raise ValueError(f"{reader.folder} has no MTP layer to quantize; leave --mtp out")
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
     refuse(examine_weights(reader.folder, reader.tensors, config, read_json(reader.folder / "config.json"))[1])
@@ -139,7 +147,10 @@ def make_plan(
             conversions.append(conversion)
         if conversions:
             units.append(Unit(tuple(conversions)))
-    return Plan(tuple(units), tuple(specs), tuple(excluded_modules(config, layout, mtp)))
+    layers = range(config.num_hidden_layers + mtp)
+    scales = [(layer, name) for layer in layers for name in cache_scales(layer)]
+    specs += [TensorSpec(name, torch.float32, ()) for _, name in scales]
+    return Plan(tuple(units), tuple(specs), tuple(excluded_modules(config, layout, mtp)), tuple(scales))
 
 
 def result_tensors(conversion: Conversion, source_dtype: torch.dtype) -> list[TensorSpec]:

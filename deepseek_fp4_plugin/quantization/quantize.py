@@ -32,11 +32,15 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config, with_mtp_layers
 from deepseek_fp4_plugin.models.declarations import absent_code
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import checked_device
+from deepseek_fp4_plugin.quantization.cache_scales import cache_scale, cache_scale_names
 from deepseek_fp4_plugin.quantization.calibrate import (
+    SAFE_INPUT_SCALE,
     Calibration,
     cold_experts,
     hidden_bytes,
     input_scales,
+    observed_layers,
+    safe_input_scales,
     zero_inputs,
 )
 from deepseek_fp4_plugin.quantization.calibration_data import CNN_DAILYMAIL, CalibrationData, load_calibration
@@ -64,7 +68,12 @@ from deepseek_fp4_plugin.quantization.report import (
     sqnr_by_class,
 )
 from deepseek_fp4_plugin.quantization.report_page import report_files
-from deepseek_fp4_plugin.quantization.saved_calibration import SavedCalibration, is_saved, load_saved
+from deepseek_fp4_plugin.quantization.saved_calibration import (
+    UNCALIBRATED,
+    SavedCalibration,
+    is_saved,
+    load_saved,
+)
 from deepseek_fp4_plugin.quantization.solve import LayerSolver
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
@@ -88,6 +97,8 @@ def quantize_checkpoint(
     samples: int = 512,
     tokens: int = 512,
     kv_cache: str = "fp8",
+    kv_scales: bool = False,
+    mtp: str = "bf16",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
     seed: int = 0,
@@ -104,7 +115,10 @@ def quantize_checkpoint(
     recipe: a name in recipes.RECIPES.  arithmetic: of max, a release in recipes.ARITHMETICS.
     layout: a key of plan.LAYOUTS.  kv_cache: what the config files ask for.
     format: one of FORMATS, under whose names the same bits are stored.
-    calibration, samples, tokens, seed: see calibration_data.load_calibration; or what save_calibration wrote.
+    kv_scales: calibrate a scale of each layer's FP8 cache too.
+    mtp: "bf16" keeps the MTP layer, as published checkpoints do; "nvfp4" quantizes it as the other layers.
+    calibration, samples, tokens, seed: see calibration_data.load_calibration; or what save_calibration wrote; or
+        "none" for recipes that look at no data: every input_scale is then calibrate.SAFE_INPUT_SCALE.
     device: where layers and weights are computed.
     max_memory: bytes of this process's resident memory that it stays below; None takes whole layers.
     share: with other runs of the same call, in other processes or on other machines that see the same folders.
@@ -120,17 +134,27 @@ def quantize_checkpoint(
         raise ValueError(f"kv_cache {kv_cache!r} is unknown; choose from {', '.join(_KV_CACHES)}")
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; choose from {', '.join(FORMATS)}")
+    if mtp not in ("bf16", "nvfp4"):
+        raise ValueError(f"mtp {mtp!r} is unknown; choose from bf16, nvfp4")
+    if kv_scales and kv_cache != "fp8":
+        raise ValueError(f"a cache in {kv_cache} has no scales; leave kv_scales out, or take kv_cache fp8")
     target = checked_device(device)
     refuse_taken(destination)
     folder = resolve(source)
     _refuse_in_the_way(folder, real_destination(destination))
     config, reader = examine(folder).usable(result="the result")
     _note_absent_code(folder)
-    plan = make_plan(reader, config, layout, None if format == "modelopt" else compressed_tensors.NAMES)
+    names = compressed_tensors.NAMES if format == "compressed-tensors" else None
+    scaled = cache_scale_names(format) if kv_scales else lambda layer: []
+    plan = make_plan(reader, config, layout, names, mtp == "nvfp4", scaled)
     data = _calibration(calibration, folder, samples, tokens, config, seed)
     if chosen.needs is not Needs.NOTHING:
         _refuse_without_forward(chosen, data, share)
+    if isinstance(data, SavedCalibration):
+        _refuse_unseen(data, plan, save_calibration is not None)
     solving = solving_bytes(config, chosen.needs, layout == "v2")
+    if mtp == "nvfp4":  # eh_proj in BF16, which joins its two inputs, is there while the layer passes
+        solving = solving._replace(attention=solving.attention + 4 * config.hidden_size**2)
     memory = _portions(reader, plan, config, data, solving, max_memory, target)
     job: dict[str, Any] = {
         "version": __version__,
@@ -149,6 +173,10 @@ def quantize_checkpoint(
         job["arithmetic"] = arithmetic
     if format != "modelopt":
         job["format"] = format
+    if kv_scales:
+        job["kv_scales"] = True
+    if mtp != "bf16":
+        job["mtp"] = mtp
     where = str(Path(destination).expanduser())
     tell = progress or (lambda stage, done, total: None)
     work_bytes = 0
@@ -179,10 +207,12 @@ def quantize_checkpoint(
             worst=worst,
             modules=module_figures(plan, config, roundings, found.rows),
             quantized_modules=len(modules),
-            cold_experts=len(cold_experts(found, modules)),
-            zero_inputs=tuple(zero_inputs(found, modules)),
-            r1=planned_sizes(DEEPSEEK_R1, layout),
+            cold_experts=0 if data is UNCALIBRATED else len(cold_experts(found, modules)),
+            zero_inputs=() if data is UNCALIBRATED else tuple(zero_inputs(found, modules)),
+            r1=planned_sizes(DEEPSEEK_R1, layout, mtp == "nvfp4"),
             format=format,
+            kv_scales=kv_scales,
+            mtp=mtp,
         )
         if save_calibration is not None:
             saved = SavedCalibration(found, report.calibration, report.samples, report.tokens)
@@ -227,6 +257,7 @@ def _layers(
     solver = None
     if recipe.needs is not Needs.NOTHING:
         solver = LayerSolver(reader, writer, plan, recipe, converter, device, spill)
+    layers = observed_layers(config, plan)
     inputs: Calibration | SavedCalibration
     if isinstance(data, SavedCalibration):
         inputs = data
@@ -240,7 +271,8 @@ def _layers(
                 needed = [unit for unit in units if converter.needs(unit)]
                 modules = [c.weight.module for unit in needed for c in unit.conversions if c.nvfp4]
                 seen = inputs.seen(layer) if modules and layer is not None else LayerAmax()
-                scales = input_scales(seen, modules, recipe)
+                unknown = data is UNCALIBRATED
+                scales = safe_input_scales(modules) if unknown else input_scales(seen, modules, recipe)
                 if solver and modules:
                     solver.write_input_scales(scales)
                     lost = any(converter.needs(unit) for unit in needed if unit.conversions[0].nvfp4)
@@ -248,8 +280,11 @@ def _layers(
                         inputs.again(layer)  # an earlier run wrote them, and they are damaged
                         inputs.seen(layer)
                 converter.convert(units, scales)
+            for layer, name in plan.cache_scales:
+                if writer.needs(name):
+                    writer.write(name, cache_scale(inputs.seen(layer), layer))
         found = LayerAmax()
-        for index in range(config.num_hidden_layers):
+        for index in range(layers):
             found = found.merge(inputs.seen(index))
         inputs.end()
         return found, converter.end()
@@ -267,9 +302,28 @@ def _refuse_without_forward(recipe: Recipe, data: CalibrationData | SavedCalibra
         raise ValueError(f"recipe {recipe.name} solves layer after layer on its own results, which cannot be shared")
 
 
+def _refuse_unseen(data: SavedCalibration, plan: Plan, keep: bool) -> None:
+    """Refuse what a kept calibration, or none, does not say; nothing is known before the weights are read then."""
+    for layer, _ in plan.cache_scales:
+        cache_scale(data.seen(layer), layer)
+    if data is UNCALIBRATED:
+        if keep:
+            raise ValueError("there is nothing to save of a calibration that is none; leave --save-calibration out")
+        _log.warning(
+            "input scales are not calibrated: every one is %s, good for activations whose blocks' largest values lie "
+            "between 0.1 and 2688; give --calibration a text to measure them",
+            SAFE_INPUT_SCALE,
+        )
+        return
+    modules = [c.weight.module for unit in plan.units for c in unit.conversions if c.nvfp4]
+    input_scales(data.found, modules)
+
+
 def _calibration(
     name: str | Path, folder: Path, samples: int, tokens: int, config: DeepseekV3Config, seed: int
 ) -> CalibrationData | SavedCalibration:
+    if name == "none":
+        return UNCALIBRATED
     kept = Path(name).expanduser()
     if is_saved(kept):
         return load_saved(kept, config)

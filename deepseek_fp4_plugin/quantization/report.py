@@ -97,6 +97,7 @@ class QuantizationReport:
     modules: every NVFP4 weight, in reading order.
     cold_experts: expert projections that saw no calibration token.  zero_inputs: modules that saw nothing but zeros.
     r1: the same arithmetic on DeepSeek-R1.  format: whose names the tensors have.
+    kv_scales: whether the FP8 cache has calibrated scales.  mtp: what the MTP layer became, "bf16" or "nvfp4".
     """
 
     source: str
@@ -116,6 +117,8 @@ class QuantizationReport:
     zero_inputs: tuple[str, ...]
     r1: Bytes
     format: str = "modelopt"
+    kv_scales: bool = False
+    mtp: str = "bf16"
 
     @property
     def total(self) -> Bytes:
@@ -203,9 +206,9 @@ def sizes(reader: CheckpointReader, config: DeepseekV3Config, plan: Plan) -> dic
     return found
 
 
-def planned_sizes(config: DeepseekV3Config, layout: str) -> Bytes:
+def planned_sizes(config: DeepseekV3Config, layout: str, mtp: bool = False) -> Bytes:
     """Bytes of a checkpoint as DeepSeek publishes one (FP8 linears) and of its NVFP4 result, from the config alone."""
-    return Bytes(*(checkpoint_size(config, layout_format(config, name))[0] for name in ("fp8", layout)))
+    return Bytes(*(checkpoint_size(config, layout_format(config, name, mtp))[0] for name in ("fp8", layout)))
 
 
 def module_figures(

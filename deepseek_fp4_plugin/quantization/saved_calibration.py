@@ -48,6 +48,10 @@ class SavedCalibration(NamedTuple):
         write_file(Path(path), json.dumps(content, indent=1) + "\n")
 
 
+# Of a run without any: nothing was seen, and every scale of inputs is the safe one.
+UNCALIBRATED = SavedCalibration(LayerAmax(), "nothing", 0, 0)
+
+
 def is_saved(path: str | Path) -> bool:
     """Whether the file says that it is one; other JSON files hold text."""
     try:
