@@ -19,4 +19,4 @@ def test_dry_run(tmp_path):
     assert "card: loaded in" in done.stdout and "sample: loaded in" in done.stdout
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (row["piece"], row["users"]) == ("card", 2)
-    assert row["tokens/s a user"] > 0
+    assert row["first token, ms"] > 0
