@@ -56,7 +56,7 @@ __device__ inline void take_sums(const LargeParameters& p, int thread, int chunk
     int from = chunk * p.chunk, end = min(from + p.chunk, p.pieces), mine = p.rank * width;
     await(p, 1, thread, 1, chunk, count);
     const Quad* box = (const Quad*)p.sums[p.rank] + turn * p.capacity;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = from + thread; i < end; i += HALF)
         if (i - from < mine || i - from >= mine + width) p.y[i] = load_sent(box + i);
 }
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce(const __grid
                 int peer = (p.rank + k) % p.ranks;
                 int from = chunk * p.chunk + (two ? 0 : peer * width), end = min(from + width, p.pieces);
                 Quad* box = (Quad*)p.inbox[peer] + (turn * p.ranks + p.rank) * p.slot + (u64)chunk * width;
-#pragma unroll 4
+#pragma unroll 2
                 for (int i = from + thread; i < end; i += HALF) box[i - from] = load_quad(p.x + i);
             }
             raise(p, half, thread, 0, chunk, count);
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce(const __grid
             int from = chunk * p.chunk + mine, end = min(from + width, p.pieces);
             await(p, half, thread, 0, chunk, count);
             const Quad* box = (const Quad*)p.inbox[p.rank] + turn * p.ranks * p.slot + (u64)chunk * width;
-#pragma unroll 4
+#pragma unroll 2
             for (int i = from + thread; i < end; i += HALF) {
                 float sums[8] = {-0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
                 for (int rank = 0; rank < p.ranks; rank++)
