@@ -18,8 +18,10 @@ _PIECE, _PACKETS = 16, 32  # bytes: a thread's data, and what they take in a mai
 _THREADS, _PLACES = 256, SMALL // _PIECE
 _BLOCKS = _PLACES // _THREADS
 _LARGE = 16 << 20  # bytes that one launch for large tensors takes
-# A block a multiprocessor, and chunks of about so many pieces: the fastest of 17 variants at 1,024 rows (docs/log.md).
-_LARGE_BLOCKS, _LARGE_THREADS, _CHUNK = 132, 1024, 1160
+# Of a launch for large tensors: threads of a block, blocks, and about how many pieces a chunk has. Between two ranks
+# the fastest of 21 variants (docs/log.md); more ranks have run with the other one alone.
+_TWO_RANKS, _MORE_RANKS = (1024, 132, 1160), (512, 264, 1024)
+_MOST_BLOCKS = 264
 _LARGEST_CHUNK = 1 << 13
 LONGEST_ROW = 8 * 8 * _THREADS  # values: a cluster of eight blocks, eight a thread
 _MAILBOXES = f"{MOST_RANKS}QP3i"
@@ -50,7 +52,7 @@ class Exchange:
             [address + offset for address in self._memory.addresses] + rest
             for offset in list(accumulate(sizes, initial=0))[:4]
         )
-        self._counts = torch.zeros(_BLOCKS + _LARGE_BLOCKS, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(_BLOCKS + _MOST_BLOCKS, dtype=torch.int32, device=device)
 
     @property
     def _mail(self) -> tuple[int, ...]:
@@ -108,11 +110,12 @@ class Exchange:
         )
 
     def _large(self, x: int, y: int, pieces: int) -> None:
-        chunk = _chunk(pieces, self.ranks)
+        threads, blocks, wanted = _TWO_RANKS if self.ranks == 2 else _MORE_RANKS
+        chunk = _chunk(pieces, self.ranks, blocks, wanted)
         layout = f"{3 * MOST_RANKS}Q3P7i"
-        kernel("exchange_large.cu", "all_reduce", layout, (), self.device.index)(
-            (_LARGE_BLOCKS, 1, 1),
-            _LARGE_THREADS,
+        kernel("exchange_large.cu", "all_reduce", layout, (("THREADS", threads),), self.device.index)(
+            (blocks, 1, 1),
+            threads,
             0,
             *self._inboxes,
             *self._sums,
@@ -156,11 +159,11 @@ def sum_and_norm(
     return y, normed
 
 
-def _chunk(pieces: int, ranks: int) -> int:
-    """Pieces of a chunk: as many chunks for every block, and each cut evenly among the ranks."""
-    rounds = max(1, round(pieces / (_LARGE_BLOCKS * _CHUNK)))
+def _chunk(pieces: int, ranks: int, blocks: int, wanted: int) -> int:
+    """Pieces of a chunk, about as many as wanted: as many chunks for every block, each cut evenly among the ranks."""
+    rounds = max(1, round(pieces / (blocks * wanted)))
     step = 8 * ranks
-    return -(-pieces // (_LARGE_BLOCKS * rounds * step)) * step
+    return -(-pieces // (blocks * rounds * step)) * step
 
 
 def _aligned(x: Tensor) -> Tensor:

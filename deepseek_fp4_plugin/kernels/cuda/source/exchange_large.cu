@@ -3,11 +3,10 @@
 // A block has every gridDim.x-th chunk of the tensor. Data go as they are, and a flag behind each chunk says that they
 // have come. Between two ranks each sends the other all of it and adds for itself: as many bytes as in two hops, one hop
 // less. Between more, a rank adds one slice of every chunk and sends the sum back. Halves of the boxes take turns, as in
-// exchange.cu.
+// exchange.cu. Compiled with -DTHREADS.
 #include "device.cuh"
 
 #define RANKS 8
-#define THREADS 1024
 #define HALF (THREADS / 2)
 
 struct LargeParameters {
@@ -61,7 +60,7 @@ __device__ inline void take_sums(const LargeParameters& p, int thread, int chunk
         if (i - from < mine || i - from >= mine + width) p.y[i] = load_sent(box + i);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce(const __grid_constant__ LargeParameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) all_reduce(const __grid_constant__ LargeParameters p) {
     let_next_kernel_begin();
     wait_for_kernels_before();
     u32 count = p.counts[blockIdx.x] + 1;
