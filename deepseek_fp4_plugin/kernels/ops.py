@@ -30,6 +30,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "local_ids",
     "plain_linear",
     "prepare",
     "rms_norm",
@@ -168,6 +169,11 @@ def route(
     bias: FP32 [experts], for the choice only. Within each token the experts come in any order.
     """
     return select.kernels(logits.device).route(logits, bias, k, n_group, topk_group, normalize, scaling)
+
+
+def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
+    """slots[ids]: int64 [T, k], where this rank holds each chosen expert.  slots: int64 [experts], below 0: nowhere."""
+    return select.kernels(ids.device).local_ids(ids, slots)
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:

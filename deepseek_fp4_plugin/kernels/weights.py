@@ -126,6 +126,8 @@ class Backend(Protocol):
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor: ...
 
+    def local_ids(self, ids: Tensor, slots: Tensor, /) -> Tensor: ...
+
     def route(
         self,
         logits: Tensor,

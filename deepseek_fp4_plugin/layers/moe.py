@@ -71,7 +71,7 @@ class RoutedExperts(nn.Module):
         """Where this rank's stack holds each expert, -1 for another rank's. Replicas take turns at a batch's tokens."""
         if self.replicas is None:
             self.slots = self.slots.to(ids.device)
-            return (self.slots.index_select(0, ids.flatten()).view(ids.shape),)
+            return (ops.local_ids(ids, self.slots),)
         slots, counts = self.replicas = self.replicas[0].to(ids.device), self.replicas[1].to(ids.device)
         turn = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
         return (slots[ids, turn % counts[ids]],)

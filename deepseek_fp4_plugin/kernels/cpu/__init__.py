@@ -27,6 +27,7 @@ from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route
 from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
+from deepseek_fp4_plugin.kernels.reference.routing import local_ids
 
 __all__ = [
     "NOT_BUILT",
@@ -46,6 +47,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "local_ids",
     "path",
     "paths",
     "plain_linear",

@@ -9,12 +9,11 @@ from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
 from deepseek_fp4_plugin.kernels.cuda.linear import linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
-from deepseek_fp4_plugin.kernels.cuda.norm import add_rms_norm, latent_entries, rms_norm
+from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
-from deepseek_fp4_plugin.kernels.cuda.routing import plain_linear, route
+from deepseek_fp4_plugin.kernels.cuda.routing import local_ids, plain_linear, route
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
 from deepseek_fp4_plugin.kernels.reference import (
-    add,
     argmax,
     concat,
     convert_weight,
@@ -41,6 +40,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "local_ids",
     "plain_linear",
     "prepare",
     "refuses",

@@ -14,6 +14,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _CHUNK = 64  # cached entries that a block has at a time
 _BLOCKS = 132  # as many splits as give every multiprocessor a block
+_FEW_TOKENS = 8  # of the products by head
 _LATENTS, _ROPES = (128, 256, 384, 512), (32, 64)
 
 
@@ -142,7 +143,7 @@ def _aligned(q: Tensor) -> Tensor:
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     """See kernels/reference/attention.py; an NVFP4 kv_b is decoded on every call, no published checkpoint has one."""
     if kv_b.format is not WeightFormat.NVFP4:
-        return decoded.absorb(q_nope, kv_b)
+        return _absorb(q_nope, kv_b) if _few(q_nope, kv_b) else decoded.absorb(q_nope, kv_b)
     w_uk = _by_head(kv_b, q_nope.shape[1])[:, : q_nope.shape[2]]
     return _scaled(torch.einsum("thn,hnl->thl", q_nope, w_uk), kv_b)
 
@@ -150,9 +151,62 @@ def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """See kernels/reference/attention.py."""
     if kv_b.format is not WeightFormat.NVFP4:
-        return decoded.values_from_latent(attended, kv_b, v)
+        few = _few(attended, kv_b) and attended.is_contiguous() and attended.data_ptr() % 16 == 0
+        return _values(attended, kv_b, v) if few else decoded.values_from_latent(attended, kv_b, v)
     w_uv = _by_head(kv_b, attended.shape[1])[:, -v:]
     return _scaled(torch.einsum("thl,hvl->thv", attended, w_uv), kv_b)
+
+
+def _few(x: Tensor, kv_b: PreparedWeight) -> bool:
+    """Whether per_head.cu has these: few tokens, so that the library's launches are most of its time."""
+    tokens, _, width = x.shape
+    if x.dtype is not torch.bfloat16 or x.stride(2) != 1 or not kv_b.data.values.is_contiguous():
+        return False
+    return 0 < tokens <= _FEW_TOKENS and width <= 512 and kv_b.in_features % 64 == 0 and kv_b.in_features <= 512
+
+
+def _absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
+    (tokens, heads, nope), latent = q_nope.shape, kv_b.in_features
+    if nope > 256:
+        return decoded.absorb(q_nope, kv_b)
+    together(q_nope, kv_b.data.values)
+    y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_nope.device)
+    kernel("per_head.cu", "absorb", "3P7i", (), y.device.index)(
+        (latent // 64, heads, 1),
+        256,
+        0,
+        q_nope.data_ptr(),
+        kv_b.data.values.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        q_nope.stride(0),
+        q_nope.stride(1),
+        heads,
+        kv_b.out_features // heads,
+        nope,
+        latent,
+    )
+    return y
+
+
+def _values(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
+    tokens, heads, latent = attended.shape
+    together(attended, kv_b.data.values)
+    y = torch.empty(tokens, heads, v, dtype=torch.bfloat16, device=attended.device)
+    kernel("per_head.cu", "values", "3P5i", (), y.device.index)(
+        (-(-v // 16), heads, 1),
+        256,
+        0,
+        attended.data_ptr(),
+        kv_b.data.values.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        heads,
+        kv_b.out_features // heads,
+        v,
+        latent,
+    )
+    return y
 
 
 def _by_head(kv_b: PreparedWeight, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cuda import experts_wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, grouped, listed
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
-from deepseek_fp4_plugin.kernels.cuda.linear import gated, launch, linear, rounded_input
+from deepseek_fp4_plugin.kernels.cuda.linear import gated, geometry, launch, linear, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
@@ -37,7 +37,10 @@ def experts_mlp(
     ids, weights = expert_ids.to(torch.int64).contiguous(), expert_weights.float().contiguous()
     if tokens <= _ONE_LAUNCH and _down_groups(k, down.in_features):
         h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
-        launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, ids)
+        # Of the choices as many as are here on average fill the multiprocessors; blocks of the others end at once.
+        here = max(2, round(expected_rows(tokens, k, experts) * experts))
+        cut = geometry(tiles.groups, tiles.slabs, 1, here)
+        launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, ids, cut)
         return _down_and_sum(rounded_input(h, down), ids, weights, down)
     rows, hopper = expected_rows(tokens, k, experts), experts_wgmma.available(x.device.index)
     # Which of two FP4 numbers a hidden value becomes follows from its last bit; the others round it differently.

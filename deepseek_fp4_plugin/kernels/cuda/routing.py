@@ -48,6 +48,17 @@ def _three_parts(weight: Tensor) -> Tensor:
     return torch.cat(parts[::-1])
 
 
+def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
+    """See kernels/reference/routing.py."""
+    together(ids, slots)
+    ids, slots = ids.contiguous(), slots.contiguous()
+    places = torch.empty_like(ids)
+    kernel("small.cu", "local_ids", "3Pi", (), ids.device.index)(
+        (-(-ids.numel() // 256), 1, 1), 256, 0, ids.data_ptr(), slots.data_ptr(), places.data_ptr(), ids.numel()
+    )
+    return places
+
+
 def route(
     logits: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from deepseek_fp4_plugin.kernels.reference.linear import decoded, linear, plain_
 from deepseek_fp4_plugin.kernels.reference.moe import add_expert, by_expert, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
-from deepseek_fp4_plugin.kernels.reference.routing import route
+from deepseek_fp4_plugin.kernels.reference.routing import local_ids, route
 from deepseek_fp4_plugin.kernels.reference.step import step_inputs
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "local_ids",
     "plain_linear",
     "prepare",
     "rms_norm",

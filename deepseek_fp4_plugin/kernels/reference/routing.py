@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
+    """slots[ids], int64 [T, k]: where this rank holds each chosen expert, below 0 where it does not."""
+    return slots.index_select(0, ids.flatten()).view(ids.shape)
+
+
 def route(
     logits: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:

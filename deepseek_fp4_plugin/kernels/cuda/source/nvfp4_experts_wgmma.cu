@@ -171,7 +171,7 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
             wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
             if (index == 0) {
                 __syncwarp();
-                barrier_arrive_if(before, lane == 0 && slab > 0);
+                barrier_arrive_if(before, slab > 0);  // each lane for itself, so that racecheck can follow
             }
         }
         before = ring.empty();
@@ -179,7 +179,7 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
     }
     wgmma_wait<0>();
     __syncwarp();
-    barrier_arrive_if(before, lane == 0);
+    barrier_arrive_if(before, true);
 
     int quarter = lane & 3;
 #pragma unroll
@@ -231,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_experts_
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(shared_address(barriers + stage), 1);
-            barrier_init(shared_address(barriers + STAGES + stage), WARPS);
+            barrier_init(shared_address(barriers + STAGES + stage), 32 * WARPS);
         }
         barrier_fence();
     }

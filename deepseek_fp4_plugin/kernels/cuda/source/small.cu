@@ -73,6 +73,26 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
     }
 }
 
+// ---- sums
+
+struct AddParameters {
+    const u16* x;  // [count], as y and the total; a multiple of 8
+    const u16* y;
+    u16* total;
+    long long count;
+};
+
+extern "C" __global__ void __launch_bounds__(256) add_rows(const __grid_constant__ AddParameters p) {
+    long long at = ((long long)blockIdx.x * 256 + threadIdx.x) * 8;
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    if (at >= p.count) return;
+    float sums[8] = {};
+    add(sums, load_quad(p.x + at));
+    add(sums, load_quad(p.y + at));
+    *(Quad*)(p.total + at) = rounded(sums);
+}
+
 // ---- rotary embedding
 
 struct RotaryParameters {
@@ -121,6 +141,22 @@ extern "C" __global__ void __launch_bounds__(128) store(const __grid_constant__ 
             ((u32*)(p.cache + slot * p.width * 2))[i] = pair;
         }
     }
+}
+
+// ---- where a rank holds experts
+
+struct LocalIdsParameters {
+    const long long* ids;    // [count]
+    const long long* slots;  // of each expert
+    long long* places;       // [count]
+    int count;
+};
+
+extern "C" __global__ void __launch_bounds__(256) local_ids(const __grid_constant__ LocalIdsParameters p) {
+    int i = (int)blockIdx.x * 256 + (int)threadIdx.x;
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    if (i < p.count) p.places[i] = p.slots[p.ids[i]];
 }
 
 // ---- the router: FP32 weights, then each token's experts

@@ -1,0 +1,99 @@
+// The two products around absorbed attention, for few tokens: each head by its own rows of kv_b_proj, BF16.
+//
+// Weights are asked for before the kernels ahead have ended, and what comes behind can ask for its own.
+#include "device.cuh"
+
+__device__ inline u32 word(const Quad& q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+__device__ inline float value(const Quad& q, int i) { return from_bf16((u16)(word(q, i / 2) >> (i % 2 * 16))); }
+
+struct AbsorbParameters {
+    const u16* q;       // [tokens][q_token] with heads q_head apart, [nope] each
+    const u16* weight;  // [heads][rows][latent], of which the first `nope` rows
+    u16* y;             // [tokens][heads][latent]
+    int tokens, q_token, q_head, heads, rows, nope, latent;  // nope at most 256, latent a multiple of 64
+};
+
+// y[h] = W_h^T q[h]. A block has 64 outputs of a head, a thread 8 of them and every 32nd row.
+extern "C" __global__ void __launch_bounds__(256) absorb(const __grid_constant__ AbsorbParameters p) {
+    constexpr int HELD = 8, WARPS = 8;
+    __shared__ float sums[WARPS][64];
+    int octet = threadIdx.x & 7, group = threadIdx.x >> 3, warp = threadIdx.x >> 5;
+    int head = (int)blockIdx.y, column = (int)blockIdx.x * 64;
+    const u16* weight = p.weight + ((u64)head * p.rows + group) * p.latent + column + octet * 8;
+    Quad held[HELD] = {};
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (group + 32 * i < p.nope) held[i] = load_weights(weight + (u64)32 * i * p.latent);
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    for (int token = 0; token < p.tokens; token++) {
+        const u16* q = p.q + (u64)token * p.q_token + (u64)head * p.q_head + group;
+        float sum[8] = {};
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            float factor = group + 32 * i < p.nope ? from_bf16(q[32 * i]) : 0.0f;
+#pragma unroll
+            for (int n = 0; n < 8; n++) sum[n] += factor * value(held[i], n);
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            sum[n] += __shfl_xor_sync(~0u, sum[n], 8);
+            sum[n] += __shfl_xor_sync(~0u, sum[n], 16);
+        }
+        __syncthreads();  // the sums of the token before have been read
+        if ((threadIdx.x & 31) < 8)
+#pragma unroll
+            for (int n = 0; n < 8; n++) sums[warp][octet * 8 + n] = sum[n];
+        __syncthreads();
+        if (threadIdx.x < 64) {
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) total += sums[w][threadIdx.x];
+            p.y[((u64)token * p.heads + head) * p.latent + column + threadIdx.x] = to_bf16(total);
+        }
+    }
+}
+
+struct ValuesParameters {
+    const u16* x;       // [tokens][heads][latent]
+    const u16* weight;  // [heads][rows][latent], of which the last `outputs` rows
+    u16* y;             // [tokens][heads][outputs]
+    int tokens, heads, rows, outputs, latent;  // latent a multiple of 8, at most 512
+};
+
+// y[h] = W_h x[h]. A warp has two outputs of a head.
+extern "C" __global__ void __launch_bounds__(256) values(const __grid_constant__ ValuesParameters p) {
+    constexpr int OUTPUTS = 2, QUADS = 2;
+    int lane = threadIdx.x & 31, head = (int)blockIdx.y;
+    int first = ((int)blockIdx.x * 8 + (int)(threadIdx.x >> 5)) * OUTPUTS;
+    const u16* weight = p.weight + ((u64)head * p.rows + p.rows - p.outputs + first) * p.latent + lane * 8;
+    Quad held[OUTPUTS][QUADS] = {};
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+            if (first + o < p.outputs && lane * 8 + 256 * i < p.latent)
+                held[o][i] = load_weights(weight + (u64)o * p.latent + 256 * i);
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    for (int token = 0; token < p.tokens; token++) {
+        const u16* x = p.x + ((u64)token * p.heads + head) * p.latent + lane * 8;
+        float sum[OUTPUTS] = {};
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            if (lane * 8 + 256 * i >= p.latent) continue;
+            Quad q = load_quad(x + 256 * i);
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+                for (int n = 0; n < 8; n++) sum[o] += value(held[o][i], n) * value(q, n);
+        }
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; o++) {
+#pragma unroll
+            for (int step = 16; step; step >>= 1) sum[o] += __shfl_xor_sync(~0u, sum[o], step);
+            if (lane == 0 && first + o < p.outputs)
+                p.y[((u64)token * p.heads + head) * p.outputs + first + o] = to_bf16(sum[o]);
+        }
+    }
+}
