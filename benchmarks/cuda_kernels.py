@@ -24,7 +24,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda import dense as dense_kernel
-from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, wgmma
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
@@ -295,7 +295,8 @@ def dry(rows: list[int]) -> Iterator[str]:
     """Every product's cut, on a Hopper GPU, checked against what a block can have."""
     for name, (out, width) in SHAPES.items():
         for count in rows:
-            chosen = wgmma.nearest(-(-out // 16), -(-width // 128), count) if count > 8 else None
+            kernel = wgmma.nearest if count > 8 else matvec.choose
+            chosen = kernel(-(-out // 16), -(-width // 128), count)
             if chosen:
                 assert chosen.shared <= MAX_SHARED
                 yield f"{name} {out} x {width}, {count} rows: {chosen}, {chosen.shared} bytes of shared memory"
@@ -320,7 +321,7 @@ def dry(rows: list[int]) -> Iterator[str]:
     for name, (out, width) in DENSE_SHAPES.items():
         for bits in (16, 8):
             for count in (n for n in rows if dense_kernel.served(n, out, width, bits == 8)):
-                own = dense_kernel.geometry(out, width * bits // 8, count)
+                own = dense_kernel.geometry(out, width * bits // 8, count, bits == 8)
                 assert own.shared <= MAX_SHARED
                 yield f"{name} {out} x {width} of {bits} bits, {count} rows: {own}, {own.shared} bytes of shared memory"
 

@@ -9,7 +9,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
-from deepseek_fp4_plugin.kernels.cuda import dense, experts_wgmma, wgmma
+from deepseek_fp4_plugin.kernels.cuda import dense, experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
@@ -66,6 +66,27 @@ def test_every_cut_of_wgmma(cut):
                     assert error(h, torch.nn.functional.silu(gate) * up) <= 2 * TWO_STEPS, (out, width, rows)
 
 
+@pytest.mark.parametrize(("groups", "slabs"), [(32, 56), (256, 56), (288, 56), (2304, 56), (448, 144)])
+def test_every_cut_of_few_rows(groups, slabs):
+    """Whatever shape it is for; NaN beside the rows, and where the result will be."""
+    cut = matvec.choose(groups, slabs, 1)
+    for out, width in ((1, 16), (7, 48), (130, 1040), (264, 4112), (5000, 2048)):
+        for parts in ([out], [out, out]):
+            (part, *_), count = [random_part(WeightFormat.NVFP4, n, width) for n in parts], len(parts)
+            ours, law = both([part] * count)
+            for rows in (1, 3, 8):
+                x = poisoned(rows, width)
+                y = torch.full((rows, out * count), float("nan"), dtype=BF16, device=DEVICE)
+                matvec.launch(x, ours.data, 0, y, out * count, False, cut)
+                expected = ops.linear(x, law)
+                assert error(y, expected) <= TWO_STEPS, (out, width, rows)
+                if count == 2:
+                    h = torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE)
+                    matvec.launch(x, ours.data, 0, h, out * count, True, cut)
+                    gate, up = expected.chunk(2, -1)
+                    assert error(h, torch.nn.functional.silu(gate) * up) <= 2 * TWO_STEPS, (out, width, rows)
+
+
 def poisoned(rows: int, width: int) -> torch.Tensor:
     """Random rows cut out of wider ones that are NaN elsewhere."""
     wide = torch.full((rows, width + 24), float("nan"), dtype=BF16, device=DEVICE)
@@ -105,9 +126,9 @@ def test_dense_cuts():
         plain = WeightTensors(WeightFormat.PLAIN, torch.randn(out, width, device=DEVICE).to(BF16))
         plain_law = ops.prepare([plain], DEVICE, BF16, backend="reference")
         for groups, warps, cluster, turns in ((1, 2, 1, 1), (2, 4, 1, 2), (1, 16, 1, 3), (1, 8, 4, 1), (2, 8, 2, 1)):
-            for rows in (1, 8, 9, 16):
+            for rows, ahead in ((1, 4), (3, 1), (8, 2), (9, 1), (16, 2)):
                 sets = -(-out // (16 * groups))
-                cut = dense.Cut(1 if rows <= 8 else 2, groups, warps, 4, cluster, -(-sets // turns))
+                cut = dense.Cut(1 if rows <= 8 else 2, groups, warps, 4, cluster, -(-sets // turns), ahead)
                 x = poisoned(rows, width)
                 for data, expected in ((weight, ops.linear(x, law)), (plain.weight, ops.linear(x, plain_law))):
                     y = torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import compiler, dense, launcher, wgmma
+from deepseek_fp4_plugin.kernels.cuda import compiler, dense, launcher, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
@@ -37,13 +37,14 @@ def decoded_as_kernels_do(tiles: Tiles, expert: int) -> torch.Tensor:
     scales = bf16_value(data[..., 1024:].view(groups, slabs, 8, 4, 2, 2).long() * 16 + 0x6E80)
     scales = scales.permute(0, 5, 2, 1, 4, 3)  # group, half, g, slab, tile, block
     values = torch.zeros(groups, 2, 8, slabs, 2, 4, 16)
-    for word in range(2):
-        w = words[..., word]
-        spread = ((w << 1) & 0x80008000) | ((w >> 5) & 0x01000100) | ((w >> 4) & 0x00C000C0)
-        for index, bits in enumerate((w & PAIR, (w << 3) & PAIR, (w << 6) & PAIR, spread)):
-            for side in range(2):
-                value = bf16_value(bits >> (16 * side)).permute(0, 5, 3, 1, 2, 4)
-                values[..., word * 8 + 2 * index + side] = (value * scales * VALUE_SCALE).float()
+    first, second = words.unbind(-1)
+    both = (first & 0x06030603) | (second & 0xF9FCF9FC)
+    turns = ((first, 0), (first, 4), (first, 10), (second, 2), (second, 8), (second, 14), (both, 6), (both, 12))
+    for index, (word, turn) in enumerate(turns):
+        bits = ((word << turn) | (word >> (32 - turn))) & PAIR
+        for side in range(2):
+            value = bf16_value(bits >> (16 * side)).permute(0, 5, 3, 1, 2, 4)
+            values[..., 2 * index + side] = (value * scales * VALUE_SCALE).float()
     return values.reshape(groups * 16, slabs * 128)
 
 
@@ -91,6 +92,14 @@ VARIANTS = [
     ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 1, "GATED": 0, "EXPERTS": 0}),
     ("nvfp4_linear.cu", {"ROWS8": 8, "GROUPS": 2, "GATED": 0, "EXPERTS": 0}),
     ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 1, "EXPERTS": 1}),
+    (
+        "nvfp4_matvec.cu",
+        {"ROWS8": 1, "GROUPS": 2, "WARPS": 8, "STAGES": 3, "DEPTH": 2, "MIN_BLOCKS": 3, "GATED": 0},
+    ),
+    (
+        "nvfp4_matvec.cu",
+        {"ROWS8": 1, "GROUPS": 1, "WARPS": 16, "STAGES": 4, "DEPTH": 2, "MIN_BLOCKS": 2, "GATED": 1},
+    ),
     ("nvfp4_experts_down.cu", {"GROUPS": 2}),
     ("combine.cu", {}),
     ("experts_work.cu", {}),
@@ -102,11 +111,12 @@ VARIANTS = [
     ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1}),
     ("small.cu", {}),
     ("per_head.cu", {}),
-    ("nvfp4_decode.cu", {}),
+    ("nvfp4_decode.cu", {"TURNS": 4}),
+    ("nvfp4_decode.cu", {"TURNS": 1}),
     ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 16, "OUTS": 1, "WARPS": 4, "STAGES": 6, "MIN_BLOCKS": 3, "GATED": 1}),
-    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0}),
-    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1}),
+    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0, "AHEAD": 4}),
+    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1, "AHEAD": 1}),
 ]
 
 
@@ -134,7 +144,7 @@ def test_the_benchmark_s_shapes_have_cuts():
     """Its dry mode asserts that each fits a block."""
     script = Path(__file__).parents[2] / "benchmarks" / "cuda_kernels.py"
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
-    assert "dense down 7168 x 18432, 8 rows: Geometry(" in result.stdout
+    assert "dense down 7168 x 18432, 8 rows: Cut(groups=2, warps=8" in result.stdout
     assert "dense down 7168 x 18432, 64 rows: Cut(rows=64" in result.stdout
     assert "o_proj 7168 x 16384, 1024 rows: Cut(rows=128" in result.stdout
     assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
@@ -151,10 +161,16 @@ def test_cuts_of_other_shapes():
         for rows in (9, 16, 17, 100, 1000, 10000):
             cut = wgmma.nearest(groups, slabs, rows)
             assert cut is None or (cut.shared <= launcher.MAX_SHARED and 1 <= cut.cluster <= slabs)
-        for rows in (1, 8, 9, 16):
-            own = dense.geometry(16 * groups, 128 * slabs, rows)
+        for rows, fp8 in itertools.product((1, 8, 9, 16), (False, True)):
+            own = dense.geometry(16 * groups, 128 * slabs, rows, fp8)
             assert own.shared <= launcher.MAX_SHARED and 1 <= own.blocks <= groups
             assert own.warps * own.cluster <= max(2, slabs)
+        for rows in (0, 1, 8, 9):
+            few = matvec.choose(groups, slabs, rows)
+            assert (few is None) == (rows in (0, 9) or slabs < 8)
+            if few:
+                assert few.resident * few.shared <= launcher.MAX_SHARED
+                assert few.warps * few.cluster <= slabs and 1 <= few.blocks <= -(-groups // few.groups)
 
 
 def test_fp8_blocks_of_fused_parts():

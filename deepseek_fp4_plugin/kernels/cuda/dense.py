@@ -22,7 +22,7 @@ _FEW_ROWS, _NARROW_ROWS, _NARROW = 8, 16, 4096  # of so many outputs at most mor
 _LARGE = 128 << 20  # bytes of BF16 from which the library is not behind
 _FP8 = 8 << 20  # weights from which reading half the bytes is worth decoding them
 _MULTIPROCESSORS = 132
-_STAGES = 4  # of 128 bytes a row in a warp's ring
+_REGISTERS = 65536  # of a multiprocessor
 
 
 class Fp8Blocks(NamedTuple):
@@ -92,7 +92,8 @@ def served(rows: int, out: int, width: int, fp8: bool) -> bool:
 
 class Cut(NamedTuple):
     """columns: of 8 rows.  groups: of 16 outputs a warp has.  warps: of a block, over inputs.  stages: in a warp's
-    ring.  cluster: blocks that share inputs.  blocks: clusters of them."""
+    ring.  cluster: blocks that share inputs.  blocks: clusters of them.  ahead: stages whose activations are under
+    way."""
 
     columns: int
     groups: int
@@ -100,6 +101,7 @@ class Cut(NamedTuple):
     stages: int
     cluster: int
     blocks: int
+    ahead: int = 1
 
     @property
     def shared(self) -> int:
@@ -109,17 +111,24 @@ class Cut(NamedTuple):
 
 
 @functools.cache
-def geometry(out: int, row_bytes: int, rows: int) -> Cut:
-    """The cut for at most 16 rows by `out` outputs of `row_bytes` bytes."""
+def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
+    """The cut for at most 16 rows by `out` outputs of `row_bytes` bytes: where outputs are many, blocks are small."""
     columns, sets, stages = (1 if rows <= 8 else 2), -(-out // 16), -(-row_bytes // 128)
-    warps = next((w for w in (16, 8, 4) if stages >= 2 * w), 2)
+    large = sets <= (2 * _MULTIPROCESSORS if columns > 1 or not fp8 else _MULTIPROCESSORS - 1)
+    if large:
+        warps, ring = next((w for w in (16, 8, 4) if stages >= 2 * w), 2), 4
+    else:
+        warps = 8 if stages >= 48 else 4 if stages >= 12 else 2
+        ring = 3 if fp8 or warps == 8 else 6
+    ahead = 1 if columns > 1 or (fp8 and large) else 2 if fp8 else 4
     cluster = 1
-    if 2 * sets <= _MULTIPROCESSORS:  # few outputs: blocks share inputs, too
+    if 2 * sets <= _MULTIPROCESSORS:  # blocks share inputs, too
         warps = min(warps, 8)
         while cluster < 4 and 4 * warps * cluster <= stages:
             cluster *= 2
-    cut = Cut(columns, 1, warps, _STAGES, cluster, 1)
-    turns = -(-sets * cluster // (_MULTIPROCESSORS * (MAX_SHARED // cut.shared)))
+    cut = Cut(columns, 1, warps, ring, cluster, 1, ahead)
+    resident = min(MAX_SHARED // cut.shared, _REGISTERS // (32 * warps * (104 if fp8 else 88)))
+    turns = -(-sets * cluster // (_MULTIPROCESSORS * resident))
     return cut._replace(blocks=-(-sets // turns))
 
 
@@ -129,8 +138,14 @@ def launch(x: Tensor, weight: Tensor | Fp8Blocks, y: Tensor, cut: Cut | None = N
     data: Tensor = weight.weight if isinstance(weight, Fp8Blocks) else weight
     together(x, data)
     out, width = data.shape
-    cut = cut or geometry(out, width * data.itemsize, x.shape[0])
-    defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("STAGES", cut.stages), ("FP8", int(blocks is not None)))
+    cut = cut or geometry(out, width * data.itemsize, x.shape[0], blocks is not None)
+    defines = (
+        ("ROWS8", cut.columns),
+        ("GROUPS", cut.groups),
+        ("STAGES", cut.stages),
+        ("AHEAD", cut.ahead),
+        ("FP8", int(blocks is not None)),
+    )
     kernel("dense_linear.cu", "dense_linear", "4P8i", defines, x.device.index)(
         (cut.blocks * cut.cluster, 1, 1),
         32 * cut.warps,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import dense, wgmma
+from deepseek_fp4_plugin.kernels.cuda import dense, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
@@ -22,6 +22,7 @@ MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
 _RESIDENT = 264  # blocks that run at once: where there would be more, each takes several turns
 _TURNS = 4  # at most, of experts
+_SLABS = 4096  # to decode; more go several to a warp, fewer would leave multiprocessors idle then
 
 
 def prepare(
@@ -51,12 +52,14 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
 def gated(x: Tensor, weight: PreparedWeight) -> Tensor:
     """silu(gate x) * up x of fused gate and up in tiles, BF16 [rows, in] to [rows, out / 2]."""
     x, tiles = rounded_input(x, weight), weight.data
-    cut = wgmma.choose(x.device.index, tiles.groups, tiles.slabs, x.shape[0])
-    if not cut and x.shape[0] > MANY_ROWS:
+    few, cut = _cuts(x, tiles)
+    if not few and not cut and x.shape[0] > MANY_ROWS:
         gate, up = _product(x, weight, 0).chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
     h = torch.empty(x.shape[0], tiles.half, dtype=torch.bfloat16, device=x.device)
-    if cut:
+    if few:
+        matvec.launch(x, tiles, 0, h, weight.out_features, True, few)
+    elif cut:
         wgmma.launch(x, tiles, 0, h, weight.out_features, True, cut)
     else:
         launch(x, tiles, 0, h, weight.out_features, True)
@@ -67,14 +70,22 @@ def _product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
     """Of rows as `rounded_input` makes them, on tiles."""
     tiles: Tiles = weight.data
     y = torch.empty(x.shape[0], weight.out_features, dtype=torch.bfloat16, device=x.device)
-    cut = wgmma.choose(x.device.index, tiles.groups, tiles.slabs, x.shape[0])
-    if cut:
+    few, cut = _cuts(x, tiles)
+    if few:
+        matvec.launch(x, tiles, expert, y, weight.out_features, False, few)
+    elif cut:
         wgmma.launch(x, tiles, expert, y, weight.out_features, False, cut)
     elif x.shape[0] > MANY_ROWS:
         return _many_rows(x, weight, expert, y)
     else:
         launch(x, tiles, expert, y, weight.out_features, False)
     return y
+
+
+def _cuts(x: Tensor, tiles: Tiles) -> tuple[matvec.Cut | None, wgmma.Cut | None]:
+    """The cut of the kernel for so many rows; both None where it is another one's."""
+    rows = x.shape[0]
+    return matvec.choose(tiles.groups, tiles.slabs, rows), wgmma.choose(x.device.index, tiles.groups, tiles.slabs, rows)
 
 
 def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
@@ -202,8 +213,10 @@ def decode(tiles: Tiles, expert: int | None, out: int, width: int) -> Tensor:
     VALUE_SCALE; exact."""
     data = tiles.data if expert is None else tiles.data[expert : expert + 1]
     values = torch.empty(data.shape[0], out, width, dtype=torch.bfloat16, device=data.device)
-    blocks = -(-tiles.groups * tiles.slabs // 32)
-    kernel("nvfp4_decode.cu", "nvfp4_decode", "2P5i", (), values.device.index)(
+    slabs = tiles.groups * tiles.slabs
+    turns = 4 if slabs * data.shape[0] > _SLABS else 1
+    blocks = -(-slabs // (8 * turns))
+    kernel("nvfp4_decode.cu", "nvfp4_decode", "2P5i", (("TURNS", turns),), values.device.index)(
         (blocks, data.shape[0], 1),
         256,
         0,

@@ -6,7 +6,7 @@ for it. Slab by slab along the inputs, group by group along the outputs, both fi
     slab    2 tiles of 64 inputs, 32 lanes, 16 bytes each; then 32 lanes, 4 scale bytes each
     lane    4 g + i holds block i (16 inputs) of the tile for outputs g and g + 8: two words each; its scale bytes are
             (tile 0, g), (tile 0, g + 8), (tile 1, g), (tile 1, g + 8)
-    word    4 pairs of neighbouring values, the first of a pair in the lower half; `_SHIFTS` says where each bit goes
+    words   a block's two hold 8 pairs of neighbouring values: `_TURNS` says where each bit goes
     scale   5 exponent and 3 mantissa bits, 2^(e - 16) * (1 + m / 8): E4M3 without subnormal numbers. A block whose
             scale is zero has zero codes instead.
 
@@ -14,6 +14,7 @@ Gate and up fused into one weight take turns: a group is 8 outputs of gate, then
 that has one has the other.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,8 +26,12 @@ from deepseek_fp4_plugin.kernels.weights import WeightTensors
 GROUP, SLAB, SLAB_BYTES = 16, 128, 1152
 VALUE_SCALE = 2.0**16  # decoded values are the weights, without the tensor scale, divided by this
 
-# For each pair of a word: where the sign, the two exponent bits and the mantissa bit of a code go in its half.
-_SHIFTS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
+# Decoded, a code's sign, two exponent bits and mantissa bit are at these places of its half of a word; a pair's first
+# value has the lower half. For each pair of a block: the word that holds it, and how far to the right it is rotated
+# there. 2 is both words: the first one at _FREE bits of each half, the second elsewhere.
+_PLACES = (15, 8, 7, 6)
+_TURNS = ((0, 0), (0, 4), (0, 10), (1, 2), (1, 8), (1, 14), (2, 6), (2, 12))
+_FREE = (0, 1, 9, 10)
 
 
 class Tiles(NamedTuple):
@@ -98,7 +103,7 @@ def _slabs(packed: Tensor, scale: Tensor, order: Tensor) -> Tensor:
     fill = (0, slabs * SLAB // 2 - packed.shape[1], 0, 1)
     codes = torch.nn.functional.pad(torch.where(scale.repeat_interleave(8, 1) == 0, 0, packed), fill)[order]
     scale = torch.nn.functional.pad(_WITHOUT_SUBNORMAL.to(scale.device)[scale.int()], (0, fill[1] // 8, 0, 1))[order]
-    words = _words(codes.view(-1, 2, 8, slabs, 2, 4, 2, 4))  # group, half, g, slab, tile, block, word, byte
+    words = _words(codes.view(-1, 2, 8, slabs, 2, 4, 8))  # group, half, g, slab, tile, block, byte to word
     tiles = words.permute(0, 3, 4, 2, 5, 1, 6).contiguous()  # group, slab, tile, g, block, half, word
     scales = scale.view(-1, 2, 8, slabs, 2, 4).permute(0, 3, 2, 5, 4, 1)  # group, slab, g, block, tile, half
     groups = order.shape[0] // GROUP
@@ -106,21 +111,23 @@ def _slabs(packed: Tensor, scale: Tensor, order: Tensor) -> Tensor:
 
 
 def _words(codes: Tensor) -> Tensor:
-    """Bytes [..., 4], a pair of codes each, to int32 [...]."""
-    total = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
-    for index in range(4):
+    """A block's bytes [..., 8], a pair of codes each, to its words, int32 [..., 2]."""
+    total = torch.zeros(*codes.shape[:-1], 2, dtype=torch.int32, device=codes.device)
+    for index in range(8):
         total |= _PAIRS[index].to(codes.device)[codes[..., index].int()]
     return total
 
 
 def _pair_table(index: int) -> Tensor:
-    """For each byte (two codes) its bits in the word, int32 [256]."""
+    """For each byte (two codes) its bits in the block's words, int32 [256, 2]."""
     byte = torch.arange(256, dtype=torch.int64)
-    word = torch.zeros_like(byte)
-    for bit, place in enumerate(_SHIFTS[index]):
-        word |= ((byte >> (3 - bit)) & 1) << place  # the first value of the pair
-        word |= ((byte >> (7 - bit)) & 1) << (place + 16)
-    return torch.where(word >= 2**31, word - 2**32, word).int()
+    words = torch.zeros(256, 2, dtype=torch.int64)
+    holder, turn = _TURNS[index]
+    for value, bit in itertools.product(range(2), range(4)):
+        place = (_PLACES[bit] + 16 * value - turn) % 32
+        word = holder if holder < 2 else int(place % 16 not in _FREE)
+        words[:, word] |= ((byte >> (4 * value + 3 - bit)) & 1) << place
+    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def _scale_table() -> Tensor:
@@ -135,5 +142,5 @@ def _scale_table() -> Tensor:
     return torch.tensor(table, dtype=torch.uint8)
 
 
-_PAIRS = tuple(_pair_table(index) for index in range(4))
+_PAIRS = tuple(_pair_table(index) for index in range(8))
 _WITHOUT_SUBNORMAL = _scale_table()

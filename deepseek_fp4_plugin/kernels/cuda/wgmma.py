@@ -48,7 +48,7 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(16, 1, 8, 6, 1),
         Cut(32, 1, 8, 5, 1),
         Cut(64, 1, 8, 4, 1),
-        None,
+        Cut(64, 2, 8, 2, 1),
         None,
         None,
         None,
@@ -81,7 +81,7 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(64, 1, 4, 8, 8),
         Cut(64, 1, 4, 8, 4),
         Cut(64, 1, 4, 4, 6),
-        None,
+        Cut(64, 1, 4, 8, 2),
         None,
         None,
         None,
@@ -142,7 +142,8 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         None,
     ),
 }
-_FEW_ROWS = 8  # for which `nvfp4_linear.cu` is ahead
+_SECOND_CACHE = 50 << 20  # bytes
+_FEW_ROWS = 8  # for which few-row kernels are ahead
 
 
 @functools.cache
@@ -186,7 +187,7 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         tiles.slabs,
     )
     blocks = -(-tiles.groups // (cut.warps * cut.outs))
-    kernel("nvfp4_wgmma.cu", "nvfp4_wgmma", "4P6i", defines, x.device.index)(
+    kernel("nvfp4_wgmma.cu", "nvfp4_wgmma", "4P7i", defines, x.device.index)(
         (blocks * cut.cluster, row_blocks, 1),
         32 * cut.warps + 128,
         cut.shared,
@@ -200,5 +201,6 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         tiles.slabs,
         out,
         tiles.half,
+        8 if tiles.data[expert].numel() > _SECOND_CACHE else 1,
         cluster=cut.cluster,
     )

@@ -8,6 +8,7 @@
 // and of a cluster's blocks, are added in a fixed order.
 //
 // ROWS8: columns of 8 activation rows.  GROUPS: groups of 16 outputs a warp has.  STAGES: of 128 bytes a row.
+// AHEAD: stages whose activations are under way. What the ring holds when they come is multiplied as fast as they do.
 // FP8: weights are E4M3 with FP32 scales of blocks.
 #include "device.cuh"
 
@@ -111,52 +112,60 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
     for (int item = 0; item < items; item++, turn ^= 1) {
         int first = (block + item * blocks) * 16 * GROUPS;
         float acc[GROUPS][ROWS8][4] = {};
-        Quad x[2][ROWS8][X_QUADS];
-        float scale[2][PARTS];
+        Quad x[2 * AHEAD][ROWS8][X_QUADS];
+        float scale[2 * AHEAD][PARTS];
         const float* scales[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; i++)
             scales[i] = FP8 ? p.scales + (u64)(min(first + 8 * i + g, p.out - 1) / p.block_rows) * p.scale_stride : nullptr;
-        auto ask = [&](int step) {  // activations, and of FP8 the scales, of one of a stage's two steps
-            int half = step & 1, input = begin * (8 * VALUES) + step * (4 * VALUES) + quarter * VALUES;
+        auto ask = [&](int to, int step) {  // activations, and of FP8 the scales, of one of a stage's two steps
+            int input = begin * (8 * VALUES) + step * (4 * VALUES) + quarter * VALUES;
             bool inside = step < 2 * count && input < p.width;
 #pragma unroll
             for (int c = 0; c < ROWS8; c++)
 #pragma unroll
                 for (int q = 0; q < X_QUADS; q++) {
-                    x[half][c][q] = Quad{0, 0, 0, 0};
-                    load_quad_if(x[half][c][q], row[c] + step * (4 * VALUES) + 8 * q, inside);
+                    x[to][c][q] = Quad{0, 0, 0, 0};
+                    load_quad_if(x[to][c][q], row[c] + step * (4 * VALUES) + 8 * q, inside);
                 }
             if (FP8) {
                 int first_input = min(begin * (8 * VALUES) + step * (4 * VALUES), p.width - 1);  // one block's are a step's
 #pragma unroll
-                for (int i = 0; i < PARTS; i++) scale[half][i] = load_float(scales[i] + (first_input >> p.block_shift));
+                for (int i = 0; i < PARTS; i++) scale[to][i] = load_float(scales[i] + (first_input >> p.block_shift));
             }
         };
-        ask(0), ask(1);
-        for (int stage = 0; stage < count; stage++) {
-            copies_wait<STAGES - 1>();
-            u32 here = ring + slot * STAGE_BYTES;
 #pragma unroll
-            for (int step = 0; step < 2; step++) {
+        for (int step = 0; step < 2 * AHEAD; step++) ask(step, step);
+        for (int first_stage = 0; first_stage < count; first_stage += AHEAD) {
 #pragma unroll
-                for (int i = 0; i < GROUPS; i++) {
-                    Quad upper = shared_quad(here + (4 * i + step) * 512), lower = shared_quad(here + (4 * i + 2 + step) * 512);
-                    if (FP8) {
-                        float own[ROWS8][4] = {};
-                        multiply(own, upper, lower, x[step]);
+            for (int ahead = 0; ahead < AHEAD; ahead++) {
+                int stage = first_stage + ahead;
+                if (stage >= count) break;
+                copies_wait<STAGES - 1>();
+                u32 here = ring + slot * STAGE_BYTES;
 #pragma unroll
-                        for (int c = 0; c < ROWS8; c++)
+                for (int step = 0; step < 2; step++) {
+                    int own_x = 2 * ahead + step;
 #pragma unroll
-                            for (int n = 0; n < 4; n++) acc[i][c][n] += own[c][n] * scale[step][2 * i + (n >> 1)];
-                    } else {
-                        multiply(acc[i], upper, lower, x[step]);
+                    for (int i = 0; i < GROUPS; i++) {
+                        Quad upper = shared_quad(here + (4 * i + step) * 512);
+                        Quad lower = shared_quad(here + (4 * i + 2 + step) * 512);
+                        if (FP8) {
+                            float own[ROWS8][4] = {};
+                            multiply(own, upper, lower, x[own_x]);
+#pragma unroll
+                            for (int c = 0; c < ROWS8; c++)
+#pragma unroll
+                                for (int n = 0; n < 4; n++) acc[i][c][n] += own[c][n] * scale[own_x][2 * i + (n >> 1)];
+                        } else {
+                            multiply(acc[i], upper, lower, x[own_x]);
+                        }
                     }
+                    ask(own_x, 2 * (stage + AHEAD) + step);
                 }
-                ask(2 * stage + 2 + step);
+                fill();
+                if (++slot == STAGES) slot = 0;
             }
-            fill();
-            if (++slot == STAGES) slot = 0;
         }
 
         float* here = sums + turn * sums_size;
@@ -192,6 +201,6 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
                 sum = own(output, column);
             p.y[(u64)column * p.y_stride + first + output] = to_bf16(sum);
         }
-        if (cluster > 1) cluster_barrier();
     }
+    if (cluster > 1) cluster_barrier();  // others may still read this block's sums
 }

@@ -12,17 +12,21 @@ constexpr int SLAB_INPUTS = 128;
 constexpr int TILE_BYTES = 512;
 constexpr int SCALES_OFFSET = 1024;
 
-// Four pairs of E2M1 values lie in a word so that one mask finds a pair where BF16 has its sign, its two lowest exponent
-// bits and its highest mantissa bit: values are then off by 2^126, which the scale makes up for.
+// A pair of E2M1 values belongs where BF16 has its sign, its two lowest exponent bits and its highest mantissa bit: values
+// are then off by 2^126, which the scale makes up for. A block's two words hold three pairs each so that one rotation
+// and one mask find them, and what these leave free of both words, put together, holds two more.
 constexpr u32 PAIR = 0x81C081C0;
+constexpr u32 FREE_OF_FIRST = 0x06030603;
 
-__device__ inline u32 pair(u32 word, int index, u32 scale) {
-    u32 bits;
-    if (index == 0) bits = word & PAIR;
-    else if (index == 1) bits = (word << 3) & PAIR;
-    else if (index == 2) bits = (word << 6) & PAIR;
-    else bits = ((word << 1) & 0x80008000) | (((word >> 5) & 0x01000100) | ((word >> 4) & 0x00C000C0));
-    return multiply_bf16(bits, scale);
+__device__ inline u32 rotated(u32 word, int by) { return __funnelshift_l(word, word, by); }
+
+// The 16 values of a block, times its scale. Shifts that lose no bit of a pair are not rotations: these take another pipe.
+__device__ inline void decode_block(u32 (&pairs)[8], u32 first, u32 second, u32 scale) {
+    u32 both = (first & FREE_OF_FIRST) | (second & ~FREE_OF_FIRST);
+    u32 bits[8] = {first,       first << 4,           rotated(first, 10), second << 2, rotated(second, 8),
+                   rotated(second, 14), both << 6, rotated(both, 12)};
+#pragma unroll
+    for (int i = 0; i < 8; i++) pairs[i] = multiply_bf16(bits[i] & PAIR, scale);
 }
 
 // Byte `index` of `word`, five exponent and three mantissa bits, as a pair of BF16: the block scale times 2^110. Values
@@ -41,17 +45,29 @@ constexpr int CHAINS = COLUMNS <= 2 ? 2 : 1;
 template <int COLUMNS>
 __device__ inline void multiply_tile(float (&sums)[CHAINS<COLUMNS>][COLUMNS][4], Quad weights, u32 scales, int tile,
                                      const Quad (&x)[COLUMNS][2]) {
-    u32 upper = block_scale(scales, 2 * tile), lower = block_scale(scales, 2 * tile + 1);
+    u32 upper[8], lower[8];
+    decode_block(upper, weights.x, weights.y, block_scale(scales, 2 * tile));
+    decode_block(lower, weights.z, weights.w, block_scale(scales, 2 * tile + 1));
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-        u32 high = step < 2 ? weights.x : weights.y, low = step < 2 ? weights.z : weights.w;
-        int first = 2 * (step & 1);
-        u32 a[4] = {pair(high, first, upper), pair(low, first, lower), pair(high, first + 1, upper),
-                    pair(low, first + 1, lower)};
+        u32 a[4] = {upper[2 * step], lower[2 * step], upper[2 * step + 1], lower[2 * step + 1]};
 #pragma unroll
         for (int column = 0; column < COLUMNS; column++) {
             const Quad& q = x[column][step >> 1];
             mma(sums[step % CHAINS<COLUMNS>][column], a, step & 1 ? q.z : q.x, step & 1 ? q.w : q.y);
         }
+    }
+}
+
+// Outputs g and g + 8 of one tile in the matrix unit's registers, for four products of 16 inputs.
+__device__ inline void decode_tile(u32 (&a)[4][4], u32 tile, u32 scales_at, int index) {
+    Quad codes = shared_quad(tile);
+    u32 scales = shared_word(scales_at), upper[8], lower[8];
+    decode_block(upper, codes.x, codes.y, block_scale(scales, 2 * index));
+    decode_block(lower, codes.z, codes.w, block_scale(scales, 2 * index + 1));
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        a[step][0] = upper[2 * step], a[step][1] = lower[2 * step];
+        a[step][2] = upper[2 * step + 1], a[step][3] = lower[2 * step + 1];
     }
 }

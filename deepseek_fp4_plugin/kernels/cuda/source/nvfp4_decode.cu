@@ -1,5 +1,7 @@
 // NVFP4 tiles to BF16 rows, for products of so many rows that a library's matrix product on decoded weights is ahead.
 // Values are the weights without the tensor scale, times 2^-16: exact.
+//
+// TURNS: slabs of a warp, asked for together.
 #include "nvfp4.cuh"
 
 struct Parameters {
@@ -8,10 +10,6 @@ struct Parameters {
     int groups, slabs, out, width;
     int half;  // 0, or outputs of gate where gate and up take turns of 8
 };
-
-__device__ inline Quad values(u32 word, u32 scale) {
-    return Quad{pair(word, 0, scale), pair(word, 1, scale), pair(word, 2, scale), pair(word, 3, scale)};
-}
 
 __device__ inline Quad exchange(Quad mine) {
     return Quad{__shfl_xor_sync(~0u, mine.x, 1), __shfl_xor_sync(~0u, mine.y, 1), __shfl_xor_sync(~0u, mine.z, 1),
@@ -27,8 +25,9 @@ __device__ inline void store(const Parameters& p, u16* values_at, long long slab
         Quad q = tiles[tile];
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            u32 scale = block_scale(scales, 2 * tile + row);
-            Quad low = values(row ? q.z : q.x, scale), high = values(row ? q.w : q.y, scale);
+            u32 pairs[8];
+            decode_block(pairs, row ? q.z : q.x, row ? q.w : q.y, block_scale(scales, 2 * tile + row));
+            Quad low = {pairs[0], pairs[1], pairs[2], pairs[3]}, high = {pairs[4], pairs[5], pairs[6], pairs[7]};
             // A lane's 32 bytes in two stores would touch half of every sector twice: neighbours swap halves.
             bool odd = lane & 1;
             Quad theirs = exchange(odd ? low : high);
@@ -43,11 +42,8 @@ __device__ inline void store(const Parameters& p, u16* values_at, long long slab
     }
 }
 
-constexpr int TURNS = 4;  // slabs of a warp, asked for together
-
 extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_constant__ Parameters p) {
     let_next_kernel_begin();
-    wait_for_kernels_before();  // the scratch memory may still be read
     int lane = threadIdx.x & 31;
     long long slabs = (long long)p.groups * p.slabs, first = ((long long)blockIdx.x * 8 + (threadIdx.x >> 5)) * TURNS;
     const u8* tiles = p.tiles + (u64)blockIdx.y * slabs * SLAB_BYTES;
@@ -61,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(256) nvfp4_decode(const __grid_cons
         scales[i] = *(const u32*)(at + SCALES_OFFSET + lane * 4);
         q[i][0] = load_weights(at + lane * 16), q[i][1] = load_weights(at + TILE_BYTES + lane * 16);
     }
+    wait_for_kernels_before();  // the scratch memory may still be read
 #pragma unroll
     for (int i = 0; i < TURNS; i++)
         if (first + i < slabs) store(p, to, first + i, lane, q[i], scales[i]);

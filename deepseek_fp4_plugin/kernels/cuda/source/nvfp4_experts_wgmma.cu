@@ -129,19 +129,6 @@ __device__ inline void copy(const Parameters& p, Ring ring) {
     }
 }
 
-// A warp's 16 outputs by 64 inputs, a tile, in the matrix unit's registers.
-__device__ inline void decode(u32 (&a)[4][4], u32 tile, u32 scales_at, int index) {
-    Quad codes = shared_quad(tile);
-    u32 scales = shared_word(scales_at), upper = block_scale(scales, 2 * index), lower = block_scale(scales, 2 * index + 1);
-#pragma unroll
-    for (int step = 0; step < 4; step++) {
-        u32 high = step < 2 ? codes.x : codes.y, low = step < 2 ? codes.z : codes.w;
-        int first = 2 * (step & 1);
-        a[step][0] = pair(high, first, upper), a[step][1] = pair(low, first, lower);
-        a[step][2] = pair(high, first + 1, upper), a[step][3] = pair(low, first + 1, lower);
-    }
-}
-
 // 8 x 8 values of 16 bits, two of a row a lane: rows become columns.
 __device__ inline u32 transposed(u32 bits) {
     u32 result;
@@ -162,7 +149,7 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
         for (int index = 0; index < 2 * OUTS; index++) {
             int tile = index / OUTS, m = index % OUTS;
             u32 here = ring.at() + WEIGHTS_AT + (own + 4 * m) * SLAB_BYTES;
-            decode(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
+            decode_tile(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
             u64 b = swizzled_rows(ring.at() + tile * COLUMNS * 128);
             wgmma_fence();
 #pragma unroll

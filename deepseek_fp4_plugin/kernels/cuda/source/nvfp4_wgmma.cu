@@ -48,6 +48,7 @@ struct Parameters {
     int groups, slabs;
     int out;   // outputs, both of gate and up
     int half;  // 0, or outputs of gate where gate and up take turns
+    int band;  // blocks of rows that go along the outputs together
 };
 
 constexpr int GROUPS = WARPS * OUTS;
@@ -57,28 +58,15 @@ constexpr int LAUNCHED = 65536 / MIN_BLOCKS / THREADS / 8 * 8;
 constexpr int SHARE = (LAUNCHED * THREADS - 128 * COPIER_REGISTERS) / (32 * WARPS) / 8 * 8;
 constexpr int REGISTERS = SHARE < 240 ? SHARE : 240;
 
-// One warp's 16 outputs by 64 inputs, a tile, in the matrix unit's registers.
-__device__ inline void decode(u32 (&a)[4][4], u32 tile, u32 scales_at, int index) {
-    Quad codes = shared_quad(tile);
-    u32 scales = shared_word(scales_at), upper = block_scale(scales, 2 * index), lower = block_scale(scales, 2 * index + 1);
-#pragma unroll
-    for (int step = 0; step < 4; step++) {
-        u32 high = step < 2 ? codes.x : codes.y, low = step < 2 ? codes.z : codes.w;
-        int first = 2 * (step & 1);
-        a[step][0] = pair(high, first, upper), a[step][1] = pair(low, first, lower);
-        a[step][2] = pair(high, first + 1, upper), a[step][3] = pair(low, first + 1, lower);
-    }
-}
-
 __device__ inline void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
 
 // One warp's work: the ring's slabs, in order.
 __device__ inline void copy(const Parameters& p, u64* full, u64* empty, u32 activations, u32 weights, int first_group, int begin,
-                            int count) {
+                            int count, int row_block) {
     int lane = threadIdx.x & 31;
     int present = min(GROUPS, p.groups - first_group);
     const u8* tiles = p.tiles + ((u64)(first_group + lane) * p.slabs + begin) * SLAB_BYTES;
-    const u8* x = p.x + ((u64)blockIdx.y * p.slabs + begin) * (2 * HALF_BYTES);
+    const u8* x = p.x + ((u64)row_block * p.slabs + begin) * (2 * HALF_BYTES);
     auto ask_weights = [&](int slab, u32 slot) {
         u32 barrier = shared_address(full + slot);
         if (lane == 0) barrier_expect(barrier, 2 * HALF_BYTES + present * SLAB_BYTES);
@@ -109,7 +97,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
     __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
     int cluster = (int)cluster_size(), rank = (int)cluster_rank();
-    int first_group = (int)blockIdx.x / cluster * GROUPS, first_row = (int)blockIdx.y * ROWS;
+    // Blocks that run at once may be of a few blocks of rows: weights that one of them reads serve the others from the cache.
+    int out_blocks = (int)gridDim.x / cluster, unit = (int)blockIdx.y * out_blocks + (int)blockIdx.x / cluster;
+    int band = unit / (p.band * out_blocks) * p.band, in_band = min(p.band, (int)gridDim.y - band);
+    unit -= band * out_blocks;
+    int row_block = band + unit % in_band, first_group = unit / in_band * GROUPS, first_row = row_block * ROWS;
     int begin = rank * p.slabs / cluster, count = (rank + 1) * p.slabs / cluster - begin;
     u32 activations = (shared_address(memory) + 1023) / 1024 * 1024, weights = activations + STAGES * 2 * HALF_BYTES;
     constexpr int OUTPUTS = 16 * GROUPS, STRIDE = OUTPUTS + 4, RUN = GATED ? 16 : 8;
@@ -126,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
 
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
-        if (warp == WARPS) copy(p, full, empty, activations, weights, first_group, begin, count);
+        if (warp == WARPS) copy(p, full, empty, activations, weights, first_group, begin, count, row_block);
         __syncwarp();
         if (cluster > 1) cluster_barrier(), cluster_barrier();
     } else {
@@ -147,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
             for (int index = 0; index < 2 * OUTS; index++) {
                 int tile = index / OUTS, m = index % OUTS;
                 u32 here = weights + (slot * GROUPS + own + 4 * m) * SLAB_BYTES;
-                decode(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
+                decode_tile(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
                 u64 b = swizzled_rows(activations + (slot * 2 + tile) * HALF_BYTES);
                 wgmma_fence();
 #pragma unroll
