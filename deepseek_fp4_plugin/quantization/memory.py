@@ -62,30 +62,29 @@ def portions(
     longest: tokens of the longest sample, 0 where none pass.  source_bytes: of a weight in the source, 1 in FP8.
     tokens: of all samples.  Raises ValueError saying how much the model needs at least.
     """
-    spill = solving.matrices + solving.token * tokens > max_memory - _OWN
-    held = 0 if spill else solving.token * tokens
-    free = max_memory - _OWN - held - solving.attention
+    room = max_memory - _OWN - solving.attention
     widest = max(config.intermediate_size, config.moe_intermediate_size) * config.hidden_size
-    convert = 2 * widest * (source_bytes + 1)  # gate and up of the widest MLP, before and after
     fixed, each = _attention(config, source_bytes)
-    batches = [size for size in _BATCHES if size >= longest and fixed + size * each <= free * 0.6]
+    sizes = [size for size in _BATCHES if size >= longest] or [longest]
     expert = 3 * config.moe_intermediate_size * config.hidden_size * source_bytes
     decoded = 16 * config.moe_intermediate_size * config.hidden_size  # one expert in FP32, and a projection in FP8
     decoded += EXPERT_ROWS * 16 * (config.moe_intermediate_size + config.hidden_size) if expert else 0
-    group = int((free * 0.4 - decoded) // expert) if expert else 1
-    token = 12 * config.hidden_size
-    least = max(convert / 0.8 + solving.attention, solving.matrices)
+    least = 2 * widest * (source_bytes + 1) / 0.8  # gate and up of the widest MLP, before and after
     if longest:
-        smallest = fixed + max(longest, _BATCHES[-1]) * each
-        least = max(least, max(smallest / 0.6, (decoded + expert) / 0.4) + solving.attention)
-    if max_memory - _OWN < least or (longest and not batches):
+        least = max(least, (fixed + sizes[-1] * each) / 0.6, (decoded + expert) / 0.4)
+    least = max(least, solving.matrices - solving.attention)
+    if room < least:
+        needed = size_text(least + solving.attention + _OWN)
         raise ValueError(
-            f"--max-memory {size_text(max_memory)} is too little for this model: "
-            f"it takes {size_text(least + _OWN)} at least"
+            f"--max-memory {size_text(max_memory)} is too little for this model: it takes {needed} at least"
         )
-    batch = batches[0] if longest else _BATCHES[-1]
-    span = max(batch, int(free * 0.4 // token))
+    rows = solving.token * tokens
+    spill = least + rows > room
+    free = room if spill else room - rows
+    batch = next(size for size in sizes if fixed + size * each <= free * 0.6) if longest else sizes[-1]
+    span = max(batch, int(free * 0.4 // (12 * config.hidden_size)))
     count = config.n_routed_experts or 1
+    group = int((free * 0.4 - decoded) // expert) if expert else 1
     return Portions(batch, span, max(1, min(group, count)), int(min(free * 0.8, 2**29)), group >= count, spill)
 
 
