@@ -86,11 +86,9 @@ Made by `deepseek_fp4_plugin` {version}, recipe `{report.recipe}`, layout `{repo
 def _cache(report: QuantizationReport) -> str:
     if report.kv_cache != "fp8":
         return "BF16"
-    return (
-        f"FP8, with calibrated scales of\nits layers, powers of two for {HEADROOM:g} times what was seen"
-        if (report.kv_scales)
-        else "FP8"
-    )
+    if not report.kv_scales:
+        return "FP8"
+    return f"FP8, with calibrated scales of\nits layers, powers of two for {HEADROOM:g} times what was seen"
 
 
 def _architecture(c: DeepseekV3Config) -> str:
