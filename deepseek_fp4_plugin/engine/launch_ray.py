@@ -4,6 +4,7 @@ Ray starts the processes and says where; plans, results and heartbeats go over c
 one machine: Ray takes a minute to see a cut link.
 """
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def start_on_ray(
             "orchestrator_type=ray needs Ray, which is not installed; pip install 'deepseek_fp4_plugin[ray]'"
         ) from None
     if not ray.is_initialized():
-        ray.init(logging_level="warning")
+        ray.init(logging_level=logging.WARNING)
     ranks = config.tensor_parallel_size
     need = {"CPU": 1.0} if device.type == "cpu" else {"GPU": 1.0, "CPU": 1.0}
     group, own = _placement(ray, need, ranks)
