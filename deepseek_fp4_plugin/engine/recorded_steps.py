@@ -18,8 +18,9 @@ from deepseek_fp4_plugin.engine.step_plan import StepPlan
 from deepseek_fp4_plugin.kernels import select
 from deepseek_fp4_plugin.kernels.recording import Recorder, Results, Unrecordable
 
-# On a CPU every row costs its time, and beyond so many tokens computing takes so long that the host does not matter.
-_CPU_TOKENS = 16
+# On a CPU every row costs its time, so nothing is filled up: every size of few tokens is recorded, then every eighth
+# while the host's share of a step still shows.
+_CPU_FEW_TOKENS, _CPU_TOKENS, _CPU_STRIDE = 16, 256, 8
 MAX_RECORDINGS = 64
 
 StepFunction = Callable[[Tensor, "Kind", int], Callable[[], Results]]
@@ -50,10 +51,13 @@ class Sizes:
         max_batch_size: int,
         dp_ranks: int = 1,
     ) -> "Sizes":
-        """What a device records: on a GPU what `config` says, on a CPU every size of few tokens; dp_ranks: whose tokens
-        meet at the experts."""
+        """What a device records: on a GPU what `config` says, on a CPU every size of few tokens and some of more.
+
+        dp_ranks: whose tokens meet at the experts."""
         if device.type == "cpu":
-            return cls(tuple(range(1, min(max_batch_size, _CPU_TOKENS // ((1 + num_drafts) * dp_ranks)) + 1)))
+            each = (1 + num_drafts) * dp_ranks  # tokens
+            few, most = _CPU_FEW_TOKENS // each, min(max_batch_size, _CPU_TOKENS // each)
+            return cls(tuple(n for n in range(1, most + 1) if n <= few or n % _CPU_STRIDE == 0))
         if config is None:
             return cls(())
         largest = config.max_batch_size or 128

@@ -51,6 +51,22 @@ def test_engine_computes_the_same(tmp_path, source, drafts, cache_dtype):
         assert overlapped == outputs_of(model, NEVER, reads=False, **setup)
 
 
+@pytest.mark.parametrize("source", ["fp8", "bf16"])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_many_rows_are_recorded_around_what_the_platform_computes(tmp_path, source, drafts):
+    """By BF16 and FP32 weights more than 16 rows are the platform's product on some processors."""
+    model = DeepseekV3ForCausalLM.from_pretrained(write_checkpoint(tmp_path / source, fp8=source == "fp8"))
+
+    def outputs(sizes: Sizes) -> dict[int, list[int]]:
+        engine = make_engine(model, batch=24, sizes=sizes, drafts=drafts, cache_dtype=BF16, blocks=256)
+        found = run_all(engine, [make_request(i, [5 + i, 9, 2 * i], 20) for i in range(24)])
+        recorded = engine.executor.runner.recorded
+        assert {key[0] for key in recorded.recordings} <= {24} and bool(recorded.num_replays) == bool(sizes.sizes)
+        return found
+
+    assert outputs(Sizes((24,))) == outputs(NEVER)
+
+
 def record(function):
     return cpu.Recorder().record(function)
 
@@ -97,6 +113,24 @@ def test_a_recording_is_cut_where_other_work_must_be_done():
         assert [r.data_ptr() for r in results] == [r.data_ptr() for r in first]
         for result, expected in zip(results, function(), strict=True):
             assert torch.equal(result, expected)
+
+
+@torch.inference_mode()
+def test_layers_take_turns_at_the_memory_around_cuts():
+    """Fifty layers, whose results stay where they are, in no more places than two need."""
+    x, places = torch.randn(64, 64).to(BF16), set()
+
+    def function():
+        y = x
+        for _ in range(50):
+            (y,) = cut(lambda y: (y.float().cos().to(BF16),), ops.add(y, x))
+            places.add(y.data_ptr())
+        return (y,)
+
+    replay, _ = record(function)
+    assert 0 < len(places) <= 3
+    expected = function()[0].clone()
+    assert torch.equal(replay()[0], expected) and torch.equal(replay()[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -101,5 +101,7 @@ def test_sizes_from_the_configuration():
     assert of().sizes[:5] == (1, 2, 4, 8, 16) and of().sizes[-1] == 128 and not of().padded
     assert of(max_batch_size=256, enable_padding=True) == Sizes((1, 2, 4, *range(8, 129, 8), 256), True)
     assert Sizes.of(None, CUDA, 1, 512).sizes == ()  # use_cuda_graph=False
-    assert Sizes.of(None, CPU, 1, 512) == Sizes(tuple(range(1, 9)))  # every size of up to 16 tokens
+    # Every size of up to 16 tokens, and every eighth of up to 256.
+    assert Sizes.of(None, CPU, 1, 512) == Sizes((*range(1, 9), *range(16, 129, 8)))
+    assert Sizes.of(None, CPU, 0, 30, dp_ranks=2) == Sizes((*range(1, 9), 16, 24))
     assert Sizes.of(CudaGraphConfig(), CPU, 3, 2) == Sizes((1, 2))

@@ -6,6 +6,7 @@ row's result does not depend on the others.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cpu import addresses
 from deepseek_fp4_plugin.kernels.cpu.extension import native, platform_is_faster, require_bf16
+from deepseek_fp4_plugin.kernels.recording import cut
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
 _FORMATS = {WeightFormat.PLAIN: 0, WeightFormat.FP8_BLOCK: 1, WeightFormat.NVFP4: 2}
@@ -52,8 +54,7 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     require_bf16(x)
     rows = x.shape[0]
     if weight.format is WeightFormat.PLAIN and platform_is_faster(rows):
-        values = [part.weight if expert is None else part.weight[expert] for part in weight.data.parts]
-        return torch.cat([torch.nn.functional.linear(x, value) for value in values], -1)
+        return cut(partial(_by_the_platform, weight, expert), x)[0]
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
@@ -63,12 +64,17 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     return y
 
 
+def _by_the_platform(weight: PreparedWeight, expert: int | None, x: Tensor) -> tuple[Tensor]:
+    values = [part.weight if expert is None else part.weight[expert] for part in weight.data.parts]
+    return (torch.cat([torch.nn.functional.linear(x, value) for value in values], -1),)
+
+
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See kernels/reference/linear.py. BF16 rows by BF16 or FP32 weights; many by whichever is faster, it or torch."""
     rows, (out, width) = x.shape[0], weight.shape
     faster = platform_is_faster(rows) if weight.dtype is torch.bfloat16 else rows > _FEW_ROWS
     if faster or not weight.is_contiguous() or x.shape[1] != width:
-        return reference.plain_linear(x, weight)
+        return cut(lambda x: (reference.plain_linear(x, weight),), x)[0]
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(rows, out, dtype=weight.dtype)
     threads = torch.get_num_threads()

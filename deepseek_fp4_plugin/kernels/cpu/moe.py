@@ -7,6 +7,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cpu.addresses import dense
 from deepseek_fp4_plugin.kernels.cpu.extension import native, platform_is_faster, require_bf16
+from deepseek_fp4_plugin.kernels.recording import cut
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
@@ -27,7 +28,7 @@ def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tenso
     """See kernels/reference/moe.py: the grouped kernel with one expert."""
     require_bf16(x)
     if gate_up.format is WeightFormat.PLAIN and platform_is_faster(x.shape[0]):
-        return reference.gated_mlp(x, gate_up, down)
+        return cut(lambda x: (reference.gated_mlp(x, gate_up, down),), x)[0]
     return _run(x.contiguous(), None, None, gate_up, down)
 
 

@@ -4,6 +4,7 @@ While a function is recorded its kernels run as always and their arguments are k
 be views and empty tensors: whatever else torch is asked to compute would be missing from the replay, so it is refused.
 """
 
+import ctypes
 import math
 import weakref
 from collections.abc import Callable
@@ -67,12 +68,14 @@ class _Refusing(TorchDispatchMode):
         """See kernels.recording.cut."""
         native.Recording.stop()
         with _disable_current_modes():
-            results = work(*tensors)
+            values = work(*tensors)
+            results = tuple(self.memory.tensor(value.shape, value.dtype).copy_(value) for value in values)
+            inputs, outputs = [_unowned(tensor) for tensor in tensors], [_unowned(result) for result in results]
 
         def again() -> None:
-            values = work(*tensors)
+            values = work(*inputs)
             if values:
-                torch._foreach_copy_(results, values)  # all in one call; a tensor itself is left alone
+                torch._foreach_copy_(outputs, values)  # all in one call
 
         self.parts.append(again)
         self._start()
@@ -93,6 +96,15 @@ class _Refusing(TorchDispatchMode):
 
 def _storages(values: Any) -> set[int]:
     return {x.untyped_storage().data_ptr() for x in tree_leaves(values) if isinstance(x, Tensor) and x.numel()}
+
+
+def _unowned(x: Tensor) -> Tensor:
+    """The same memory, which a recording knows by its address alone, so that other layers may take their turn at it."""
+    storage = x.untyped_storage()
+    if not x.numel():
+        return x
+    whole = np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()))
+    return torch.from_numpy(whole).view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 class _Memory:
