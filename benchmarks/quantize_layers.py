@@ -41,6 +41,7 @@ from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter, TensorSpec
 from deepseek_fp4_plugin.cli.quantize import Bytes
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_r1 import CONFIG_JSON
 from deepseek_fp4_plugin.models.inventory import weights
 from deepseek_fp4_plugin.numerics import fp8_block
 from deepseek_fp4_plugin.quantization.memory import peak
@@ -49,46 +50,17 @@ from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.quantization.saved_calibration import SavedCalibration
 
-R1 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
+LAYERS = {
+    **CONFIG_JSON,
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
     "max_position_embeddings": 4096,
+    "rope_scaling": None,
     "num_nextn_predict_layers": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }
 SMALL = {
-    **R1,
+    **LAYERS,
     "vocab_size": 2048,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -331,7 +303,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source = options.source or Path(scratch) / "source"
         if options.source is None:
-            config = dict(SMALL if options.small else R1)
+            config = dict(SMALL if options.small else LAYERS)
             if options.experts:
                 config |= {"n_routed_experts": options.experts, "num_experts_per_tok": max(1, options.experts // 32)}
                 config |= {"n_group": 1, "topk_group": 1}

@@ -9,46 +9,29 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter, TensorSpec
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_r1 import CONFIG_JSON
 from deepseek_fp4_plugin.models.inventory import Weight, weights
 from deepseek_fp4_plugin.numerics import nvfp4
 
 # 268M parameters.
 CONFIG = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
+    **CONFIG_JSON,
     "vocab_size": 4096,
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "moe_intermediate_size": 512,
     "num_hidden_layers": 8,
     "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
     "n_routed_experts": 16,
-    "n_shared_experts": 1,
     "num_experts_per_tok": 4,
     "n_group": 4,
     "topk_group": 2,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "q_lora_rank": 768,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
     "max_position_embeddings": 4096,
+    "rope_scaling": None,
     "num_nextn_predict_layers": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
 }
 QUANTIZATION = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
 

@@ -36,13 +36,13 @@ from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup, StepPlan
 from deepseek_fp4_plugin.layers.moe import MoE
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.inventory import Role, Weight
 from deepseek_fp4_plugin.models.ledger import CACHE, FormatOf, Line, Step, decode_step, expected_share, seconds
 from deepseek_fp4_plugin.parallel.collectives import Group
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 
 BLOCK, PROMPT = 64, 8192
 LAYOUTS: dict[str, dict] = {

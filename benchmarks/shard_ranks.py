@@ -33,9 +33,9 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.step_plan import StepPlan
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.parallel.collectives import ALONE, Group, ProcessGroup, connect
 from deepseek_fp4_plugin.parallel.peers import PeerGroup, join
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 
 LAYOUTS: dict[str, dict] = {
     "tp": {},

@@ -61,9 +61,9 @@ def read_shape(name: str) -> "tuple[DeepseekV3Config, FormatOf | None]":
     from deepseek_fp4_plugin.checkpoint.shards import by_module
     from deepseek_fp4_plugin.checkpoint.weight_rules import judge
     from deepseek_fp4_plugin.models.config import DeepseekV3Config
+    from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
     from deepseek_fp4_plugin.models.examination import examine
     from deepseek_fp4_plugin.quantization.plan import layout_format
-    from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 
     path = Path(name).expanduser()
     if path.is_file():

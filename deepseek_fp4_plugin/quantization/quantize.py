@@ -30,6 +30,7 @@ from deepseek_fp4_plugin.checkpoint.writer import (
 )
 from deepseek_fp4_plugin.models.config import DeepseekV3Config, with_mtp_layers
 from deepseek_fp4_plugin.models.declarations import absent_code
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import checked_device
 from deepseek_fp4_plugin.quantization.cache_scales import cache_scale, cache_scale_names
@@ -60,7 +61,6 @@ from deepseek_fp4_plugin.quantization.plan import Plan, make_plan
 from deepseek_fp4_plugin.quantization.recipe import Needs, Recipe, Rounding
 from deepseek_fp4_plugin.quantization.recipes import find_recipe
 from deepseek_fp4_plugin.quantization.report import (
-    DEEPSEEK_R1,
     QuantizationReport,
     module_figures,
     planned_sizes,

@@ -26,28 +26,6 @@ MTP = "MTP layer"
 WORST = 5
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
-# DeepSeek-R1's shape, for the line that a result is compared with.
-DEEPSEEK_R1 = DeepseekV3Config(
-    vocab_size=129280,
-    hidden_size=7168,
-    intermediate_size=18432,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    moe_intermediate_size=2048,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    q_lora_rank=1536,
-    n_shared_experts=1,
-    first_k_dense_replace=3,
-    n_group=8,
-    topk_group=4,
-    num_nextn_predict_layers=1,
-)
-
 
 class Bytes(NamedTuple):
     """Bytes of tensors before and after."""

@@ -14,13 +14,13 @@ import torch
 from deepseek_fp4_plugin.checkpoint import writer as writer_module
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.quantization import quantize as quantize_module
 from deepseek_fp4_plugin.quantization.memory import Portions, portions, portions_on_gpu, solving_bytes
 from deepseek_fp4_plugin.quantization.overlap import overlapped
 from deepseek_fp4_plugin.quantization.quantize import quantize_checkpoint
 from deepseek_fp4_plugin.quantization.recipe import Needs, block_diagonal
 from deepseek_fp4_plugin.quantization.recipes.max import Max
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 from deepseek_fp4_plugin.quantization.rows import Rows
 from deepseek_fp4_plugin.quantization.solve import Moments
 from tests.stops import SETTINGS, contents, small  # noqa: F401 (fixture)

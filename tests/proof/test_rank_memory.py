@@ -10,27 +10,17 @@ import torch
 from benchmarks.random_checkpoint import QUANTIZATION
 from deepseek_fp4_plugin.checkpoint.writer import CheckpointWriter, TensorSpec
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_r1 import CONFIG_JSON
 from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
-from tests.tiny import CONFIG
 
 pytestmark = pytest.mark.proof
 
-R1 = {
-    **CONFIG,
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
+LAYERS = {
+    **CONFIG_JSON,
     "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
     "n_routed_experts": 16,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
+    "rope_scaling": None,
     "num_nextn_predict_layers": 0,
 }
 MODULES = {Role.DENSE_MLP, Role.ROUTED_EXPERT, Role.SHARED_EXPERT}  # in NVFP4; the rest as published, BF16
@@ -69,12 +59,12 @@ def tensors(weight: Weight):
 @pytest.fixture(scope="module")
 def shaped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shaped") / "r1"
-    specs = [spec for weight in weights(DeepseekV3Config.from_dict(R1)) for spec in tensors(weight)]
+    specs = [spec for weight in weights(DeepseekV3Config.from_dict(LAYERS)) for spec in tensors(weight)]
     writer = CheckpointWriter(folder, specs, {"kind": "test"}, 2 * 10**9)
     for spec in specs:
         writer.write(spec.name, torch.ones(spec.shape, dtype=torch.uint8).to(spec.dtype))
     section = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": QUANTIZATION}
-    writer.finish({"config.json": json.dumps(R1), "hf_quant_config.json": json.dumps(section)})
+    writer.finish({"config.json": json.dumps(LAYERS), "hf_quant_config.json": json.dumps(section)})
     return folder
 
 

@@ -16,11 +16,11 @@ from deepseek_fp4_plugin.checkup import order
 from deepseek_fp4_plugin.checkup.consequences import CONSEQUENCES, RUNTIMES
 from deepseek_fp4_plugin.checkup.diagnosis import diagnose
 from deepseek_fp4_plugin.checkup.values import examine_values
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.inventory import weights
 from deepseek_fp4_plugin.numerics import e2m1, nvfp4, scale_layout
 from deepseek_fp4_plugin.quantization.plan import Conversion, becomes_nvfp4, result_tensors
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 from tests.tiny import tiny_config
 
 

@@ -8,11 +8,12 @@ from deepseek_fp4_plugin.checkpoint.hub import resolve
 from deepseek_fp4_plugin.checkpoint.quant_config import SUFFIXES, WeightFormat, detect_format
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.models.inventory import Role, weights
 from deepseek_fp4_plugin.models.ledger import CACHE, Step, decode_step, expected_share, rank_bytes, seconds
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1, planned_sizes
+from deepseek_fp4_plugin.quantization.report import planned_sizes
 
 
 def published(layout):

@@ -13,9 +13,10 @@ from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.models.inventory import Role, weights
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4, excluded_modules, make_plan
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1, planned_sizes
+from deepseek_fp4_plugin.quantization.report import planned_sizes
 from tests.tiny import CONFIG, tiny_config, write_checkpoint
 
 

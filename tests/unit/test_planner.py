@@ -10,6 +10,7 @@ import torch
 from deepseek_fp4_plugin.cli.app import run
 from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine.worker import Worker
+from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.ledger import Step, decode_step, draft_step, seconds
 from deepseek_fp4_plugin.models.residency import cache_bytes, resident_bytes
@@ -17,7 +18,6 @@ from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.planner.machines import machine
 from deepseek_fp4_plugin.planner.plan import ACCEPTED, measurements, plan
 from deepseek_fp4_plugin.quantization.plan import layout_format
-from deepseek_fp4_plugin.quantization.report import DEEPSEEK_R1
 from tests.ranks import MAPPINGS, Processes
 
 ROOT = Path(__file__).parents[2]
