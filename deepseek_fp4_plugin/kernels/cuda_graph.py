@@ -1,6 +1,8 @@
 """A function's work on a GPU as one CUDA graph."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,7 +26,7 @@ class GraphRecorder:
             function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             results = function()
 
         def replay(keep: object = function) -> Results:  # the graph reads tensors that only the function holds
@@ -32,3 +34,15 @@ class GraphRecorder:
             return results
 
         return replay, results
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """The end of an old graph during a capture ends that too, and Python's collector chooses its time freely."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -10,6 +10,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.cuda_graph import GraphRecorder
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -137,3 +138,23 @@ def test_experts_without_counting_tokens(weight_format):
             gate_up, down = (ops.prepare([p], torch.device("cuda"), torch.float32, backend=backend) for p in parts)
             results.append(ops.experts_mlp(x, ids, weights, gate_up, down))
         assert (results[0] - results[1]).abs().max() <= 1e-5 * results[1].abs().max()
+
+
+def test_a_capture_survives_the_end_of_another_graph():
+    """Old graphs in a cycle are the collector's, which runs whenever enough objects have been made."""
+    x, weight = torch.randn(4, 64, device="cuda").bfloat16(), torch.ones(64, device="cuda").bfloat16()
+
+    def function():
+        cycles: list = []
+        for _ in range(100_000 * torch.cuda.is_current_stream_capturing()):
+            cycles.append(cycles)
+            cycles = [cycles]
+        return (ops.rms_norm(x, weight, 1e-6),)
+
+    for _ in range(3):
+        replay, results = GraphRecorder(x.device).record(function)
+        replay()
+        assert torch.equal(results[0], ops.rms_norm(x, weight, 1e-6))
+        old: list = [replay]
+        old.append(old)
+        del old, replay, results
