@@ -98,6 +98,7 @@ class LLM:
 
         self._new_executor = executor
         self._changing, self._shut = threading.Lock(), False
+        self._piece_rate: float | None = None
         self._start(executor(progress))
 
     def _start(self, executor: Executor) -> None:
@@ -115,7 +116,7 @@ class LLM:
             config.speculative_config,
             config.seed,
         )
-        self._engine = AsyncEngine(engine, config.stream_interval)
+        self._engine = AsyncEngine(engine, config.stream_interval, self._piece_rate)
 
     def generate(
         self,
@@ -205,6 +206,13 @@ class LLM:
     def abort(self, handle: RequestHandle) -> None:
         """Stop a request; its output so far is still delivered, with finish reason "cancelled"."""
         handle.abort()
+
+    def limit_pieces(self, per_second: float) -> None:
+        """Give the streams of an event loop together no more pieces a second than that, larger ones instead.
+
+        Not their first and last ones, and none comes later than 50 ms (engine/wakes.py). For requests from now on.
+        """
+        self._piece_rate = self._engine.piece_rate = per_second
 
     def get_stats(self) -> EngineStats:
         """Counters and times since the engine started."""

@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from deepseek_fp4_plugin.engine.engine import EngineStats, LLMEngine
 from deepseek_fp4_plugin.engine.executor import WorkerError
 from deepseek_fp4_plugin.engine.output import CompletionOutput, RequestOutput
 from deepseek_fp4_plugin.engine.request import Emission, GenerationError, Request
+from deepseek_fp4_plugin.engine.wakes import Wakes
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,13 @@ class AsyncEngine:
     """Starts its thread at once. `close` ends it; requests still in work are then cancelled.
 
     stream_interval: a streaming reader is woken when so many steps have given it something; at once for its first
-    tokens and its end.
+    tokens and its end.  piece_rate: an event loop's readers are woken so often a second, all together (wakes.py).
     """
 
-    def __init__(self, engine: LLMEngine, stream_interval: int = 1):
+    def __init__(self, engine: LLMEngine, stream_interval: int = 1, piece_rate: float | None = None):
         self.engine = engine
-        self.stream_interval = stream_interval
+        self.stream_interval, self.piece_rate = stream_interval, piece_rate
+        self._wakes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Wakes] = weakref.WeakKeyDictionary()
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._handles: dict[Request, RequestHandle] = {}
@@ -148,22 +151,22 @@ class AsyncEngine:
                 loops.setdefault(waiter.get_loop(), []).append(handle)
         for loop, handles in loops.items():
             try:
-                loop.call_soon_threadsafe(_wake, handles)
+                loop.call_soon_threadsafe(self._wake, loop, handles)
             except RuntimeError:  # the loop is closed, its readers are gone
                 for handle in handles:
                     self._commands.put(lambda handle=handle: self._forget(handle))  # type: ignore[misc]
+
+    def _wake(self, loop: asyncio.AbstractEventLoop, handles: list["RequestHandle"]) -> None:
+        """On that loop's thread."""
+        wakes = self._wakes.get(loop)
+        if wakes is None:
+            wakes = self._wakes[loop] = Wakes(self.piece_rate)
+        wakes.add(handles)
 
     def _forget(self, handle: "RequestHandle") -> None:
         for request in handle.requests:
             self.engine.abort(request)
             self._handles.pop(request, None)
-
-
-def _wake(handles: list["RequestHandle"]) -> None:
-    for handle in handles:
-        waiter = handle._waiter
-        if isinstance(waiter, asyncio.Future) and not waiter.done():
-            waiter.set_result(None)
 
 
 class RequestHandle:
@@ -257,6 +260,17 @@ class RequestHandle:
 
     def _ready(self) -> bool:
         return self._urgent or len(self._emissions) >= self._enough
+
+    @property
+    def urgent(self) -> bool:
+        """Whether what has come is to be looked at now."""
+        return self._urgent
+
+    def wake(self) -> None:
+        """Wake the reader on this thread's event loop, if it waits."""
+        waiter = self._waiter
+        if isinstance(waiter, asyncio.Future) and not waiter.done():
+            waiter.set_result(None)
 
     def _wait(self, deadline: float | None) -> None:
         if self._ready():

@@ -98,7 +98,9 @@ class EngineConfig(Choices):
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
     moe_config: MoeConfig = MoeConfig()
     speculative_config: SpeculativeConfig | None = None
-    stream_interval: Annotated[Count, Flag("Steps between two pieces of a stream [1].", serve_only=True)] = 1
+    stream_interval: Annotated[
+        Count, Flag("Steps between two pieces of a stream [1, more where streams are many].", serve_only=True)
+    ] = 1
     disable_overlap_scheduler: Bool = False
     seed: Annotated[Int, Field(ge=0)] = 0
 
