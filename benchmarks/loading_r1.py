@@ -4,8 +4,8 @@
     python benchmarks/loading_r1.py FOLDER --layers 1 --device cpu         (a dry run)
 
 Writes a checkpoint of exact shapes in the published formats (v1; three layers are dense) if it is not there, values all
-alike, and starts an engine on it over so many ranks, experts dealt: from the disk, with its pages let go first, and then
-from memory. Seconds are the engine's whole start, its ranks' processes included.
+alike, and starts an engine on it over so many ranks, experts dealt: from the disk, with its pages let go first, and
+then from memory. Seconds are the engine's whole start, its ranks' processes included.
 """
 
 import argparse
