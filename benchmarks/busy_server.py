@@ -63,6 +63,12 @@ KINDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "chat, 4 million empty messages": lambda: chat([{}] * 4_000_000),
     "response, 100,000 items": lambda: (
         "/v1/responses", {"input": [{"role": "user", "content": "hi"}] * 100_000, "max_output_tokens": 1}),
+    "response that goes on, 100,000 items": lambda: (
+        "/v1/responses", {"input": [{"role": "user", "content": "hi"}] * 100_000, "previous_response_id": "",
+                          "max_output_tokens": 1}),
+    "response that goes on, 1,000 items": lambda: (
+        "/v1/responses", {"input": [{"role": "user", "content": "hi"}] * 1_000, "previous_response_id": "",
+                          "max_output_tokens": 1}),
     "message, 100,000 turns": lambda: (
         "/v1/messages", {"messages": [{"role": "user", "content": "hi"}] * 100_000, "max_tokens": 1}),
     "chat, 2,000 messages": lambda: chat([{"role": "user", "content": "hi"}] * 2_000),
@@ -142,6 +148,12 @@ def send(url: str, path: str, body: bytes, until: float) -> tuple[list[float], l
     return seconds, outcomes
 
 
+def earlier(url: str, model: str) -> str:
+    """The id of a response to go on from."""
+    answer = httpx.post(f"{url}/v1/responses", json={"model": model, "input": "hi", "max_output_tokens": 1}, timeout=60)
+    return answer.json()["id"]
+
+
 def summary(found: list[tuple[float, float]], began: float, ended: float) -> dict[str, float]:
     """Milliseconds of what began in that time."""
     chosen = sorted(seconds * 1000 for when, seconds in found if began <= when < ended)
@@ -177,6 +189,8 @@ def main() -> None:
     times = []
     for kind in args.kinds:
         path, fields = KINDS[kind]()
+        if "previous_response_id" in fields:
+            fields["previous_response_id"] = earlier(args.url, model)
         body = json.dumps({"model": model, **fields}).encode()
         steps(args.url)
         quiet = time.perf_counter()

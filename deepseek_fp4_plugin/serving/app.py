@@ -67,7 +67,8 @@ def create_app(llm: LLM, options: ServerOptions, model: str, own_reader: bool = 
     """
     aside = Aside()
     service = Service(llm, options, model, aside)
-    reader = ReaderProcess(service.preparation) if own_reader else None
+    reader = ReaderProcess(service.preparation, service.responses.conversation) if own_reader else None
+    service.reader = reader
     middleware = [Middleware(AccessLog, metrics=service.metrics)]
     if options.allowed_origins:
         middleware.append(
@@ -167,7 +168,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/responses/{name}", responses={200: {"content": {JSON: {"schema": {"type": "object"}}}}, **_some(404)})
     async def response(name: str) -> Response:
-        return Json(service.responses.get(name).body)
+        return Response(service.responses.get(name).body, media_type=JSON)
 
     @app.delete("/v1/responses/{name}", responses={200: {"content": {JSON: {"schema": {"type": "object"}}}},
                                                    **_some(404)})  # fmt: skip

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from deepseek_fp4_plugin.serving.aside import Aside
 from deepseek_fp4_plugin.serving.protocol import ALL_TEXT, ApiError, bad_request, describe_validation
 
-_SHORT_BODY = 16 << 10  # bytes; these are read sooner than another thread takes over
+SHORT_BODY = 16 << 10  # bytes; these are read sooner than another thread takes over
 
 
 class RefusedBody(HTTPException):
@@ -73,7 +73,7 @@ def body_route(aside: Aside, reader: Reader | None = None) -> type[APIRoute]:
         async def json(self) -> Any:
             body = await self.body()
             try:
-                if len(body) <= _SHORT_BODY:
+                if len(body) <= SHORT_BODY:
                     return read_body(body, self.model)
                 if reader is not None:
                     return await reader.read(body, self.model)

@@ -3,6 +3,7 @@
 Needs the tokenizer and no model, so that another process can do it for long requests (reader_process.py).
 """
 
+import json
 from typing import Any
 
 from deepseek_fp4_plugin.engine.request import RequestError, check_length
@@ -72,14 +73,14 @@ class Preparation:
             raise error.renamed(messages_protocol.CHAT_NAMES) from None
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def check_response(self, request: ResponsesRequest) -> None:
-        """Raises ApiError for an input that does not fit, whatever it goes on from."""
-        if request.previous_response_id is None:
-            messages = as_messages(request.input)
-            try:
-                self.chat(as_chat(responses_protocol.chat_fields(request, messages)))
-            except ApiError as error:
-                raise error.renamed(responses_protocol.CHAT_NAMES) from None
+    def response(self, request: ResponsesRequest, before: bytes) -> tuple[list[int], list[dict[str, Any]]]:
+        """The tokens of its prompt, and its conversation: the one before, as JSON, and its input."""
+        messages = json.loads(before)
+        messages += as_messages(request.input, messages)
+        try:
+            return self.chat(as_chat(responses_protocol.chat_fields(request, messages))), messages
+        except ApiError as error:
+            raise error.renamed(responses_protocol.CHAT_NAMES) from None
 
     def _fitting(self, prompt: str | list[int], add_special_tokens: bool, truncate: int | None) -> list[int]:
         try:

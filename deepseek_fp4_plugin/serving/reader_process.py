@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -45,13 +46,24 @@ class Reading:
     answer: bytes | None = None  # the whole of it
     prompts: list[bytes] | None = None  # token ids, of array type "q"
     rest: bytes = b""  # the body without its prompt
+    conversation: bytes | None = None  # of a response, its messages as JSON
+
+
+@dataclass
+class Wanted:
+    """A question of the process: the conversation that this response ended, or the ApiError that there is none."""
+
+    response: str
 
 
 class ReaderProcess:
-    """Started at once and kept; started again when it was lost. Used from one event loop, closed at the end."""
+    """Started at once and kept; started again when it was lost. Used from one event loop, closed at the end.
 
-    def __init__(self, preparation: Preparation) -> None:
-        self._preparation = preparation
+    conversation: that an earlier response ended, as JSON; asked from another thread. Raises ApiError.
+    """
+
+    def __init__(self, preparation: Preparation, conversation: Callable[[str], bytes]) -> None:
+        self._preparation, self._conversation = preparation, conversation
         self._thread = ThreadPoolExecutor(1, "deepseek-fp4-reader")  # alone in using what follows
         self._process: Any = None
         self._connection: Connection | None = None
@@ -86,7 +98,8 @@ class ReaderProcess:
             assert self._connection is not None
             self._connection.send(model)
             self._connection.send_bytes(body)
-            reading: Reading = self._connection.recv()
+            while isinstance(reading := self._connection.recv(), Wanted):
+                self._connection.send(self._earlier(reading.response))
         except (EOFError, OSError):
             logger.error("the process that reads long requests was lost; it is started again")
             self._process.kill()
@@ -96,14 +109,22 @@ class ReaderProcess:
         if reading.error is not None:
             raise reading.error
         if reading.answer is not None:
-            request: Any = model.model_construct()
-            request._ready = reading.answer
-            return request
+            answered: Any = model.model_construct()
+            answered._ready = reading.answer
+            return answered
         if reading.prompts is None:
             return read_body(body, model)
-        request = read_body(reading.rest, model)
+        request: Any = read_body(reading.rest, model)
         request._ready = [array.array("q", ids).tolist() for ids in reading.prompts]
+        if reading.conversation is not None:
+            request._conversation = reading.conversation
         return request
+
+    def _earlier(self, response: str) -> bytes | ApiError:
+        try:
+            return self._conversation(response)
+        except ApiError as error:
+            return error
 
 
 # ---------------------------------------------------------------------------- in the process
@@ -115,11 +136,19 @@ def _serve(connection: Connection, preparation: Preparation) -> None:
     with contextlib.suppress(OSError):
         os.nice(_NICENESS)
     gc.freeze()
+
+    def conversation(response: str) -> bytes:
+        connection.send(Wanted(response))
+        answer = connection.recv()
+        if isinstance(answer, ApiError):
+            raise answer
+        return answer
+
     with contextlib.suppress(EOFError, OSError):
         while True:
             model, body = connection.recv(), connection.recv_bytes()
             try:
-                reading = read(preparation, body, model)
+                reading = read(preparation, body, model, conversation)
             except ApiError as error:
                 reading = Reading(error)
             except Exception:
@@ -129,7 +158,9 @@ def _serve(connection: Connection, preparation: Preparation) -> None:
             del body, reading
 
 
-def read(preparation: Preparation, body: bytes, model: type[BaseModel]) -> Reading:
+def read(
+    preparation: Preparation, body: bytes, model: type[BaseModel], conversation: Callable[[str], bytes]
+) -> Reading:
     """What becomes of a body. Raises ApiError for one that is refused."""
     value, known = read_json(body)
     request = validated(value, known, model)
@@ -141,20 +172,31 @@ def read(preparation: Preparation, body: bytes, model: type[BaseModel]) -> Readi
         return Reading(answer=to_json(preparation.count_tokens(request)))
     assert isinstance(request, CompletionRequest | ChatCompletionRequest | MessagesRequest | ResponsesRequest)
     preparation.check_model(request.model)
-    if isinstance(request, ResponsesRequest):
-        preparation.check_response(request)
-        return Reading()
     rest: dict[str, Any]
+    messages: list[dict[str, Any]] | None = None
     if isinstance(request, CompletionRequest):
         prompts, rest = preparation.completion(request), {"prompt": "-"}
         whole = request.echo  # its answer repeats the prompt
     elif isinstance(request, ChatCompletionRequest):
-        prompts = [preparation.chat(request)]
-        role = "system" if any(message.role in ("system", "developer") for message in request.messages) else "user"
-        rest, whole = {"messages": [{"role": role, "content": ""}]}, False
+        prompts, whole = [preparation.chat(request)], False
+        rest = {"messages": [{"role": _role(message.role for message in request.messages), "content": ""}]}
+    elif isinstance(request, ResponsesRequest):
+        before = b"[]" if request.previous_response_id is None else conversation(request.previous_response_id)
+        ids, messages = preparation.response(request, before)
+        prompts, whole = [ids], False
+        rest = {"input": [{"role": _role(message["role"] for message in messages), "content": ""}]}
     else:
         prompts = [preparation.message(request)]
         rest, whole = {"messages": [{"role": "user", "content": ""}], "system": None}, False
     if whole or known is None:  # or it is JSON that only Python writes again as it was
         return Reading()
-    return Reading(prompts=[array.array("q", ids).tobytes() for ids in prompts], rest=to_json({**value, **rest}))
+    return Reading(
+        prompts=[array.array("q", ids).tobytes() for ids in prompts],
+        rest=to_json({**value, **rest}),
+        conversation=None if messages is None else to_json(messages),
+    )
+
+
+def _role(roles: Iterable[str]) -> str:
+    """Of the one message that stands for all: a system's is noted by the server."""
+    return "system" if any(role in ("system", "developer") for role in roles) else "user"

@@ -1,5 +1,6 @@
 """Answers in the form of OpenAI's /v1/responses, whole and streamed, and the memory of those that may go on."""
 
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -11,46 +12,63 @@ from deepseek_fp4_plugin.serving.blocks import Block, Blocks, Change
 from deepseek_fp4_plugin.serving.generation import Answer
 from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.protocol import ApiError
-from deepseek_fp4_plugin.serving.responses_protocol import FunctionTool, ResponsesRequest, size_of
+from deepseek_fp4_plugin.serving.responses_protocol import FunctionTool, ResponsesRequest
 
 
 @dataclass
 class StoredResponse:
-    """A response, and the conversation up to its end as a chat's messages, without instructions."""
+    """A response, and the conversation up to its end, a chat's messages without instructions; both as JSON."""
 
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
+    name: str
+    body: bytes
+    conversation: bytes
 
 
 class ResponseStore:
-    """Finished responses by id, in memory only: the longest unused go first when they are too many or too large."""
+    """Finished responses by id, in memory only: the longest unused go first when they are too many or too large.
+
+    Any thread.
+    """
 
     def __init__(self, max_bytes: int = 64 << 20, max_count: int = 4096) -> None:
         self.max_bytes, self.max_count = max_bytes, max_count
-        self._kept: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._lock = threading.Lock()
         self.bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def keep(self, response: StoredResponse) -> None:
-        size = size_of(response.messages) + len(to_json(response.body))
-        self._kept[response.body["id"]] = response, size
-        self.bytes += size
-        while self._kept and (self.bytes > self.max_bytes or len(self._kept) > self.max_count):
-            self.bytes -= self._kept.popitem(last=False)[1][1]
+        with self._lock:
+            self._kept[response.name] = response
+            self.bytes += _size(response)
+            while self._kept and (self.bytes > self.max_bytes or len(self._kept) > self.max_count):
+                self.bytes -= _size(self._kept.popitem(last=False)[1])
 
     def get(self, name: str, param: str | None = None) -> StoredResponse:
         """Raises ApiError 404 for one that is not kept."""
-        if name not in self._kept:
-            raise ApiError(404, f"no response {name[:100]!r} is kept here: it was made without store, was deleted, or "
-                           "gave way to newer ones", "NotFoundError", param)  # fmt: skip
-        self._kept.move_to_end(name)
-        return self._kept[name][0]
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name]
+        raise ApiError(404, f"no response {name[:100]!r} is kept here: it was made without store, was deleted, or "
+                       "gave way to newer ones", "NotFoundError", param)  # fmt: skip
+
+    def conversation(self, name: str) -> bytes:
+        """What a response to be made goes on from. Raises ApiError 404."""
+        return self.get(name, "previous_response_id").conversation
 
     def delete(self, name: str) -> None:
+        """Raises ApiError 404."""
         self.get(name)
-        self.bytes -= self._kept.pop(name)[1]
+        with self._lock:
+            if (response := self._kept.pop(name, None)) is not None:
+                self.bytes -= _size(response)
+
+
+def _size(response: StoredResponse) -> int:
+    return len(response.body) + len(response.conversation)
 
 
 class ResponsesAnswer(Answer):
@@ -59,10 +77,11 @@ class ResponsesAnswer(Answer):
     done = b""
 
     def __init__(
-        self, *args: Any, asked: ResponsesRequest, messages: list[dict[str, Any]], store: ResponseStore, **kwargs: Any
+        self, *args: Any, asked: ResponsesRequest, conversation: bytes, store: ResponseStore, **kwargs: Any
     ) -> None:
+        """conversation: that the answer ends, its messages as JSON."""
         super().__init__(*args, **kwargs)
-        self.asked, self.messages, self.store = asked, messages, store
+        self.asked, self.conversation, self.store = asked, conversation, store
         self.id = f"resp_{uuid.uuid4().hex}"
         self._ids: list[str] = []  # of the output's items
         self._sequence = 0
@@ -92,7 +111,8 @@ class ResponsesAnswer(Answer):
             },
         }
         if self.asked.store:
-            self.store.keep(StoredResponse(body, [*self.messages, *_turn(blocks.all)]))
+            conversation = self.conversation[:-1] + b"," + to_json(_turn(blocks.all)) + b"]"
+            self.store.keep(StoredResponse(self.id, to_json(body), conversation))
         return body
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,10 +225,10 @@ def _part(block: Block, text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _turn(blocks: list[Block]) -> list[dict[str, Any]]:
+def _turn(blocks: list[Block]) -> dict[str, Any]:
     """The answer as a turn of the conversation."""
     calls = [{"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.text}}
              for block in blocks if block.kind == "call"]  # fmt: skip
     text = "".join(block.text for block in blocks if block.kind == "text")
     turn: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
-    return [turn | ({"tool_calls": calls} if calls else {})]
+    return turn | ({"tool_calls": calls} if calls else {})

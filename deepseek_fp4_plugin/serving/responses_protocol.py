@@ -7,9 +7,8 @@ bookkeeping that cannot change the text is accepted, as in chats.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
-from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.protocol import FAIL_FAST, Int, _Body, _Strict, bad_request
 
 # ---------------------------------------------------------------------------- items
@@ -129,7 +128,9 @@ class ResponsesStreamOptions(_Strict):
 
 
 class ResponsesRequest(_Body):
-    """Body of POST /v1/responses."""
+    """Body of POST /v1/responses. `_conversation`: where another process has read it, all its messages as JSON."""
+
+    _conversation: bytes = PrivateAttr(b"[]")
 
     model: str
     input: str | Annotated[list[Item], FAIL_FAST]
@@ -248,8 +249,3 @@ def as_messages(given: str | list[Item], before: Sequence[dict[str, Any]] = ()) 
 
 def _text(content: Text) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def size_of(messages: list[dict[str, Any]]) -> int:
-    """Bytes of a conversation as JSON."""
-    return len(to_json(messages))

@@ -1,11 +1,12 @@
 """What the routes do, over one `LLM`: names, prompts, admission, and the jobs."""
 
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.responses import Response
 
@@ -16,9 +17,11 @@ from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_p
 from deepseek_fp4_plugin.serving.admission import Admission
 from deepseek_fp4_plugin.serving.answer_form import asked_form, lark_rule
 from deepseek_fp4_plugin.serving.aside import Aside
+from deepseek_fp4_plugin.serving.bodies import SHORT_BODY, Reader
 from deepseek_fp4_plugin.serving.call_check import CallCheck
 from deepseek_fp4_plugin.serving.chat_prompt import call_arguments, call_grammar, tools_of
 from deepseek_fp4_plugin.serving.generation import Answer, Job
+from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.logprobs import TokenTexts
 from deepseek_fp4_plugin.serving.messages import MessagesAnswer
 from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest
@@ -78,6 +81,7 @@ class Service:
                                        llm.vocab_size, llm.max_request_tokens)  # fmt: skip
         self.prompts = self.preparation.prompts
         self.responses = ResponseStore()
+        self.reader: Reader | None = None  # of long requests, and of those that go on from long conversations
         self.texts = TokenTexts(self.tokenizer)
         self.defaults = self._sampling_defaults()
         markers = {text: self.tokenizer.token_id(text) for text in
@@ -179,13 +183,20 @@ class Service:
 
     async def respond(self, request: ResponsesRequest, log: dict[str, Any]) -> Response:
         """A response: its conversation so far is what it goes on from, and its input."""
-        before: list[dict[str, Any]] = []
-        if request.previous_response_id is not None:
-            before = self.responses.get(request.previous_response_id, "previous_response_id").messages
-        messages = [*before, *as_messages(request.input, before)]
-        answered = functools.partial(ResponsesAnswer, asked=request, messages=messages, store=self.responses)
+        messages: list[dict[str, Any]] = []
+        if request.previous_response_id is not None and request._ready is None:
+            before = self.responses.conversation(request.previous_response_id)
+            if self.reader is not None and len(before) > SHORT_BODY:
+                body = json.dumps(request.model_dump(by_alias=True, exclude_unset=True)).encode()
+                request = cast(ResponsesRequest, await self.reader.read(body, ResponsesRequest))
+            if request._ready is None:
+                messages = json.loads(before)
+        messages += as_messages(request.input, messages)
+        conversation = to_json(messages) if request._ready is None else request._conversation
+        answered = functools.partial(ResponsesAnswer, asked=request, conversation=conversation, store=self.responses)
         try:
             chat = await self._chat_of(messages, lambda: responses_protocol.chat_fields(request, messages))
+            chat._ready = request._ready
             return await self.chat(chat, log, answered)
         except ApiError as error:
             raise error.renamed(responses_protocol.CHAT_NAMES) from None

@@ -208,6 +208,47 @@ def test_a_process_of_its_own_reads_as_the_server_does(app, reading_app, kind):
     assert without_names(there.json()) == without_names(here.json())
 
 
+CALL = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}
+RESULT = {"type": "function_call_output", "call_id": "call_1", "output": "5"}
+GOING_ON = {
+    "a long one": {"input": HI, "metadata": {"a": LONG}},
+    "of many items": {"input": [*HI, {"role": "assistant", "content": "ho"}] * 100, "metadata": {"a": LONG}},
+    "a call's result": {"input": [RESULT], "metadata": {"a": LONG}},
+    "with instructions": {"input": HI, "instructions": "Be brief.", "metadata": {"a": LONG}},
+    "too long a one": {"input": HI * 3000},
+    "a result of no call": {"input": [{**RESULT, "call_id": "call_2"}], "metadata": {"a": LONG}},
+    "behind an unknown one": {"input": HI, "metadata": {"a": LONG}, "previous_response_id": "resp_none"},
+    "a short one": {"input": HI},
+    "a short one with a call's result": {"input": [RESULT]},
+    "a short one with a result of no call": {"input": [{**RESULT, "call_id": "call_2"}]},
+}
+
+
+@pytest.mark.parametrize("kind", GOING_ON)
+def test_a_response_that_goes_on_is_read_by_that_process_too(app, reading_app, monkeypatch, kind):
+    """Short ones too where what they go on from is long; 100 bytes are enough for that here."""
+    monkeypatch.setattr(service, "SHORT_BODY", 100)
+    render, answers = ChatPrompt.render, []
+    for own in (app, reading_app):
+        fields = {"model": MODEL, "temperature": 0, "max_output_tokens": 2}
+        first = answered(own, "/v1/responses", {**fields, "input": [*HI, CALL, {**RESULT, "output": "4"}]})
+        fields["previous_response_id"] = first.json()["id"]
+        if own is reading_app:
+            monkeypatch.setattr(ChatPrompt, "render", lambda *args: pytest.fail("the server rendered it"))
+        second = answered(own, "/v1/responses", {**fields, **GOING_ON[kind]})
+        monkeypatch.setattr(ChatPrompt, "render", render)
+        answers.append([second.status_code, without_names(second.json())])
+        if second.status_code == 200:  # what is kept is the whole conversation
+            fields["previous_response_id"] = second.json()["id"]
+            third = answered(own, "/v1/responses", {**fields, "input": "more"}).json()
+            answers[-1] += [without_names(third), own.state.service.responses.conversation(third["id"])]
+    for answer in answers:
+        answer[1].pop("previous_response_id", None)
+        if len(answer) > 2:
+            answer[2].pop("previous_response_id")
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("body", [
     b'{"model": "r1_nano", "prompt": "a", "temperature": NaN, "user": "' + b"x" * 20_000 + b'"}',
     b'{"model": "r1_nano", "prompt": "\\ud800' + b"x" * 20_000 + b'"}',

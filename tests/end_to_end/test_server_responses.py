@@ -196,7 +196,7 @@ def test_refusals(server, fields, word):
 
 def test_the_store_is_bounded():
     def response(name: str, size: int) -> StoredResponse:
-        return StoredResponse({"id": name}, [{"role": "user", "content": "x" * size}])
+        return StoredResponse(name, json.dumps({"id": name}).encode(), b"x" * size)
 
     store = ResponseStore(max_bytes=10_000, max_count=5)
     names = [uuid.uuid4().hex for _ in range(8)]
