@@ -205,7 +205,7 @@ def test_the_store_is_bounded():
         store.get(names[0])  # used again and again
     assert len(store) == 5
     assert store.get(names[0]) and store.get(names[-1])
-    store.keep(response("large", 9_900))
+    store.keep(response("large", 9_960))
     assert store.bytes <= 10_000
     assert len(store) == 1
     store.keep(response("too large", 20_000))
