@@ -111,32 +111,35 @@ def _output_errors(weight: Tensor, quantized: NVFP4Tensor, rows: Tensor) -> Tens
 def _solved(weights: Sequence[Tensor], scale_2: Tensor, inputs: Ready) -> list[Solution]:
     """Both ways for some rows at a time, which do not depend on each other; for all of a weight's the better way."""
     safe, bold = local_hessian.LocalHessian.name, Gptq.name
-    ways: list[dict[str, list[NVFP4Tensor]]] = [{safe: [], bold: []} for _ in weights]
+    names = (safe,) if inputs.order is None else (safe, bold)
+    # Made before the first row is solved: what stays must not lie between temporaries, or memory ends up in shreds.
+    ways = [{name: _room(weight, scale_2) for name in names} for weight in weights]
     for pieces in _pieces(weights):
-        rows = torch.cat([piece for _, piece in pieces])
+        rows = torch.cat([weights[index][some] for index, some in pieces])
         found = {safe: search(rows, scale_2, local_hessian.OFFSETS, inputs.blocks)}
         if inputs.order is not None:
             found[bold] = _quantized(rows, scale_2, inputs.order)
-        sizes = [len(piece) for _, piece in pieces]
         for name, whole in found.items():
-            parts = zip(whole.packed.split(sizes), whole.scale.split(sizes), strict=True)
-            for (index, _), (packed, scale) in zip(pieces, parts, strict=True):
-                ways[index][name].append(NVFP4Tensor(packed, scale, scale_2))
+            start = 0
+            for index, some in pieces:
+                stop = start + some.stop - some.start
+                ways[index][name].packed[some] = whole.packed[start:stop]
+                ways[index][name].scale[some] = whole.scale[start:stop]
+                start = stop
     results = []
     for weight, way in zip(weights, ways, strict=True):
-        tensor, name = _joined(way[safe]), safe
-        if way[bold]:
-            second = _joined(way[bold])
-            if confirmed(weight, tensor, second, inputs.held_out):
-                tensor, name = second, bold
-        results += solutions([weight], tensor, [name])
+        won = bold in way and confirmed(weight, way[safe], way[bold], inputs.held_out)
+        name = bold if won else safe
+        results += solutions([weight], way[name], [name])
     return results
 
 
-def _joined(pieces: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
-    """Pieces of a weight's rows put together."""
-    packed, scale = torch.cat([piece.packed for piece in pieces]), torch.cat([piece.scale for piece in pieces])
-    return NVFP4Tensor(packed, scale, pieces[0].scale_2)
+def _room(weight: Tensor, scale_2: Tensor) -> NVFP4Tensor:
+    """For a result."""
+    rows, cols = weight.shape
+    packed = torch.empty(rows, cols // 2, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows, cols // BLOCK, dtype=torch.float8_e4m3fn, device=weight.device)
+    return NVFP4Tensor(packed, scale, scale_2)
 
 
 def _height(weight: Tensor) -> int:
@@ -144,16 +147,19 @@ def _height(weight: Tensor) -> int:
     return max(1, rows_at_once(weight.device) // weight.shape[1])
 
 
-def _pieces(weights: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
+def _pieces(weights: Sequence[Tensor]) -> Iterator[list[tuple[int, slice]]]:
     """All rows, in portions that fit into memory several times: each (index of the weight, some of its rows)."""
-    portion: list[tuple[int, Tensor]] = []
+    portion: list[tuple[int, slice]] = []
     height = _height(weights[0])
+    taken = 0
     for index, weight in enumerate(weights):
-        for piece in weight.split(height):
-            if portion and sum(len(rows) for _, rows in portion) + len(piece) > height:
+        for start in range(0, len(weight), height):
+            some = slice(start, min(start + height, len(weight)))
+            if portion and taken + some.stop - some.start > height:
                 yield portion
-                portion = []
-            portion.append((index, piece))
+                portion, taken = [], 0
+            portion.append((index, some))
+            taken += some.stop - some.start
     yield portion
 
 
