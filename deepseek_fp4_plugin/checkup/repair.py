@@ -31,6 +31,7 @@ from deepseek_fp4_plugin.numerics import nvfp4
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 from deepseek_fp4_plugin.quantization.plan import Conversion, becomes_nvfp4, paired_weights, result_tensors
 from deepseek_fp4_plugin.quantization.recipes.max import quantize_weight
+from deepseek_fp4_plugin.quantization.smoothing import read_smoothing
 
 _UNUSABLE = (Fault.BLOCK_SCALE, Fault.TENSOR_SCALE, Fault.OTHER_VALUES, Fault.NOT_FINITE, Fault.ROUNDING)
 
@@ -104,6 +105,7 @@ class _Mender:
     def __init__(self, diagnosis: Diagnosis):
         self.diagnosis, self.source = diagnosis, diagnosis.source
         self.reader = every_tensor(diagnosis.examination)
+        self.smoothing = read_smoothing(diagnosis.folder)
         self.groups = by_module(self.reader.tensors)
         self.config = self._config()
         quantized = [weight for group in self.groups.values() if (weight := group.get("weight"))]
@@ -241,8 +243,10 @@ class _Mender:
         if self.source.info(weight.name).shape != weight.shape:
             raise CheckpointError(f"{weight.name} in {self.source.folder} has another shape; it is not the source")
         if len(weight.shape) == 1:
-            return self.source.get(weight.name)
-        return source_rows(self.source, weight.module, Rows(0, weight.shape[0]))
+            original = self.source.get(weight.name)
+        else:
+            original = source_rows(self.source, weight.module, Rows(0, weight.shape[0]))
+        return self.smoothing.applied(weight.module, original)
 
     def _input_scale(self, module: str) -> Tensor:
         """The module's own if it is one; else the largest of its peers, or of its like in other layers.

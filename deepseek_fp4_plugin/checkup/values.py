@@ -23,6 +23,7 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.inventory import Role, Weight, weights
 from deepseek_fp4_plugin.numerics.nvfp4 import AMAX_TO_SCALE, NVFP4Tensor
 from deepseek_fp4_plugin.numerics.scale_layout import tiled_size
+from deepseek_fp4_plugin.quantization.smoothing import Smoothing, read_smoothing
 
 _ABSURD = 1e4  # no weight of a language model is as large; a reciprocal scale makes it so
 _COMPARED = 8  # rows of a matrix that are compared with the source at most
@@ -31,7 +32,10 @@ _ORDER_SHARE, _ORDER_TENSORS = 0.4, 64  # of the budget, and matrices, that the 
 
 @dataclass
 class Values:
-    """What was found. modules: fault -> all modules that have it.  judged: modules compared with the source."""
+    """What was found. modules: fault -> all modules that have it.  judged: modules compared with the source.
+
+    smoothing: by which the source's weights are to be compared.
+    """
 
     folder: Path
     modules: dict[Fault, list[str]] = field(default_factory=dict)
@@ -39,6 +43,7 @@ class Values:
     codes: order.Codes = field(default_factory=order.Codes)
     judged: int = 0
     spent: int = 0
+    smoothing: Smoothing = field(default_factory=lambda: Smoothing({}))
 
     def add(self, fault: Fault, module: str, suffix: str, text: str) -> None:
         name = f"{module}.{suffix}" if suffix else module
@@ -67,6 +72,8 @@ def examine_values(
 ) -> Values:
     """Look at values within the budget. The headers must be in order where a module is to be looked at."""
     found, sampler = Values(reader.folder), Sampler(reader, everything)
+    if source is not None:
+        found.smoothing = read_smoothing(reader.folder)
     kinds = dict(_readable(reader, config))
     scales = _numbers(found, sampler, kinds)
     _pairs(found, scales)
@@ -279,7 +286,7 @@ def _against_source(
         return
     rows = Rows(rows.start, min(rows.stop, rows.start + _COMPARED))
     stored = stored._replace(packed=stored.packed[:_COMPARED], scale=stored.scale[:_COMPARED])
-    original = source_rows(source, module, rows)
+    original = found.smoothing.applied(module, source_rows(source, module, rows))
     if original.shape != (rows.stop - rows.start, weight.shape[1]):
         return
     found.judged += 1
@@ -320,7 +327,8 @@ def _plain_against_source(found: Values, source: CheckpointReader, weight: Weigh
         return
     found.judged += 1
     rows = Rows(rows.start, min(rows.stop, rows.start + _COMPARED))
-    if not torch.equal(source_rows(source, weight.module, rows), values[:_COMPARED].bfloat16()):
+    original = found.smoothing.applied(weight.module, source_rows(source, weight.module, rows))
+    if not torch.equal(original, values[:_COMPARED].bfloat16()):
         found.add(Fault.OTHER_VALUES, weight.module, "weight", "does not hold the source's weight")
 
 

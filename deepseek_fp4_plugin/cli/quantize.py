@@ -78,6 +78,11 @@ class Bytes(click.ParamType):
     show_default=True,
     help="What the MTP layer becomes; published checkpoints keep it.",
 )
+@click.option(
+    "--smooth",
+    is_flag=True,
+    help="Edit the norms and routers before the MLPs by powers of two, so that loud channels cost less.",
+)
 @click.option("--max-shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest file to write.")
 @click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N; calibrates there."
@@ -111,6 +116,7 @@ def quantize(
     kv_cache: str,
     kv_scales: bool,
     mtp: str,
+    smooth: bool,
     max_shard_size: int,
     device: str,
     seed: int,
@@ -147,6 +153,7 @@ def quantize(
             kv_cache=kv_cache,
             kv_scales=kv_scales,
             mtp=mtp,
+            smooth=smooth,
             max_shard_bytes=max_shard_size,
             device=device,
             seed=seed,

@@ -18,6 +18,7 @@ from deepseek_fp4_plugin.layers.moe import RoutedExperts
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.inventory import weights
 from deepseek_fp4_plugin.quantization.report import class_of
+from deepseek_fp4_plugin.quantization.smoothing import Smoothing, read_smoothing
 
 
 @torch.inference_mode()
@@ -25,7 +26,10 @@ def output_errors(
     reference: DeepseekV3ForCausalLM, model: DeepseekV3ForCausalLM, texts: Sequence[Sequence[int]]
 ) -> dict[str, float]:
     """Module class -> energy of the output's change in percent of the output's, of the modules that `model` has in
-    NVFP4.  texts: token ids, each one forward of `reference`."""
+    NVFP4.  texts: token ids, each one forward of `reference`.
+
+    Modules of a smoothed `model` get the inputs smoothed."""
+    smoothing = read_smoothing(model.path) if model.path else Smoothing({})
     kinds = {weight.module: class_of(weight, model.config) for weight in weights(model.config)}
     energy: dict[str, list[Tensor]] = {}
 
@@ -38,10 +42,10 @@ def output_errors(
     try:
         for ours, theirs in zip(reference.model.modules(), model.model.modules(), strict=True):
             if isinstance(ours, Linear) and isinstance(theirs, Linear) and _four_bit(theirs.weight):
-                ours.observer = _of_linear(ours, theirs, compare)
+                ours.observer = _of_linear(ours, theirs, smoothing, compare)
                 watched.append(ours)
             elif isinstance(ours, RoutedExperts) and isinstance(theirs, RoutedExperts) and _four_bit(theirs.gate_up):
-                ours.observer = _of_experts(ours, theirs, compare)
+                ours.observer = _of_experts(ours, theirs, smoothing, compare)
                 watched.append(ours)
         device = reference.model.norm.weight.device
         for ids in texts:
@@ -59,15 +63,23 @@ def _four_bit(weight: PreparedWeight) -> bool:
 _Compare = Callable[[str, Tensor, Tensor], None]
 
 
-def _of_linear(ours: Linear, theirs: Linear, compare: _Compare) -> Callable[[Tensor], None]:
-    return lambda x: compare(ours.modules_named[0], ops.linear(x, ours.weight), ops.linear(x, theirs.weight))
+def _of_linear(ours: Linear, theirs: Linear, smoothing: Smoothing, compare: _Compare) -> Callable[[Tensor], None]:
+    module = ours.modules_named[0]
+
+    def observe(x: Tensor) -> None:
+        compare(module, ops.linear(x, ours.weight), ops.linear(smoothing.of_inputs(module, x), theirs.weight))
+
+    return observe
 
 
-def _of_experts(ours: RoutedExperts, theirs: RoutedExperts, compare: _Compare) -> Callable[[str, int, Tensor], None]:
+def _of_experts(
+    ours: RoutedExperts, theirs: RoutedExperts, smoothing: Smoothing, compare: _Compare
+) -> Callable[[str, int, Tensor], None]:
     def observe(projection: str, expert: int, rows: Tensor) -> None:
-        both: list[PreparedWeight] = [getattr(part, projection) for part in (ours, theirs)]
-        outputs = [weight.backend.linear(rows, weight, expert) for weight in both]
         name = "down_proj" if projection == "down" else "gate_proj"
-        compare(f"{ours.name}.{ours.local[expert]}.{name}", *outputs)
+        module = f"{ours.name}.{ours.local[expert]}.{name}"
+        both: list[PreparedWeight] = [getattr(part, projection) for part in (ours, theirs)]
+        inputs = rows, smoothing.of_inputs(module, rows)
+        compare(module, *(weight.backend.linear(x, weight, expert) for x, weight in zip(inputs, both, strict=True)))
 
     return observe

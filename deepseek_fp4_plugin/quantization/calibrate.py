@@ -138,6 +138,7 @@ class Calibration:
     of the same folder; whichever asks first for one that nobody has computed does so, and the others wait.
     solve: gives a layer's outputs, from the number of tokens and all batches, as often as it begins them, for a recipe
         that quantizes on the way.
+    smooth: find the exponents of smoothing.py too.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Calibration:
         memory: Portions | None = None,
         shared: bool = False,
         solve: Solve | None = None,
+        smooth: bool = False,
     ):
         self.reader, self.config, self.plan, self.samples = reader, config, plan, data.samples
         self.work, self.device, self.progress, self.shared = work, device, progress, shared
@@ -164,7 +166,7 @@ class Calibration:
         for sample in data.samples:
             self.starts.append(self.starts[-1] + len(sample))
         self.layers = observed_layers(config, plan)
-        self._solve = solve
+        self._solve, self._smooth = solve, smooth
         self._ready: int | None = None  # the layer whose input is known to be in its file
         self._results = _finished(work, range(self.layers))
 
@@ -242,7 +244,8 @@ class Calibration:
 
     def _layer(self, index: int, progress: Callable[[int], None]) -> _LayerResult:
         """Read the input of layer `index`, write its output, return what its projections saw."""
-        layer = StreamedLayer(index, self.config, self.source, self.rotary, self.memory.experts, self.memory.keep)
+        experts, keep = self.memory.experts, self.memory.keep
+        layer = StreamedLayer(index, self.config, self.source, self.rotary, experts, keep, self._smooth)
         source, target = self.hidden[index % 2], self.hidden[(index + 1) % 2]
         tokens, inputs = self.starts[-1], partial(self._inputs, source, progress)
         if index == self.config.num_hidden_layers:
@@ -251,7 +254,7 @@ class Calibration:
         outputs = self._solve(tokens, layer, inputs) if self._solve else self._through(layer, inputs())
         output = _write(target, outputs)
         self.reader.close()
-        return _LayerResult(layer.observer.result().to_json(), output)
+        return _LayerResult(layer.seen().to_json(), output)
 
     def _through(self, layer: StreamedLayer, inputs: Iterator[Batch]) -> Iterator[Tensor]:
         """The layer's outputs, batch by batch."""

@@ -26,6 +26,7 @@ from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 from deepseek_fp4_plugin.quantization.overlap import overlapped
 from deepseek_fp4_plugin.quantization.plan import Conversion, Plan, Unit, kept_dtype, result_tensors
 from deepseek_fp4_plugin.quantization.recipe import FromSource, Recipe, Rounding, Solution, SourceWeight
+from deepseek_fp4_plugin.quantization.smoothing import Smoothing
 
 DEFAULT_BUDGET = 2**29  # bytes under way between reading and writing
 NVFP4_BYTES = 9 / 16  # of a weight, with its part of a block's scale
@@ -109,6 +110,10 @@ class Converter:
         for piece in pieces:
             self._count(piece)
 
+    def smooth(self, exponents: Mapping[str, list[int]]) -> None:
+        """The exponents of smoothing.py, of layers that are converted from now on."""
+        self.steps.smoothing = Smoothing(self.steps.smoothing.exponents | dict(exponents))
+
     def _count(self, piece: "_Piece") -> None:
         self._bytes += self.steps.moves(piece)
         self._moved(self._bytes, self._total)
@@ -177,6 +182,7 @@ class _Steps:
     ):
         self.reader, self.writer, self.recipe, self.device, self.notes = reader, writer, recipe, device, notes
         self.input_scales: Mapping[str, Tensor] = {}
+        self.smoothing = Smoothing({})
 
     def of(self, unit: Unit) -> Iterator[_Piece]:
         """The pieces of `unit` that are not done yet, in the part of the work at hand."""
@@ -232,7 +238,10 @@ class _Steps:
         return [source_weight(self.reader, c.weight, c.source, piece.rows) for c in piece.conversions]
 
     def work(self, piece: _Piece, loaded: Sequence[SourceWeight]) -> Sequence[Solution | Tensor]:
-        weights = [_on(self.device, weight) for weight in loaded]
+        weights = [
+            self._smoothed(conversion, _on(self.device, weight))
+            for conversion, weight in zip(piece.conversions, loaded, strict=True)
+        ]
         if not piece.conversions[0].nvfp4:
             (conversion,), (weight,) = piece.conversions, weights
             values = weight.decoded(kept_dtype(conversion, self.reader.info(conversion.weight.name).dtype))
@@ -249,6 +258,15 @@ class _Steps:
                     raise _not_finite(self.reader, conversion)
             solutions = self.recipe.solve(decoded_weights, None)
         return [solution._replace(tensor=_to_cpu(solution.tensor)) for solution in solutions]
+
+    def _smoothed(self, conversion: Conversion, weight: SourceWeight) -> SourceWeight:
+        """What is edited as a plain weight, in the recipe's dtype where it becomes NVFP4."""
+        module = conversion.weight.module
+        if not self.smoothing.edits(module):
+            return weight
+        kept = kept_dtype(conversion, self.reader.info(conversion.weight.name).dtype)
+        values = weight.decoded(self.recipe.weight_dtype if conversion.nvfp4 else kept)
+        return SourceWeight(self.smoothing.applied(module, values), None)
 
     def store(self, piece: _Piece, results: Sequence[Solution | Tensor]) -> None:
         self.note(piece, results)

@@ -14,6 +14,7 @@ from deepseek_fp4_plugin.quantization.cache_scales import HEADROOM
 from deepseek_fp4_plugin.quantization.calibrate import SAFE_INPUT_SCALE
 from deepseek_fp4_plugin.quantization.recipes import RECIPES
 from deepseek_fp4_plugin.quantization.report import WORST, QuantizationReport, decibels
+from deepseek_fp4_plugin.quantization.smoothing import MANIFEST
 
 BENCHMARKS = ("MMLU Pro", "GPQA Diamond", "LiveCodeBench", "SCICODE", "MATH-500", "AIME 2024")
 # By quantize's --format.
@@ -131,7 +132,16 @@ their input scale is {SAFE_INPUT_SCALE}."""
 Input scales were calibrated on {text}: {report.samples} samples,
 {report.tokens} tokens in all, {through}. {report.quantized_modules} linears are NVFP4. All
 experts of a layer share their input scales{scale}; {report.cold_experts} expert projections saw no token
-themselves.{zeros}"""
+themselves.{zeros}{_smoothing(report)}"""
+
+
+def _smoothing(report: QuantizationReport) -> str:
+    if not report.smooth:
+        return ""
+    return f"""
+
+The norms before the MLPs are smoothed: their weights are divided by powers of two, channel by channel, and the routers
+and the weights of gate and up multiplied by them. `{MANIFEST}` lists the tensors that so differ from the source's."""
 
 
 def _sizes(report: QuantizationReport) -> str:

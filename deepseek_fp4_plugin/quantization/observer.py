@@ -27,10 +27,12 @@ class LayerAmax:
 
     amax: module name -> largest |input|, FP32 as a float.  rows: module name -> input rows seen.
     An expert's modules are in it only if the expert got tokens.
+    exponents: norm -> those of smoothing.py, where a run smooths; the amax is then that of smoothed inputs.
     """
 
     amax: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    exponents: dict[str, list[int]] = field(default_factory=dict)
 
     def merge(self, other: "LayerAmax") -> "LayerAmax":
         """What both saw together (batches, or ranks): the larger amax, the sum of the rows."""
@@ -38,14 +40,16 @@ class LayerAmax:
         return LayerAmax(
             {name: max(self.amax.get(name, 0.0), other.amax.get(name, 0.0)) for name in names},
             {name: self.rows.get(name, 0) + other.rows.get(name, 0) for name in names},
+            self.exponents | other.exponents,
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"amax": self.amax, "rows": self.rows}
+        smoothed = {"exponents": self.exponents} if self.exponents else {}
+        return {"amax": self.amax, "rows": self.rows, **smoothed}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "LayerAmax":
-        return cls(dict(content["amax"]), dict(content["rows"]))
+        return cls(dict(content["amax"]), dict(content["rows"]), dict(content.get("exponents", {})))
 
 
 class LayerObserver:

@@ -74,6 +74,7 @@ from deepseek_fp4_plugin.quantization.saved_calibration import (
     is_saved,
     load_saved,
 )
+from deepseek_fp4_plugin.quantization.smoothing import MANIFEST, Smoothing
 from deepseek_fp4_plugin.quantization.solve import LayerSolver
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 
@@ -99,6 +100,7 @@ def quantize_checkpoint(
     kv_cache: str = "fp8",
     kv_scales: bool = False,
     mtp: str = "bf16",
+    smooth: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
     seed: int = 0,
@@ -117,6 +119,7 @@ def quantize_checkpoint(
     format: one of FORMATS, under whose names the same bits are stored.
     kv_scales: calibrate a scale of each layer's FP8 cache too.
     mtp: "bf16" keeps the MTP layer, as published checkpoints do; "nvfp4" quantizes it as the other layers.
+    smooth: move what calibration finds loud before an MLP from its inputs to its weights (smoothing.py).
     calibration, samples, tokens, seed: see calibration_data.load_calibration; or what save_calibration wrote; or
         "none" for recipes that look at no data: every input_scale is then calibrate.SAFE_INPUT_SCALE.
     device: where layers and weights are computed.
@@ -150,6 +153,8 @@ def quantize_checkpoint(
     data = _calibration(calibration, folder, samples, tokens, config, seed)
     if chosen.needs is not Needs.NOTHING:
         _refuse_without_forward(chosen, data, share)
+    if smooth:
+        _refuse_smoothing(data, save_calibration is not None)
     if isinstance(data, SavedCalibration):
         _refuse_unseen(data, plan, save_calibration is not None)
     solving = solving_bytes(config, chosen.needs, layout == "v2")
@@ -177,6 +182,8 @@ def quantize_checkpoint(
         job["kv_scales"] = True
     if mtp != "bf16":
         job["mtp"] = mtp
+    if smooth:
+        job["smooth"] = True
     where = str(Path(destination).expanduser())
     tell = progress or (lambda stage, done, total: None)
     work_bytes = 0
@@ -190,7 +197,7 @@ def quantize_checkpoint(
             writer.finish({})
             return replace(QuantizationReport.from_state(writer.finished), destination=where)
         with capped(max_memory if target.type == "cpu" else None):  # a GPU's driver maps what it never uses
-            found, roundings = _layers(reader, writer, plan, config, chosen, data, target, tell, memory, moved)
+            found, roundings = _layers(reader, writer, plan, config, chosen, data, target, tell, memory, moved, smooth)
         modules = [c.weight.module for unit in plan.units for c in unit.conversions if c.nvfp4]
         sqnr, worst = sqnr_by_class(plan, config, roundings)
         report = QuantizationReport(
@@ -213,11 +220,15 @@ def quantize_checkpoint(
             format=format,
             kv_scales=kv_scales,
             mtp=mtp,
+            smooth=smooth,
         )
         if save_calibration is not None:
             saved = SavedCalibration(found, report.calibration, report.samples, report.tokens)
             saved.write(save_calibration, config)
         files = _files(folder, plan, report, config)
+        if smooth:
+            every = (c.weight.module for unit in plan.units for c in unit.conversions)
+            files[MANIFEST] = Smoothing(found.exponents).manifest(every)
         _refuse_changed(reader, job["source"], writer.folder)
         writer.finish(files, report.to_state())
     except OSError as error:
@@ -247,6 +258,7 @@ def _layers(
     tell: Progress,
     memory: Portions | None,
     moved: Callable[[int, int], None] | None,
+    smooth: bool,
 ) -> tuple[LayerAmax, dict[str, Rounding]]:
     """The loop: observe a layer, solve and write its weights, free it, advance. What was seen, and what was lost."""
     own = CheckpointReader(reader.folder, Shards(reader.shards, reader.tensors, []))  # read by a thread of its own
@@ -263,14 +275,18 @@ def _layers(
         inputs = data
     else:
         solve, observed = solver.forward if solver else None, partial(tell, CALIBRATE)
-        inputs = Calibration(reader, config, plan, data, writer.work, device, observed, memory, writer.shared, solve)
+        inputs = Calibration(
+            reader, config, plan, data, writer.work, device, observed, memory, writer.shared, solve, smooth
+        )
     try:
         for _ in writer.parts():
             for layer, members in groupby(plan.units, key=lambda unit: unit.layer):
                 units = list(members)
                 needed = [unit for unit in units if converter.needs(unit)]
                 modules = [c.weight.module for unit in needed for c in unit.conversions if c.nvfp4]
-                seen = inputs.seen(layer) if modules and layer is not None else LayerAmax()
+                edited = smooth and needed and layer in range(layers)  # the norm and the router are
+                seen = inputs.seen(layer) if (modules or edited) and layer is not None else LayerAmax()
+                converter.smooth(seen.exponents)
                 unknown = data is UNCALIBRATED
                 scales = safe_input_scales(modules) if unknown else input_scales(seen, modules, recipe)
                 if solver and modules:
@@ -287,6 +303,7 @@ def _layers(
         for index in range(layers):
             found = found.merge(inputs.seen(index))
         inputs.end()
+        converter.smooth(found.exponents)
         return found, converter.end()
     finally:
         own.close()
@@ -300,6 +317,15 @@ def _refuse_without_forward(recipe: Recipe, data: CalibrationData | SavedCalibra
         )
     if share:
         raise ValueError(f"recipe {recipe.name} solves layer after layer on its own results, which cannot be shared")
+
+
+def _refuse_smoothing(data: CalibrationData | SavedCalibration, keep: bool) -> None:
+    if isinstance(data, SavedCalibration):
+        raise ValueError("--smooth looks at every channel of the inputs; give --calibration a text")
+    if keep:
+        raise ValueError(
+            "what --smooth sees is of the smoothed model, and no calibration of another; leave --save-calibration out"
+        )
 
 
 def _refuse_unseen(data: SavedCalibration, plan: Plan, keep: bool) -> None:

@@ -76,6 +76,7 @@ class QuantizationReport:
     cold_experts: expert projections that saw no calibration token.  zero_inputs: modules that saw nothing but zeros.
     r1: the same arithmetic on DeepSeek-R1.  format: whose names the tensors have.
     kv_scales: whether the FP8 cache has calibrated scales.  mtp: what the MTP layer became, "bf16" or "nvfp4".
+    smooth: whether norms were smoothed.
     """
 
     source: str
@@ -97,6 +98,7 @@ class QuantizationReport:
     format: str = "modelopt"
     kv_scales: bool = False
     mtp: str = "bf16"
+    smooth: bool = False
 
     @property
     def total(self) -> Bytes:

@@ -38,6 +38,7 @@ from deepseek_fp4_plugin.quantization.recipe import (
     shrunk,
 )
 from deepseek_fp4_plugin.quantization.rows import Rows
+from deepseek_fp4_plugin.quantization.smoothing import Smoothing
 from deepseek_fp4_plugin.quantization.streaming import Batch, StreamedLayer
 
 SAMPLE = 2048  # tokens of a layer that every expert answers to
@@ -105,6 +106,7 @@ class LayerSolver:
         self.reader, self.writer, self.recipe, self.device = reader, writer, recipe, device
         self.converter, self.notes = converter, converter.notes
         self._folder = writer.work if spill else None
+        self._smoothing = Smoothing({})
         self._units: Mapping[str, Unit] = {
             conversion.weight.module: unit for unit in plan.units for conversion in unit.conversions if conversion.nvfp4
         }
@@ -124,7 +126,9 @@ class LayerSolver:
             residual.append(behind)
             inputs.append(normed)
             sizes.append(len(hidden))
+            streamed.look(normed)
         del layer.self_attn  # its weights
+        inputs = self._smoothed(streamed, inputs)
         results = [self._experts(streamed, inputs)] if streamed.moe else []
         mlp = streamed.moe.shared_experts if streamed.moe else layer.mlp
         if mlp is not None:
@@ -134,6 +138,21 @@ class LayerSolver:
         for start, stop in pairwise([0, *accumulate(sizes)]):
             parts = [rows.read(start, stop).to(torch.bfloat16) for rows in results]
             yield ops.add(residual.read(start, stop), parts[0] if len(parts) == 1 else ops.add(*parts))
+
+    def _smoothed(self, streamed: StreamedLayer, inputs: Rows) -> Rows:
+        """The MLP's inputs, and with them the router, as in the smoothed model, if it is to be one."""
+        self._smoothing = Smoothing({})
+        if streamed.channels is None:
+            return inputs
+        norm = streamed.layer.post_attention_layernorm.name
+        self._smoothing = Smoothing({norm: streamed.channels.exponents()})
+        if streamed.moe:
+            gate = streamed.moe.gate
+            gate.weight = self._smoothing.applied(gate.name, gate.weight)
+        result = self._rows(inputs.count, inputs.width)
+        for start in range(0, inputs.count, ROWS):
+            result.append(self._smoothing.divided(norm, inputs.read(start, start + ROWS)))
+        return result
 
     def write_input_scales(self, scales: Mapping[str, Tensor]) -> None:
         """What is known only when a layer is done."""
@@ -230,7 +249,10 @@ class LayerSolver:
         if any(map(self.writer.needs, names)) or any(module not in self.notes.by_module for module in modules):
             ready = self.recipe.ready(inputs) if isinstance(self.recipe, ReadiesInputs) else inputs
             weights = [
-                decoded(self.reader, conversion, self.recipe.weight_dtype, self.device)
+                self._smoothing.applied(
+                    conversion.weight.module,
+                    decoded(self.reader, conversion, self.recipe.weight_dtype, self.device),
+                )
                 for conversion in unit.conversions
             ]
             solutions = self.recipe.solve(weights, ready)

@@ -20,7 +20,8 @@ from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.decoder import DeepseekV3DecoderLayer, RotaryAngles
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.memory import EXPERT_ROWS
-from deepseek_fp4_plugin.quantization.observer import LayerObserver
+from deepseek_fp4_plugin.quantization.observer import LayerAmax, LayerObserver
+from deepseek_fp4_plugin.quantization.smoothing import Channels, Smoothing
 
 Batch = tuple[ForwardBatch, Tensor]  # with its input, [T, hidden]
 
@@ -43,6 +44,7 @@ class StreamedLayer:
     """Layer `index` of the source, observed.
 
     group: routed experts read at once.  keep: a group stays in memory for later calls.
+    smooth: look at the channels before the MLP too.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class StreamedLayer:
         rotary: RotaryAngles,
         group: int,
         keep: bool = False,
+        smooth: bool = False,
     ):
         self.config, self.source, self.rotary, self.group, self.keep = config, source, rotary, group, keep
         self.layer = DeepseekV3DecoderLayer(index, config, Mesh())
         self.observer = LayerObserver(self.layer)
         self.moe = self.layer.mlp if isinstance(self.layer.mlp, MoE) else None
+        self.channels = Channels(config.hidden_size, source.device) if smooth else None
         self._kept: dict[int, tuple[PreparedWeight, PreparedWeight]] = {}
         for part in self.layer.children():
             if part is not self.moe:
@@ -89,12 +93,14 @@ class StreamedLayer:
 
     def _dense(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
         hidden, normed = self.attention(batch, hidden)
+        self.look(normed)
         return ops.add(hidden, self.layer.feed_forward(normed, batch))
 
     def _routed(self, block: Sequence[Batch]) -> _Waiting:
         """A block up to its experts, without them."""
         assert self.moe is not None
         residual, normed = (torch.cat(parts) for parts in zip(*(self.attention(*one) for one in block), strict=True))
+        self.look(normed)
         ids, weights = self.moe.gate(normed)
         chosen = reference.by_expert(ids, weights, self.config.n_routed_experts)
         shared = self.moe.shared_experts(normed) if self.moe.shared_experts else None
@@ -106,6 +112,22 @@ class StreamedLayer:
         cos, sin = self.rotary(batch.positions)
         hidden = ops.add(hidden, layer.attention(layer.input_layernorm(hidden), cos, sin, batch, None))
         return hidden, layer.post_attention_layernorm(hidden)
+
+    def look(self, normed: Tensor) -> None:
+        """At rows that the MLP sees, each once."""
+        if self.channels is not None:
+            self.channels.add(normed)
+
+    def seen(self) -> LayerAmax:
+        """What the layer's projections saw; of what is smoothed, the smoothed inputs."""
+        found = self.observer.result()
+        if self.channels is None:
+            return found
+        norm = self.layer.post_attention_layernorm.name
+        smoothing = Smoothing({norm: self.channels.exponents()})
+        amax = self.channels.smoothed_amax()
+        smoothed = {module: amax for module in found.amax if smoothing.edits(module)}
+        return LayerAmax(found.amax | smoothed, found.rows, smoothing.exponents)
 
     def _experts(self) -> Iterator[tuple[int, PreparedWeight, PreparedWeight]]:
         """Every routed expert with its gate and up, and its down, decoded."""
