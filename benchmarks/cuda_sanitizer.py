@@ -58,7 +58,9 @@ def dense() -> None:
             WeightTensors(WeightFormat.PLAIN, plain),
             WeightTensors(WeightFormat.FP8_BLOCK, plain.to(torch.float8_e4m3fn), scale),
         ):
-            ops.linear(values(rows, width), ops.prepare([part], DEVICE, BF16))
+            weight = ops.prepare([part], DEVICE, BF16)
+            ops.linear(values(rows, width), weight)
+            ops.norm_linear(values(rows, width), values(width), 1e-6, weight)
 
 
 def experts() -> None:
@@ -74,8 +76,8 @@ def experts() -> None:
 
 def attention() -> None:
     for dtype in (BF16, torch.float8_e4m3fn):
-        for contexts, query, heads, latent, rope in (((70, 300), 2, 16, 512, 64), ((130,), 4, 16, 128, 32)):
-            requests, blocks = len(contexts), 10
+        for contexts, query, heads, latent, rope in (((70, 300), 2, 16, 512, 64), ((640,), 4, 16, 128, 32)):
+            requests, blocks = len(contexts), 20
             q = values(requests * query, heads, latent + rope)
             cache = values(requests * blocks, 32, latent + rope).to(dtype)
             tables = torch.randperm(requests * blocks, device=DEVICE).view(requests, blocks)
@@ -87,6 +89,10 @@ def attention() -> None:
         ops.store_entries(
             torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE), entries
         )
+    kv_b = ops.prepare([WeightTensors(WeightFormat.PLAIN, values(4 * 80, 128))], DEVICE, BF16)
+    q, angle = values(3, 4, 64), torch.randn(3, 16, device=DEVICE)
+    q_latent, _ = ops.absorbed_queries(q[..., :32], q[..., 32:], kv_b, angle, angle)
+    ops.values_from_latent(q_latent, kv_b, 48)
 
 
 def small() -> None:
@@ -96,7 +102,13 @@ def small() -> None:
         logits = ops.plain_linear(values(rows, 256), torch.randn(32, 256, device=DEVICE))
         ops.route(logits, torch.zeros(32, device=DEVICE), 4, 8, 4, True, 1.0)
     ops.rotary(values(3, 4, 32), angle, angle)
-    ops.latent_entries(values(3, 160), values(128), 1e-6, angle, angle)
+    for dtype in (BF16, torch.float8_e4m3fn):
+        cache, slots = torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE)
+        ops.store_latents(cache, slots, values(3, 160), values(128), 1e-6, angle, angle)
+    ops.argmax(values(3, 4096))
+    starts, tables = torch.tensor([3, 70], device=DEVICE), torch.randperm(10, device=DEVICE).view(2, 5)
+    ops.step_inputs(torch.tensor([1, 0], device=DEVICE), starts, torch.zeros_like(tables)[:, :3], tables, 4, 32)
+    ops.cos_sin(starts, torch.rand(16, device=DEVICE), 1.0)
 
 
 def main() -> None:

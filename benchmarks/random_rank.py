@@ -90,6 +90,17 @@ class Shapes:
         return q_nope.new_empty(tokens, heads, kv_b.in_features)
 
     @staticmethod
+    def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
+        return Shapes.linear(x, weight)
+
+    @staticmethod
+    def absorbed_queries(
+        q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _same(cos.shape, (q_rope.shape[0], q_rope.shape[2] // 2))
+        return Shapes.absorb(q_nope, kv_b), torch.empty_like(q_rope)
+
+    @staticmethod
     def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
         tokens, heads, latent = attended.shape
         _same((latent, kv_b.out_features % heads), (kv_b.in_features, 0))

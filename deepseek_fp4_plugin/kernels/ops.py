@@ -18,6 +18,7 @@ from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 __all__ = [
     "absorb",
     "absorbed_attention",
+    "absorbed_queries",
     "add",
     "add_rms_norm",
     "argmax",
@@ -31,6 +32,7 @@ __all__ = [
     "latent_entries",
     "linear",
     "local_ids",
+    "norm_linear",
     "plain_linear",
     "prepare",
     "rms_norm",
@@ -38,6 +40,7 @@ __all__ = [
     "route",
     "step_inputs",
     "store_entries",
+    "store_latents",
     "values_from_latent",
     "weight_amax",
 ]
@@ -89,6 +92,13 @@ def linear(x: Tensor, weight: PreparedWeight) -> Tensor:
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"input of width {x.shape[-1]} for a weight of width {weight.in_features}")
     return weight.backend.linear(x, weight)
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
+    """`linear` of the `rms_norm` of x [rows, in] by norm [in].  Returns [rows, out]."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"input of width {x.shape[-1]} for a weight of width {weight.in_features}")
+    return weight.backend.norm_linear(x, norm, eps, weight)
 
 
 def experts_mlp(
@@ -207,6 +217,13 @@ def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     return kv_b.backend.absorb(q_nope, kv_b)
 
 
+def absorbed_queries(
+    q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`absorb` of q_nope and `rotary` of q_rope [T, heads, rope]: what `absorbed_attention` takes."""
+    return kv_b.backend.absorbed_queries(q_nope, q_rope, kv_b, cos, sin)
+
+
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """Attended latents [T, heads, latent] to values [T, heads, v], by each head's last `v` rows of kv_b."""
     return kv_b.backend.values_from_latent(attended, kv_b, v)
@@ -223,6 +240,13 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
     """Write entries [T, width] at their slots int64 [T] of cache [blocks, block_size, width]; FP8 saturates at 448."""
     select.kernels(entries.device, entries.dtype).store_entries(cache, slots, entries)
+
+
+def store_latents(
+    cache: Tensor, slots: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """`store_entries` of the `latent_entries`, which are returned: [T, latent + rope]."""
+    return select.kernels(kv.device, kv.dtype).store_latents(cache, slots, kv, weight, eps, cos, sin)
 
 
 def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.layers.weight_source import IN, OUT, UNCUT, Cut, WeightSource
 from deepseek_fp4_plugin.parallel.mesh import Shard
 
@@ -35,6 +36,10 @@ class Linear(nn.Module):
         if self.observer:
             self.observer(x)
         return ops.linear(x, self.weight)
+
+    def of_norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """Of the norm of x, which comes before it and nothing else."""
+        return self(norm(x)) if self.observer else ops.norm_linear(x, norm.weight, norm.eps, self.weight)
 
 
 def column_parallel(name: str, in_features: int, out_features: int, shard: Shard) -> Linear:

@@ -76,46 +76,63 @@ class MLA(nn.Module):
         """
         scale = self.cache_scale if cache is not None and cache.dtype == torch.float8_e4m3fn else 1.0
 
-        def store() -> Tensor:
-            entries = self._latents(x, cos, sin)
-            if self.observer is not None:
-                self.observer(entries)
-            if cache is not None:
-                assert batch.slot_mapping is not None
-                ops.store_entries(cache, batch.slot_mapping, _times(entries, 1 / scale))
-            return entries
-
-        (q_nope, q_rope), entries = beside(x.device, lambda: self._queries(x, cos, sin), store)
         split = batch.num_decode_tokens
+        absorbed = split > 0 and not batch.chunks  # of all tokens, which branches off with the queries
+
+        def queries() -> tuple[Tensor, Tensor]:
+            q_nope, q_rope = self._queries(x)
+            if absorbed:
+                return ops.absorbed_queries(q_nope, q_rope, self.kv_b_proj, cos, sin)
+            return q_nope, ops.rotary(q_rope, cos, sin)
+
+        (q, q_rope), entries = beside(
+            x.device, queries, lambda: self._stored(x, cos, sin, cache, batch.slot_mapping, scale)
+        )
         outputs = []
         if split:
             assert cache is not None
-            outputs.append(self._absorbed(q_nope[:split], q_rope[:split], batch, cache, scale))
+            q_latent = q if absorbed else ops.absorb(q[:split], self.kv_b_proj)
+            outputs.append(self._absorbed(q_latent, q_rope[:split], batch, cache, scale))
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)
             context = entries[rows] if cache is None else _times(_gather(cache, batch, chunk, x.dtype), scale)
-            outputs.append(self._expanded(q_nope[rows], q_rope[rows], context))
+            outputs.append(self._expanded(q[rows], q_rope[rows], context))
         if len(outputs) == 1:
             attended = outputs[0]
         else:
-            attended = torch.cat(outputs) if outputs else q_nope.new_empty(0, self.heads, self.config.v_head_dim)
+            attended = torch.cat(outputs) if outputs else q.new_empty(0, self.heads, self.config.v_head_dim)
         return self.o_proj(attended.flatten(1))
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, heads, nope] and rotated [T, heads, rope]."""
-        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # type: ignore[misc]
+    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, heads, nope], and [T, heads, rope] to be rotated."""
+        if self.q_proj:
+            q = self.q_proj(x)
+        else:
+            assert self.q_a_proj and self.q_b_proj and self.q_a_layernorm
+            q = self.q_b_proj.of_norm(self.q_a_layernorm, self.q_a_proj(x))
         c = self.config
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        return q_nope, ops.rotary(self._pairs(q_rope), cos, sin)
+        return q_nope, self._pairs(q_rope)
 
-    def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What the cache holds for each token: [T, latent + rope]."""
+    def _stored(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, slots: Tensor | None, scale: float
+    ) -> Tensor:
+        """What the cache holds for each token, times `scale`, and from here on does: [T, latent + rope]."""
         norm = self.kv_a_layernorm
         entries = self.kv_a_proj_with_mqa(x)
         if not self.config.rope_interleave:
             latent, rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
             entries = torch.cat((latent, self._pairs(rope)), -1)
-        return ops.latent_entries(entries, norm.weight, norm.eps, cos, sin)
+        if cache is not None and self.observer is None and scale == 1.0:
+            assert slots is not None
+            return ops.store_latents(cache, slots, entries, norm.weight, norm.eps, cos, sin)
+        entries = ops.latent_entries(entries, norm.weight, norm.eps, cos, sin)
+        if self.observer is not None:
+            self.observer(entries)
+        if cache is not None:
+            assert slots is not None
+            ops.store_entries(cache, slots, _times(entries, 1 / scale))
+        return entries
 
     def _pairs(self, rope: Tensor) -> Tensor:
         """[..., rope] with the values that turn together side by side, as `ops.rotary` wants them.
@@ -134,9 +151,8 @@ class MLA(nn.Module):
         return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, c.softmax_scale)
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor, cache_scale: float
+        self, q_latent: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor, cache_scale: float
     ) -> Tensor:
-        q_latent = ops.absorb(q_nope, self.kv_b_proj)
         assert batch.block_tables is not None and batch.query_start is not None and batch.context_lens is not None
         requests = batch.num_decode_requests
         attended = ops.absorbed_attention(

@@ -9,7 +9,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
-from deepseek_fp4_plugin.kernels.cuda import dense, experts_wgmma, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import attention, dense, experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
@@ -259,6 +259,13 @@ def test_per_head_products(heads, nope, v, latent, weight_format):
         q = poisoned(tokens * heads, nope).unflatten(0, (tokens, heads))
         attended = torch.randn(tokens, heads, latent, device=DEVICE).to(BF16)
         assert error(ops.absorb(q, ours), ops.absorb(q, law)) <= bound, tokens
+        rope, angle = poisoned(tokens * heads, 32).unflatten(0, (tokens, heads)), torch.randn(tokens, 16, device=DEVICE)
+        for own, expected in zip(
+            ops.absorbed_queries(q, rope, ours, angle.cos(), angle.sin()),
+            ops.absorbed_queries(q, rope, law, angle.cos(), angle.sin()),
+            strict=True,
+        ):
+            assert error(own, expected) <= bound, tokens
         values = ops.values_from_latent(attended, ours, v), ops.values_from_latent(attended, law, v)
         assert error(*values) <= bound, tokens
 
@@ -284,6 +291,10 @@ def test_absorbed_attention(cache_dtype, queries, contexts, heads, latent, rope)
     assert error(ops.absorbed_attention(*arguments), expected) <= 2 * TWO_STEPS  # probabilities are BF16 as well
     *tensors, max_query, max_context, scale = arguments
     assert error(ops.absorbed_attention(*tensors, max_query, 20 * max_context, scale), expected) <= 2 * TWO_STEPS
+    if latent >= 128:
+        for cut in ((1, 1), (2, 2), (4, 4), (8, 8), (3, 1), (8, 2), (12, 4), (16, 8), (64, 8)):
+            own = attention.launch(*tensors, max_query, max_context, scale, attention.Cut(*cut))
+            assert error(own, expected) <= 2 * TWO_STEPS, cut
 
 
 def test_norms_rotary_and_entries():
@@ -301,7 +312,63 @@ def test_norms_rotary_and_entries():
     for latent, rope in ((512, 64), (128, 32), (40, 16), (33, 8)):
         kv, weight, angle = torch.randn(5, latent + rope), torch.randn(latent), torch.randn(5, rope // 2)
         arguments = [kv.to(DEVICE, BF16), weight.to(DEVICE, BF16), 1e-6, angle.cos().to(DEVICE), angle.sin().to(DEVICE)]
-        assert error(ops.latent_entries(*arguments), reference.latent_entries(*arguments)) <= TWO_STEPS
+        entries = ops.latent_entries(*arguments)
+        assert error(entries, reference.latent_entries(*arguments)) <= TWO_STEPS
+        for dtype in (BF16, torch.float8_e4m3fn):
+            slots, caches = (
+                torch.randperm(32, device=DEVICE)[:5],
+                [torch.zeros(4, 8, latent + rope, device=DEVICE).to(dtype) for _ in range(2)],
+            )
+            assert torch.equal(ops.store_latents(caches[0], slots, *arguments), entries)
+            ops.store_entries(caches[1], slots, entries)
+            assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda weight_format: weight_format.name)
+@pytest.mark.parametrize(("out", "width"), [(3072, 1536), (700, 1536), (7168, 2048), (30, 4112), (4096, 7168)])
+def test_norm_and_linear(weight_format, out, width):
+    """Rows with kernels of their own and without; NaN beside the rows."""
+    ours, law = both([random_part(weight_format, out, width)])
+    bound = 4 * TWO_STEPS if weight_format is WeightFormat.FP8_BLOCK else 2 * TWO_STEPS  # the norm is rounded, too
+    norm = torch.randn(width, device=DEVICE).to(BF16)
+    for rows in (0, 1, 2, 4, 5, 8, 9, 20):
+        x = poisoned(rows, width)
+        assert error(ops.norm_linear(x, norm, 1e-6, ours), ops.norm_linear(x, norm, 1e-6, law)) <= bound, rows
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_step_begins(width):
+    slots, starts = torch.tensor([4, 0, 2], device=DEVICE), torch.tensor([0, 9, 63, 64, 250], device=DEVICE)
+    tokens = torch.randint(99, (5, width), device=DEVICE)
+    tables = torch.randperm(5 * 9, device=DEVICE).view(5, 9)[:, :7]
+    arguments = slots, starts, tokens, tables, 4, 64
+    for own, expected in zip(ops.step_inputs(*arguments), reference.step_inputs(*arguments), strict=True):
+        assert torch.equal(own, expected)
+    positions, frequencies = torch.randint(160_000, (5,), device=DEVICE), torch.logspace(0, -4, 32, device=DEVICE)
+    both_sides = ops.cos_sin(positions, frequencies, 1.25), reference.cos_sin(positions, frequencies, 1.25)
+    for own, expected in zip(*both_sides, strict=True):
+        assert (own - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16", "fp32"])
+def test_argmax(dtype):
+    """Of equal ones the first, zeros of both signs are equal, NaN comes before all."""
+    nan, inf = float("nan"), float("inf")
+    for rows, vocab in ((0, 8), (1, 8), (3, 16160), (5, 129280), (2, 12), (1, 7)):
+        logits = torch.randn(rows, vocab, device=DEVICE).to(dtype)
+        assert torch.equal(ops.argmax(logits), logits.argmax(-1))
+    logits = torch.zeros(9, 4096, device=DEVICE, dtype=dtype)
+    logits[0] = -inf
+    logits[1, 7], logits[1, 4000] = inf, inf
+    logits[2, 4095], logits[2, 9] = nan, inf
+    logits[3, 5], logits[3, 3000] = nan, -nan
+    logits[4] = -0.0
+    logits[4, 50] = 0.0
+    logits[5] = -1.0
+    logits[5, 2048] = -0.0
+    logits[6, 4095] = 1.0
+    logits[7] = nan
+    assert ops.argmax(logits).tolist() == [0, 7, 4095, 5, 0, 2048, 4095, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])

@@ -9,8 +9,10 @@ from deepseek_fp4_plugin.kernels.cpu.argmax import argmax
 from deepseek_fp4_plugin.kernels.cpu.attention import (
     absorb,
     absorbed_attention,
+    absorbed_queries,
     latent_entries,
     store_entries,
+    store_latents,
     values_from_latent,
 )
 from deepseek_fp4_plugin.kernels.cpu.convert import convert_weight, weight_amax
@@ -18,7 +20,7 @@ from deepseek_fp4_plugin.kernels.cpu.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.cpu.embedding import embedding
 from deepseek_fp4_plugin.kernels.cpu.extension import NOT_BUILT, available, path, paths, use_path
 from deepseek_fp4_plugin.kernels.cpu.limits import refuses
-from deepseek_fp4_plugin.kernels.cpu.linear import linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.cpu.linear import linear, norm_linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.cpu.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cpu.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
@@ -34,6 +36,7 @@ __all__ = [
     "Recorder",
     "absorb",
     "absorbed_attention",
+    "absorbed_queries",
     "add",
     "add_rms_norm",
     "argmax",
@@ -48,6 +51,7 @@ __all__ = [
     "latent_entries",
     "linear",
     "local_ids",
+    "norm_linear",
     "path",
     "paths",
     "plain_linear",
@@ -59,6 +63,7 @@ __all__ = [
     "route",
     "step_inputs",
     "store_entries",
+    "store_latents",
     "use_path",
     "values_from_latent",
     "weight_amax",

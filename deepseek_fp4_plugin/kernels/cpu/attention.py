@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cpu.addresses import dense, rows
 from deepseek_fp4_plugin.kernels.cpu.extension import native, require_bf16
+from deepseek_fp4_plugin.kernels.cpu.rotary import rotary
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
@@ -65,6 +66,13 @@ def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     return _per_head(native.absorb, q_nope, kv_b, 0, nope, nope, kv_b.in_features)
 
 
+def absorbed_queries(
+    q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/attention.py."""
+    return absorb(q_nope, kv_b), rotary(q_rope, cos, sin)
+
+
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """See kernels/reference/attention.py; on the checkpoint's bytes."""
     first = kv_b.out_features // attended.shape[1] - v
@@ -112,6 +120,15 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
         dense("one layer's latent cache", cache, cache.dtype, blocks, block_size, width),
         fp8,
     )
+
+
+def store_latents(
+    cache: Tensor, slots: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """See kernels/reference/attention.py."""
+    entries = latent_entries(kv, weight, eps, cos, sin)
+    store_entries(cache, slots, entries)
+    return entries
 
 
 def _per_head(kernel, x: Tensor, kv_b: PreparedWeight, first: int, taken: int, width: int, out: int) -> Tensor:

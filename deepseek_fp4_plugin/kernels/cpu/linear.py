@@ -16,6 +16,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cpu import addresses
 from deepseek_fp4_plugin.kernels.cpu.extension import native, platform_is_faster, require_bf16
+from deepseek_fp4_plugin.kernels.cpu.norm import rms_norm
 from deepseek_fp4_plugin.kernels.recording import cut
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 
@@ -62,6 +63,11 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     x_address = addresses.rows("x", x, torch.bfloat16, rows, weight.in_features)
     native.linear(weight.data.handle, expert or 0, x_address, x.stride(0), rows, y.data_ptr(), threads)
     return y
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
+    """See kernels/reference/linear.py."""
+    return linear(rms_norm(x, norm, eps), weight)
 
 
 def _by_the_platform(weight: PreparedWeight, expert: int | None, x: Tensor) -> tuple[Tensor]:

@@ -4,22 +4,27 @@ CUDA C++ in `source/`, compiled by NVRTC at first use. What it has no kernel for
 `reference`, by name, below.
 """
 
-from deepseek_fp4_plugin.kernels.cuda.attention import absorb, absorbed_attention, store_entries, values_from_latent
+from deepseek_fp4_plugin.kernels.cuda.argmax import argmax
+from deepseek_fp4_plugin.kernels.cuda.attention import (
+    absorb,
+    absorbed_attention,
+    absorbed_queries,
+    store_entries,
+    values_from_latent,
+)
 from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
-from deepseek_fp4_plugin.kernels.cuda.linear import linear, prepare
+from deepseek_fp4_plugin.kernels.cuda.linear import linear, norm_linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
-from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm
-from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
+from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm, store_latents
+from deepseek_fp4_plugin.kernels.cuda.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cuda.routing import local_ids, plain_linear, route
+from deepseek_fp4_plugin.kernels.cuda.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
 from deepseek_fp4_plugin.kernels.reference import (
-    argmax,
     concat,
     convert_weight,
-    cos_sin,
     embedding,
-    step_inputs,
     weight_amax,
 )
 
@@ -27,6 +32,7 @@ __all__ = [
     "NOT_INSTALLED",
     "absorb",
     "absorbed_attention",
+    "absorbed_queries",
     "add",
     "add_rms_norm",
     "argmax",
@@ -41,6 +47,7 @@ __all__ = [
     "latent_entries",
     "linear",
     "local_ids",
+    "norm_linear",
     "plain_linear",
     "prepare",
     "refuses",
@@ -49,6 +56,7 @@ __all__ = [
     "route",
     "step_inputs",
     "store_entries",
+    "store_latents",
     "values_from_latent",
     "weight_amax",
 ]

@@ -1,6 +1,7 @@
 """Absorbed latent attention over the paged cache, split over the context, and the per-head products around it."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +10,13 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import decode
+from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _CHUNK = 64  # cached entries that a block has at a time
 _BLOCKS = 132  # as many splits as give every multiprocessor a block
-_FEW_TOKENS = 8  # of the products by head
+_FEW_TOKENS, _NOPE = 8, 256  # of the products by head; values that absorb takes
 _LATENTS, _ROPES = (128, 256, 384, 512), (32, 64)
 
 
@@ -54,6 +56,19 @@ def absorbed_attention(
     )
 
 
+class Cut(NamedTuple):
+    """splits: blocks of a context.  cluster: those that merge their parts in shared memory; divides splits."""
+
+    splits: int
+    cluster: int
+
+
+def choose(chunks: int, others: int) -> Cut:
+    """The cut of a context of at most so many chunks where `others` blocks would run at once unsplit."""
+    splits = max(1, min(chunks, _BLOCKS // others))
+    return Cut(splits, 2 if splits == 2 else 1)  # larger clusters were measured to be slower than a second launch
+
+
 def launch(
     q_latent: Tensor,
     q_rope: Tensor,
@@ -64,9 +79,9 @@ def launch(
     max_query: int,
     max_context: int,
     scale: float,
-    splits: int | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
-    """The kernels on checked tensors; splits: parts of each context, or by the bounds."""
+    """The kernels on checked tensors; cut: of each context, or by the bounds."""
     (tokens, heads, latent), rope, requests = q_latent.shape, q_rope.shape[2], contexts.shape[0]
     y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_latent.device)
     if not (tokens and requests):
@@ -74,9 +89,10 @@ def launch(
     fp8 = cache.dtype is torch.float8_e4m3fn
     tiles = 1 if max_query * heads <= 16 else 2
     blocks = -(-max_query * heads // (16 * tiles))
-    splits = splits or max(1, min(-(-max_context // _CHUNK), _BLOCKS // (requests * blocks)))
-    parts = torch.empty(splits if splits > 1 else 0, tokens * heads, latent, dtype=torch.float32, device=y.device)
-    sums = torch.empty(splits, tokens * heads, dtype=torch.float32, device=y.device)
+    splits, cluster = cut or choose(-(-max_context // _CHUNK), requests * blocks)
+    merged = splits // cluster
+    parts = torch.empty(merged if merged > 1 else 0, tokens * heads, latent, dtype=torch.float32, device=y.device)
+    sums = torch.empty(merged, tokens * heads, dtype=torch.float32, device=y.device)
     arguments = (
         q_latent.data_ptr(),
         q_rope.data_ptr(),
@@ -96,10 +112,10 @@ def launch(
         tokens * heads,
         scale * math.log2(math.e),
     )
-    defines = (("LATENT", latent), ("ROPE", rope), ("TILES", tiles), ("FP8", int(fp8)))
+    defines = (("LATENT", latent), ("ROPE", rope), ("TILES", tiles), ("FP8", int(fp8)), ("CLUSTER", cluster))
     own = kernel("mla_decode.cu", "mla_decode", _LAYOUT, defines, y.device.index)
-    own((splits, blocks, requests), 256, _shared(latent + rope, tiles, fp8), *arguments)
-    if splits > 1:
+    own((splits, blocks, requests), 256, _shared(latent + rope, tiles, fp8), *arguments, cluster=cluster)
+    if merged > 1:
         merge = kernel("mla_decode.cu", "mla_merge", _LAYOUT, defines, y.device.index)
         merge((tokens * heads, 1, 1), latent, 0, *arguments)
     return y
@@ -143,9 +159,23 @@ def _aligned(q: Tensor) -> Tensor:
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     """See kernels/reference/attention.py; an NVFP4 kv_b is decoded on every call, no published checkpoint has one."""
     if kv_b.format is not WeightFormat.NVFP4:
-        return _absorb(q_nope, kv_b) if _few(q_nope, kv_b) else decoded.absorb(q_nope, kv_b)
+        few = _few(q_nope, kv_b) and q_nope.shape[2] <= _NOPE
+        return _absorb(q_nope, kv_b) if few else decoded.absorb(q_nope, kv_b)
     w_uk = _by_head(kv_b, q_nope.shape[1])[:, : q_nope.shape[2]]
     return _scaled(torch.einsum("thn,hnl->thl", q_nope, w_uk), kv_b)
+
+
+def absorbed_queries(
+    q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/attention.py; a launch for both where tokens are few."""
+    few = kv_b.format is not WeightFormat.NVFP4 and _few(q_nope, kv_b) and q_nope.shape[2] <= _NOPE
+    pairs = q_rope.dtype is torch.bfloat16 and q_rope.stride(2) == 1 and q_rope.data_ptr() % 4 == 0
+    if not (few and pairs and q_rope.stride(0) % 2 == 0 and q_rope.stride(1) % 2 == 0):
+        return absorb(q_nope, kv_b), rotary(q_rope, cos, sin)
+    together(q_nope, q_rope, cos, sin)
+    turned = torch.empty(q_rope.shape, dtype=torch.bfloat16, device=q_rope.device)
+    return _absorb(q_nope, kv_b, (q_rope, cos.contiguous(), sin.contiguous(), turned)), turned
 
 
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
@@ -165,19 +195,20 @@ def _few(x: Tensor, kv_b: PreparedWeight) -> bool:
     return 0 < tokens <= _FEW_TOKENS and width <= 512 and kv_b.in_features % 64 == 0 and kv_b.in_features <= 512
 
 
-def _absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
+def _absorb(q_nope: Tensor, kv_b: PreparedWeight, rope: tuple[Tensor, Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    """rope: what else is rotated in the launch, cos and sin, and where it goes."""
     (tokens, heads, nope), latent = q_nope.shape, kv_b.in_features
-    if nope > 256:
-        return decoded.absorb(q_nope, kv_b)
     together(q_nope, kv_b.data.values)
     y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_nope.device)
-    kernel("per_head.cu", "absorb", "3P7i", (), y.device.index)(
-        (latent // 64, heads, 1),
+    more = () if rope is None else rope
+    kernel("per_head.cu", "absorb", "7P10i", (), y.device.index)(
+        (latent // 64 + bool(more), heads, 1),
         256,
         0,
         q_nope.data_ptr(),
         kv_b.data.values.data_ptr(),
         y.data_ptr(),
+        *(tensor.data_ptr() for tensor in more or (y,) * 4),
         tokens,
         q_nope.stride(0),
         q_nope.stride(1),
@@ -185,6 +216,8 @@ def _absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
         kv_b.out_features // heads,
         nope,
         latent,
+        *(more[0].stride()[:2] if more else (0, 0)),
+        more[0].shape[2] // 2 if more else 0,
     )
     return y
 

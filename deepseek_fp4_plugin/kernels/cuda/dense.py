@@ -23,6 +23,7 @@ _LARGE = 256 << 20  # bytes of BF16 up to which the library was measured to be b
 _FP8 = 8 << 20  # weights from which reading half the bytes is worth decoding them
 _MULTIPROCESSORS = 132
 _REGISTERS = 65536  # of a multiprocessor
+_NORMED = 16 << 10  # bytes of rows that every block of a product norms for itself at most
 
 
 class Fp8Blocks(NamedTuple):
@@ -90,6 +91,18 @@ def served(rows: int, out: int, width: int, fp8: bool) -> bool:
     return 0 < rows <= (_NARROW_ROWS if out <= _NARROW else _FEW_ROWS)
 
 
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor | None:
+    """rms_norm and linear in a launch: x BF16 [rows, in], rows 16 bytes aligned, norm [in]. None without a kernel."""
+    data, rows = weight.data, x.shape[0]
+    if not isinstance(data, Dense) or x.nbytes > _NORMED or norm.dtype is not x.dtype or norm.data_ptr() % 16:
+        return None
+    if not served(rows, weight.out_features, weight.in_features, data.fp8 is not None):
+        return None
+    y = torch.empty(rows, weight.out_features, dtype=torch.bfloat16, device=x.device)
+    launch(x, data.fp8 or data.values, y, norm=norm, eps=eps)
+    return y
+
+
 class Cut(NamedTuple):
     """columns: of 8 rows.  groups: of 16 outputs a warp has.  warps: of a block, over inputs.  stages: in a warp's
     ring.  cluster: blocks that share inputs.  blocks: clusters of them.  ahead: stages whose activations are under
@@ -132,8 +145,15 @@ def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
     return cut._replace(blocks=-(-sets // turns))
 
 
-def launch(x: Tensor, weight: Tensor | Fp8Blocks, y: Tensor, cut: Cut | None = None) -> None:
-    """y = x W^T of 1 to 16 rows.  weight: BF16 [out, in], or FP8 in blocks."""
+def launch(
+    x: Tensor,
+    weight: Tensor | Fp8Blocks,
+    y: Tensor,
+    cut: Cut | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """y = x W^T of 1 to 16 rows.  weight: BF16 [out, in], or FP8 in blocks.  norm: of x, before."""
     blocks = weight if isinstance(weight, Fp8Blocks) else None
     data: Tensor = weight.weight if isinstance(weight, Fp8Blocks) else weight
     together(x, data)
@@ -145,11 +165,12 @@ def launch(x: Tensor, weight: Tensor | Fp8Blocks, y: Tensor, cut: Cut | None = N
         ("STAGES", cut.stages),
         ("AHEAD", cut.ahead),
         ("FP8", int(blocks is not None)),
+        ("NORM", int(norm is not None)),
     )
-    kernel("dense_linear.cu", "dense_linear", "4P8i", defines, x.device.index)(
+    kernel("dense_linear.cu", "dense_linear", "4P8ifP", defines, x.device.index)(
         (cut.blocks * cut.cluster, 1, 1),
         32 * cut.warps,
-        cut.shared,
+        cut.shared + (0 if norm is None else x.shape[0] * (2 * width + 64)),
         data.data_ptr(),
         blocks.scale.data_ptr() if blocks else 0,
         x.data_ptr(),
@@ -161,5 +182,7 @@ def launch(x: Tensor, weight: Tensor | Fp8Blocks, y: Tensor, cut: Cut | None = N
         blocks.rows if blocks else 0,
         blocks.scale.stride(0) if blocks else 0,
         blocks.columns.bit_length() - 1 if blocks else 0,
+        eps,
+        0 if norm is None else norm.data_ptr(),
         cluster=cut.cluster,
     )

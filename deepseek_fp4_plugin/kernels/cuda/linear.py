@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.cuda import dense, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
+from deepseek_fp4_plugin.kernels.cuda.norm import rms_norm
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import nvfp4
@@ -47,6 +48,15 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     if weight.format is not WeightFormat.NVFP4:
         return dense.linear(x, weight, expert)
     return _product(x, weight, expert or 0)
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
+    """See kernels/reference/linear.py; a launch for both where rows are few."""
+    if x.dtype is torch.bfloat16 and weight.format is not WeightFormat.NVFP4:
+        y = dense.norm_linear(rounded_input(x, weight), norm, eps, weight)
+        if y is not None:
+            return y
+    return linear(rms_norm(x, norm, eps), weight)
 
 
 def gated(x: Tensor, weight: PreparedWeight) -> Tensor:

@@ -24,9 +24,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         0,
         0,
         y.data_ptr(),
+        0,
+        0,
         rows.shape[1],
         0,
         rows.stride(0),
+        0,
         eps,
     )
     return y.view(x.shape)
@@ -55,10 +58,37 @@ def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """See kernels/reference/attention.py."""
-    rope = kv.shape[1] - weight.shape[0]
-    if not _readable(kv, weight) or kv.shape[1] % 8 or rope % 2:
+    if not _latents(kv, weight):
         return reference.latent_entries(kv, weight, eps, cos, sin)
-    together(kv, weight, cos, sin)
+    return _entries(kv, weight, eps, cos, sin, None, None)
+
+
+def store_latents(
+    cache: Tensor, slots: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """See kernels/reference/attention.py; a launch for both."""
+    fits = cache.dtype in (torch.bfloat16, torch.float8_e4m3fn) and cache.is_contiguous() and cache.data_ptr() % 16 == 0
+    if not (fits and _latents(kv, weight)):
+        return reference.store_latents(cache, slots, kv, weight, eps, cos, sin)
+    return _entries(kv, weight, eps, cos, sin, cache, slots.contiguous())
+
+
+def _latents(kv: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel has them."""
+    return _readable(kv, weight) and kv.shape[1] % 8 == 0
+
+
+def _entries(
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor | None,
+    slots: Tensor | None,
+) -> Tensor:
+    rope = kv.shape[1] - weight.shape[0]
+    together(kv, weight, cos, sin, *(t for t in (cache, slots) if t is not None))
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty(kv.shape, dtype=torch.bfloat16, device=kv.device)
     kernel("small.cu", "rms_norm", _LAYOUT, (), kv.device.index)(
@@ -70,15 +100,18 @@ def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
         cos.data_ptr(),
         sin.data_ptr(),
         y.data_ptr(),
+        0 if cache is None else cache.data_ptr(),
+        0 if slots is None else slots.data_ptr(),
         weight.shape[0],
         rope,
         kv.stride(0),
+        int(cache is not None and cache.dtype is torch.float8_e4m3fn),
         eps,
     )
     return y
 
 
-_LAYOUT = "5P3if"
+_LAYOUT = "7P4if"
 
 
 def _threads(n: int) -> int:

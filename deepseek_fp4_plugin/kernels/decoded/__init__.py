@@ -7,10 +7,11 @@ bits, so they are exact in BF16; the tensor scale multiplies the result. It cost
 from deepseek_fp4_plugin.kernels.decoded.attention import (
     absorb,
     absorbed_attention,
+    absorbed_queries,
     expanded_attention,
     values_from_latent,
 )
-from deepseek_fp4_plugin.kernels.decoded.linear import linear, prepare
+from deepseek_fp4_plugin.kernels.decoded.linear import linear, norm_linear, prepare
 from deepseek_fp4_plugin.kernels.decoded.moe import experts_mlp
 from deepseek_fp4_plugin.kernels.reference import (
     add,
@@ -29,12 +30,14 @@ from deepseek_fp4_plugin.kernels.reference import (
     route,
     step_inputs,
     store_entries,
+    store_latents,
     weight_amax,
 )
 
 __all__ = [
     "absorb",
     "absorbed_attention",
+    "absorbed_queries",
     "add",
     "add_rms_norm",
     "argmax",
@@ -48,6 +51,7 @@ __all__ = [
     "latent_entries",
     "linear",
     "local_ids",
+    "norm_linear",
     "plain_linear",
     "prepare",
     "rms_norm",
@@ -55,6 +59,7 @@ __all__ = [
     "route",
     "step_inputs",
     "store_entries",
+    "store_latents",
     "values_from_latent",
     "weight_amax",
 ]

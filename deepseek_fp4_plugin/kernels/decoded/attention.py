@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.reference.rotary import rotary
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
@@ -77,6 +78,13 @@ def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     values, row_scale = kv_b.data.values, kv_b.data.row_scale
     w_uk = values.unflatten(0, (q_nope.shape[1], -1))[:, : q_nope.shape[2]]
     return _scaled(torch.einsum("thn,hnl->thl", q_nope, w_uk), row_scale)
+
+
+def absorbed_queries(
+    q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/attention.py."""
+    return absorb(q_nope, kv_b), rotary(q_rope, cos, sin)
 
 
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
+from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import int8, nvfp4
 
@@ -43,6 +44,11 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
         row_scale = None if row_scale is None else row_scale[expert]
     y = torch.nn.functional.linear(_rounded(x, weight), values)
     return y if row_scale is None else (y * row_scale).to(x.dtype)
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
+    """See kernels/reference/linear.py."""
+    return linear(rms_norm(x, norm, eps), weight)
 
 
 def products(x: Tensor, weight: PreparedWeight) -> Tensor:

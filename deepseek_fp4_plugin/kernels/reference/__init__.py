@@ -4,15 +4,17 @@ from deepseek_fp4_plugin.kernels.reference.argmax import argmax
 from deepseek_fp4_plugin.kernels.reference.attention import (
     absorb,
     absorbed_attention,
+    absorbed_queries,
     expanded_attention,
     latent_entries,
     store_entries,
+    store_latents,
     values_from_latent,
 )
 from deepseek_fp4_plugin.kernels.reference.convert import convert_weight, weight_amax
 from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.reference.embedding import embedding
-from deepseek_fp4_plugin.kernels.reference.linear import decoded, linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.reference.linear import decoded, linear, norm_linear, plain_linear, prepare
 from deepseek_fp4_plugin.kernels.reference.moe import add_expert, by_expert, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
@@ -22,6 +24,7 @@ from deepseek_fp4_plugin.kernels.reference.step import step_inputs
 __all__ = [
     "absorb",
     "absorbed_attention",
+    "absorbed_queries",
     "add",
     "add_expert",
     "add_rms_norm",
@@ -38,6 +41,7 @@ __all__ = [
     "latent_entries",
     "linear",
     "local_ids",
+    "norm_linear",
     "plain_linear",
     "prepare",
     "rms_norm",
@@ -45,6 +49,7 @@ __all__ = [
     "route",
     "step_inputs",
     "store_entries",
+    "store_latents",
     "values_from_latent",
     "weight_amax",
 ]

@@ -61,6 +61,13 @@ def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
     return torch.einsum("thn,hnl->thl", q_nope.float(), w_uk).to(q_nope.dtype)
 
 
+def absorbed_queries(
+    q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `absorbed_attention` takes: q_nope in latent space, and q_rope [T, heads, rope] rotated."""
+    return absorb(q_nope, kv_b), rotary(q_rope, cos, sin)
+
+
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """Attended latents [T, heads, latent] to values [T, heads, v], by each head's last `v` rows of kv_b."""
     w_uv = _by_head(kv_b, attended.shape[1])[:, -v:]
@@ -83,6 +90,15 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
         cache.view(torch.uint8).flatten(0, 1)[slots] = entries.view(torch.uint8)
     else:
         cache.flatten(0, 1)[slots] = entries.to(cache.dtype)
+
+
+def store_latents(
+    cache: Tensor, slots: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The latents' entries, written at their slots and returned: [T, latent + rope]."""
+    entries = latent_entries(kv, weight, eps, cos, sin)
+    store_entries(cache, slots, entries)
+    return entries
 
 
 def _by_head(weight: PreparedWeight, heads: int) -> Tensor:

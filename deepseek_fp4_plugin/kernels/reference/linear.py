@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import fp8_block, int8, nvfp4
 
@@ -26,6 +27,11 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
         values, scale = _decode(part, expert)
         outputs.append((x32 @ values.T) * scale)
     return torch.cat(outputs, -1).to(x.dtype)
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
+    """`linear` of the RMSNorm of x [rows, in] by norm [in].  Returns [rows, out]."""
+    return linear(rms_norm(x, norm, eps), weight)
 
 
 def decoded(weight: PreparedWeight, expert: int | None = None) -> PreparedWeight:

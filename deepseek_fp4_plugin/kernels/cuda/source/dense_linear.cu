@@ -10,6 +10,7 @@
 // ROWS8: columns of 8 activation rows.  GROUPS: groups of 16 outputs a warp has.  STAGES: of 128 bytes a row.
 // AHEAD: stages whose activations are under way. What the ring holds when they come is multiplied as fast as they do.
 // FP8: weights are E4M3 with FP32 scales of blocks.
+// NORM: activations are the RMSNorm of what is read, which every block makes of whole rows and keeps in shared memory.
 #include "device.cuh"
 
 struct Parameters {
@@ -20,6 +21,8 @@ struct Parameters {
     int rows, width, x_stride, y_stride, out;
     int block_rows, scale_stride;
     int block_shift;  // inputs of a block are 2^block_shift, 64 at least
+    float eps;
+    const u16* norm;  // [width], the norm's weight
 };
 
 constexpr int VALUES = FP8 ? 16 : 8;  // of 16 bytes
@@ -38,6 +41,59 @@ __device__ inline u32 pair(u32 word, u32 selector) {
 }
 
 __device__ inline u32 word(const Quad& q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+
+// Rows normed, rounded as `rms_norm` does: [rows] of `stride` bytes from shared address `to` on. Weights are asked for
+// before the rows are there; `parts` has room for a float a row and warp.
+__device__ inline void norm_rows(const Parameters& p, u32 to, int stride, float* parts) {
+    constexpr int HELD = 2;
+    int warps = (int)blockDim.x >> 5, warp = (int)threadIdx.x >> 5, quads = p.width / 8;
+    Quad held[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int at = (int)(threadIdx.x + i * blockDim.x);
+        held[i] = at < quads ? load_weights(p.norm + 8 * at) : Quad{0, 0, 0, 0};
+    }
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    for (int row = 0; row < p.rows; row++) {
+        float sum = 0.0f;
+        for (int at = threadIdx.x; at < quads; at += blockDim.x) {
+            Quad q = load_quad(p.x + (u64)row * p.x_stride + 8 * at);
+            store_shared(to + row * stride + 16 * at, q);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float low = from_bf16((u16)word(q, n)), high = from_bf16((u16)(word(q, n) >> 16));
+                sum += low * low + high * high;
+            }
+        }
+#pragma unroll
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+        if (!(threadIdx.x & 31)) parts[row * warps + warp] = sum;
+    }
+    __syncthreads();
+    for (int row = 0; row < p.rows; row++) {
+        float sum = 0.0f;
+        for (int w = 0; w < warps; w++) sum += parts[row * warps + w];
+        float factor = rsqrtf(sum / p.width + p.eps);
+        auto norm = [&](int at, Quad w) {
+            Quad q = shared_quad(to + row * stride + 16 * at);
+            u32 out[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                out[n] = pack_bf16(round_bf16(from_bf16((u16)word(q, n)) * factor) * from_bf16((u16)word(w, n)),
+                                   round_bf16(from_bf16((u16)(word(q, n) >> 16)) * factor) * from_bf16((u16)(word(w, n) >> 16)));
+            store_shared(to + row * stride + 16 * at, Quad{out[0], out[1], out[2], out[3]});
+        };
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            int at = (int)(threadIdx.x + i * blockDim.x);
+            if (at < quads) norm(at, held[i]);
+        }
+        for (int at = (int)(threadIdx.x + HELD * blockDim.x); at < quads; at += blockDim.x)
+            norm(at, load_weights(p.norm + 8 * at));
+    }
+    __syncthreads();
+}
 
 // The weights of 64 bytes of each output times a lane's activations.
 __device__ inline void multiply(float (&sums)[ROWS8][4], Quad upper, Quad lower, const Quad (&x)[ROWS8][X_QUADS]) {
@@ -100,8 +156,14 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
     };
     aim();
     for (int stage = 0; stage < STAGES; stage++) fill();
-    let_next_kernel_begin();
-    wait_for_kernels_before();
+    int normed_stride = p.width * 2 + 64;  // two rows meet different banks
+    u32 normed = ring + ((warps - warp) * STAGES * STAGE_BYTES - lane * 16);
+    if (NORM) {
+        norm_rows(p, normed, normed_stride, sums);
+    } else {
+        let_next_kernel_begin();
+        wait_for_kernels_before();
+    }
 
     const u16* row[ROWS8];  // of columns without a row the last row's values: they are never stored
 #pragma unroll
@@ -126,7 +188,9 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
 #pragma unroll
                 for (int q = 0; q < X_QUADS; q++) {
                     x[to][c][q] = Quad{0, 0, 0, 0};
-                    load_quad_if(x[to][c][q], row[c] + step * (4 * VALUES) + 8 * q, inside);
+                    if (!NORM) load_quad_if(x[to][c][q], row[c] + step * (4 * VALUES) + 8 * q, inside);
+                    else if (inside)
+                        x[to][c][q] = shared_quad(normed + min(8 * c + g, p.rows - 1) * normed_stride + 2 * (input + 8 * q));
                 }
             if (FP8) {
                 int first_input = min(begin * (8 * VALUES) + step * (4 * VALUES), p.width - 1);  // one block's are a step's

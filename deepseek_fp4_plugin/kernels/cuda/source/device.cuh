@@ -64,6 +64,10 @@ __device__ inline Quad shared_quad(u32 address) {
     return q;
 }
 
+__device__ inline void store_shared(u32 address, const Quad& q) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+}
+
 __device__ inline u32 shared_word(u32 address) {
     u32 value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
@@ -146,6 +150,14 @@ __device__ inline float cluster_float(u32 address, u32 rank) {
     float value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote));
+    return value;
+}
+
+__device__ inline u64 cluster_u64(u32 address, u32 rank) {
+    u32 remote;
+    u64 value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote));
     return value;
 }
 

@@ -3,9 +3,9 @@
 // Rows (query, head) of one request are the rows of a matrix; a block has 16 * TILES of them and a part of the context, 64
 // cached entries at a time: rows of shared memory that bulk copies fill two chunks ahead. Entries are read once and serve
 // as keys and, their latent part, as values. Each warp scores 8 entries, then has a part of the value columns. The
-// parts of a context are merged by `mla_merge` in their order.
+// parts of a context are merged by a cluster in its own memory, and those of several clusters by `mla_merge`; in their order.
 //
-// LATENT, ROPE: widths.  TILES.  FP8: entries are E4M3, else BF16.
+// LATENT, ROPE: widths.  TILES.  FP8: entries are E4M3, else BF16.  CLUSTER: blocks whose parts are merged at once.
 #include "device.cuh"
 
 struct Parameters {
@@ -16,16 +16,18 @@ struct Parameters {
     const long long* starts;     // [requests + 1], first token of each
     const long long* contexts;   // [requests]
     u16* y;                      // [tokens][heads][LATENT]
-    float* parts;                // [splits][tokens * heads][LATENT], each normalised; unused where splits is 1
-    float* sums;                 // [splits][tokens * heads], base-2 logarithm of each part's sum of exponentials
+    float* parts;                // [clusters][tokens * heads][LATENT], each normalised; unused where there is one
+    float* sums;                 // [clusters][tokens * heads], base-2 logarithm of each part's sum of exponentials
     int latent_token, latent_head, rope_token, rope_head;
-    int heads, block_size, table_stride, splits, rows;  // rows: tokens * heads
+    int heads, block_size, table_stride, splits, rows;  // splits: blocks of a context, a multiple of CLUSTER.  rows: tokens * heads
     float scale;  // times log2(e)
 };
 
 constexpr int WIDTH = LATENT + ROPE, STEPS = WIDTH / 16, CHUNK = 64, WARPS = 8, COLUMNS = LATENT / WARPS;
 constexpr int STRIDE = WIDTH * 2 + 16;  // bytes of a row in shared memory: rows 16 bytes apart modulo 128 meet no bank twice
 constexpr int ENTRY = FP8 ? WIDTH : WIDTH * 2, RAW_STRIDE = FP8 ? WIDTH + 16 : STRIDE, SCORES = CHUNK + 4;
+constexpr int PART = LATENT + 8;  // values of a row of a part where a cluster merges it
+static_assert(16 * TILES * PART * 4 <= 2 * CHUNK * RAW_STRIDE, "a part lies where entries were");
 
 __device__ inline void load_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -82,13 +84,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
     let_next_kernel_begin();
     wait_for_kernels_before();
 
-    int start = (int)p.starts[request], length = (int)p.starts[request + 1] - start, context = (int)p.contexts[request];
+    int start = (int)load_early(p.starts + request), length = (int)load_early(p.starts + request + 1) - start;
+    int context = (int)load_early(p.contexts + request);
     int rows = min(16 * TILES, length * p.heads - first_row);
     if (rows <= 0) return;
     int chunks = (context + CHUNK - 1) / CHUNK;
     int begin = (int)((long long)split * chunks / p.splits), end = (int)((long long)(split + 1) * chunks / p.splits);
     long long row_offset = (long long)start * p.heads + first_row;  // of the first row in all outputs
-    if (begin == end) {
+    if (CLUSTER == 1 && begin == end) {
+        wait_for_kernels_before();  // done above; here for whoever moves that one behind what can be read early
         if ((int)threadIdx.x < rows) p.sums[(long long)split * p.rows + row_offset + threadIdx.x] = NOTHING;
         return;
     }
@@ -99,14 +103,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
         u32 to = shared_address(raw + (stage * CHUNK + i) * RAW_STRIDE);
         if (i == 0) barrier_expect(barrier + 8 * stage, present * ENTRY);
         if (i < present) {
-            long long page = p.tables[(long long)request * p.table_stride + token / p.block_size];
+            long long page = load_early(p.tables + (long long)request * p.table_stride + token / p.block_size);
             bulk_copy(to, p.cache + (page * p.block_size + token % p.block_size) * ENTRY, ENTRY, barrier + 8 * stage);
         } else {  // nothing reads past the context; what lies there may be NaN
             for (int at = 0; at < ENTRY; at += 16)
                 asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(to + at), "r"(0) : "memory");
         }
     };
-    fetch(begin, 0);
+    if (begin < end) fetch(begin, 0);
     if (begin + 1 < end) fetch(begin + 1, 1);
     for (int i = threadIdx.x; i < 16 * TILES * (WIDTH / 8); i += 32 * WARPS) {
         int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8, token = start + (first_row + row) / p.heads;
@@ -231,6 +235,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
         if (chunk + 2 < end) fetch(chunk + 2, stage);
     }
 
+    float* part = (float*)raw;  // [16 * TILES][PART], in place of the entries
+    float* logs = scores;       // [16 * TILES]
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -240,24 +246,57 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
             int row = t * 16 + half * 8 + g;
             if (row >= rows) continue;
             float inverse = total[t][half] > 0.0f ? 1.0f / total[t][half] : 0.0f;
+            float log = largest[t][half] + __log2f(total[t][half]);  // minus infinity where nothing was seen
             long long at = row_offset + row;
             int column = warp * COLUMNS + 2 * quarter;
-            if (p.splits == 1) {
+            if (CLUSTER == 1 && p.splits == 1) {
 #pragma unroll
                 for (int c = 0; c < COLUMNS / 8; c++)
                     *(u32*)(p.y + at * LATENT + column + 8 * c) =
                         pack_bf16(acc[t][c][2 * half] * inverse, acc[t][c][2 * half + 1] * inverse);
-            } else {
-                float* to = p.parts + ((long long)split * p.rows + at) * LATENT + column;
-#pragma unroll
-                for (int c = 0; c < COLUMNS / 8; c++) {
-                    to[8 * c] = acc[t][c][2 * half] * inverse;
-                    to[8 * c + 1] = acc[t][c][2 * half + 1] * inverse;
-                }
-                if (warp == 0 && quarter == 0)
-                    p.sums[(long long)split * p.rows + at] = largest[t][half] + __log2f(total[t][half]);
+                continue;
             }
+            float* to = CLUSTER > 1 ? part + row * PART + column
+                                    : p.parts + ((long long)split * p.rows + at) * LATENT + column;
+#pragma unroll
+            for (int c = 0; c < COLUMNS / 8; c++)
+                *(float2*)(to + 8 * c) = float2{acc[t][c][2 * half] * inverse, acc[t][c][2 * half + 1] * inverse};
+            if (warp == 0 && quarter == 0) *(CLUSTER > 1 ? logs + row : p.sums + (long long)split * p.rows + at) = log;
         }
+#if CLUSTER > 1
+    // Every block takes its share of the rows' columns from all parts.
+    cluster_barrier();
+    bool last = p.splits == CLUSTER;
+    long long merged = (long long)(split / CLUSTER) * p.rows + row_offset;
+    for (int i = split % CLUSTER * 32 * WARPS + threadIdx.x; i < rows * (LATENT / 4); i += CLUSTER * 32 * WARPS) {
+        int row = i / (LATENT / 4), column = i % (LATENT / 4) * 4;
+        float weights[CLUSTER], most = NOTHING, sum = 0.0f, y[4] = {};
+        float4 values[CLUSTER];
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) weights[r] = cluster_float(shared_address(logs + row), r);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) values[r] = cluster_floats(shared_address(part + row * PART + column), r);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) most = fmaxf(most, weights[r]);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) {
+            weights[r] = weights[r] > NOTHING ? exp2_fast(weights[r] - most) : 0.0f;
+            sum += weights[r];
+            y[0] += weights[r] * values[r].x, y[1] += weights[r] * values[r].y;
+            y[2] += weights[r] * values[r].z, y[3] += weights[r] * values[r].w;
+        }
+        float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+        for (int n = 0; n < 4; n++) y[n] *= inverse;
+        if (last) {
+            *(uint2*)(p.y + (row_offset + row) * LATENT + column) = uint2{pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3])};
+        } else {
+            *(float4*)(p.parts + (merged + row) * LATENT + column) = float4{y[0], y[1], y[2], y[3]};
+            if (column == 0) p.sums[merged + row] = most + __log2f(sum);
+        }
+    }
+    cluster_barrier();  // others may still read this block's part
+#endif
 }
 
 // A row of the output from its parts: threads (column / 4, part modulo MERGERS).
@@ -268,25 +307,26 @@ extern "C" __global__ void __launch_bounds__(MERGERS * LATENT / 4) mla_merge(con
     let_next_kernel_begin();
     wait_for_kernels_before();
     long long row = blockIdx.x;
+    int parts = p.splits / CLUSTER;
     int column = (int)threadIdx.x % (LATENT / 4) * 4, merger = (int)threadIdx.x / (LATENT / 4);
     if (threadIdx.x < 32) {
         float most = NOTHING, total = 0.0f;
-        for (int split = threadIdx.x; split < p.splits; split += 32) {
+        for (int split = threadIdx.x; split < parts; split += 32) {
             weights[split] = p.sums[(long long)split * p.rows + row];
             most = fmaxf(most, weights[split]);
         }
         for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-        for (int split = threadIdx.x; split < p.splits; split += 32) {
+        for (int split = threadIdx.x; split < parts; split += 32) {
             weights[split] = exp2_fast(weights[split] - most);
             total += weights[split];
         }
         for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
-        for (int split = threadIdx.x; split < p.splits; split += 32) weights[split] /= total;
+        for (int split = threadIdx.x; split < parts; split += 32) weights[split] /= total;
     }
     __syncthreads();
     float sum[4] = {};
 #pragma unroll 8
-    for (int split = merger; split < p.splits; split += MERGERS) {
+    for (int split = merger; split < parts; split += MERGERS) {
         float weight = weights[split];
         Quad q = {0, 0, 0, 0};  // an empty part was not written
         load_quad_if(q, p.parts + ((long long)split * p.rows + row) * LATENT + column, weight > 0.0f);

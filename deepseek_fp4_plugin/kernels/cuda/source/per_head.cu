@@ -10,15 +10,37 @@ struct AbsorbParameters {
     const u16* q;       // [tokens][q_token] with heads q_head apart, [nope] each
     const u16* weight;  // [heads][rows][latent], of which the first `nope` rows
     u16* y;             // [tokens][heads][latent]
+    const u16* rope;    // [tokens][rope_token] with heads rope_head apart: pairs to turn, where there are blocks for them
+    const float* cos;   // [tokens][pairs]
+    const float* sin;
+    u16* turned;        // [tokens][heads][2 * pairs]
     int tokens, q_token, q_head, heads, rows, nope, latent;  // nope at most 256, latent a multiple of 64
+    int rope_token, rope_head, pairs;
 };
 
-// y[h] = W_h^T q[h]. A block has 64 outputs of a head, a thread 8 of them and every 32nd row.
+// The part of a query that is not absorbed: rotated as `rotary` does.
+__device__ inline void turn(const AbsorbParameters& p, int head) {
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    for (int i = (int)threadIdx.x; i < p.tokens * p.pairs; i += 256) {
+        int token = i / p.pairs, pair = i % p.pairs;
+        u32 values = *(const u32*)(p.rope + (u64)token * p.rope_token + (u64)head * p.rope_head + 2 * pair);
+        float even = from_bf16((u16)values), odd = from_bf16((u16)(values >> 16)), c = p.cos[i], s = p.sin[i];
+        *(u32*)(p.turned + (((u64)token * p.heads + head) * p.pairs + pair) * 2) =
+            pack_bf16(even * c - odd * s, even * s + odd * c);
+    }
+}
+
+// y[h] = W_h^T q[h]. A block has 64 outputs of a head, a thread 8 of them and every 32nd row; the head's last block turns.
 extern "C" __global__ void __launch_bounds__(256) absorb(const __grid_constant__ AbsorbParameters p) {
     constexpr int HELD = 8, WARPS = 8;
     __shared__ float sums[WARPS][64];
     int octet = threadIdx.x & 7, group = threadIdx.x >> 3, warp = threadIdx.x >> 5;
     int head = (int)blockIdx.y, column = (int)blockIdx.x * 64;
+    if (column == p.latent) {
+        turn(p, head);
+        return;
+    }
     const u16* weight = p.weight + ((u64)head * p.rows + group) * p.latent + column + octet * 8;
     Quad held[HELD] = {};
 #pragma unroll
