@@ -138,7 +138,7 @@ def describe_validation(error: ValidationError | Any) -> tuple[str, str | None]:
     # Of a union's complaints the deepest is about the alternative that was meant.
     first = max(errors, key=lambda e: len(e["loc"])) if errors[0]["type"] != "extra_forbidden" else errors[0]
     path = _field_path(first, form)
-    param = ".".join(part if len(part) <= 100 else part[:97] + "..." for part in path) or None
+    param = ".".join((part or "''") if len(part) <= 100 else part[:97] + "..." for part in path) or None
     if param is not None and path[0] == "prompt" and form == "CompletionRequest":
         return (
             "prompt: give a text, a list of texts, a list of token ids, or a list of such lists; none empty",

@@ -87,6 +87,15 @@ def test_accepted(fields):
     ChatCompletionRequest.model_validate({**CHAT, **fields})
 
 
+@pytest.mark.parametrize("fields", [{"": 1}, {"messages": [{"role": "user", "content": "a", "": 1}]}])
+def test_a_field_without_a_name_is_shown_so(fields):
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "a"}], **fields})
+    message, param = describe_validation(caught.value)
+    assert param is not None and param.endswith("''")
+    assert message == f"{param}: this server knows no such field; remove it"
+
+
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(ValidationError) as caught:
         ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]})
