@@ -42,6 +42,7 @@ class ToolUseBlock(_Block):
     name: str
     input: dict[str, Any]
     caller: dict[str, Any] | None = None
+    toolset_name: None = None
 
 
 class ToolResultBlock(_Block):
@@ -51,6 +52,7 @@ class ToolResultBlock(_Block):
     tool_use_id: str
     content: str | Annotated[list[TextBlock], FAIL_FAST] | None = None
     is_error: bool | None = None
+    toolset_name: None = None
 
 
 Block = Annotated[
@@ -149,6 +151,7 @@ class MessagesRequest(CountTokensRequest):
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     container: None = None
+    diagnostics: None = None
     mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
 
 

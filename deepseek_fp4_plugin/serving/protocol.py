@@ -222,6 +222,7 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None  # every prompt is cached by what it says
 
 
 Content = str | Annotated[list[TextPart], FAIL_FAST]
@@ -481,6 +482,18 @@ class GenerationRequest(_Body):
     use_beam_search: Literal[False] = False
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     early_stopping: Literal[False] | None = None
+    moderation: None = None
+
+    # Of vLLM and TensorRT-LLM.
+    allowed_token_ids: None = None
+    logits_processors: None = None
+    return_tokens_as_token_ids: Literal[False] = False
+    detokenize: Literal[True] = True
+    request_id: None = Field(None, description="Send it as the header X-Request-Id.")
+    lora_request: None = None
+    disaggregated_params: None = None
+    kv_transfer_params: None = None
+    vllm_xargs: None = None
 
     # Bookkeeping of OpenAI's platform. Nothing is stored or billed here, so none of it can change an answer.
     store: bool = False
@@ -488,6 +501,7 @@ class GenerationRequest(_Body):
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     prompt_cache_key: str | None = Field(None, description="Every prompt is cached by what it says.")
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: str | None = None
 
 
@@ -527,6 +541,9 @@ class ChatCompletionRequest(GenerationRequest):
     function_call: None = Field(None, description="Superseded by tool_choice.")
     continue_final_message: Literal[False] = False
     thinking_token_budget: None = None
+    include_reasoning: Literal[True] = True
+    mm_processor_kwargs: None = None
+    media_io_kwargs: None = None
     echo: Literal[False] = Field(False, description="True is for /v1/completions.")
 
 

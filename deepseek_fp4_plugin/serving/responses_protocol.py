@@ -19,6 +19,7 @@ class InputText(_Strict):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 Text = str | Annotated[list[InputText], FAIL_FAST]
@@ -41,12 +42,18 @@ class CallItem(_Item):
     call_id: str
     name: str
     arguments: str
+    namespace: None = None
+    caller: None = None
+    async_: Literal[False] | None = Field(None, alias="async")
 
 
 class CallOutputItem(_Item):
     type: Literal["function_call_output"]
     call_id: str
     output: Text
+    name: str | None = None
+    namespace: None = None
+    caller: None = None
 
 
 class ReasoningItem(_Item):
@@ -79,6 +86,10 @@ class FunctionTool(_Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    output_schema: dict[str, Any] | None = Field(None, description="Not shown to the model.")
+    allowed_callers: list[Literal["direct"]] | None = None
+    defer_loading: Literal[False] | None = None
+    async_: Literal[False] | None = Field(None, alias="async")
 
 
 class HostedTool(_Strict):
@@ -121,10 +132,18 @@ class ReasoningOptions(_Strict):
     summary: str | None = None
     generate_summary: str | None = None
     context: str | None = None
+    mode: Literal["standard"] | None = None
 
 
 class ResponsesStreamOptions(_Strict):
     include_obfuscation: bool = False
+
+
+Includable = Literal[
+    "reasoning.encrypted_content", "message.input_image.image_url", "file_search_call.results",
+    "web_search_call.results", "web_search_call.action.sources", "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]  # fmt: skip
 
 
 class ResponsesRequest(_Body):
@@ -148,8 +167,8 @@ class ResponsesRequest(_Body):
     parallel_tool_calls: bool = True
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = Field(
-        None, description="Accepted; reasoning is given in plain and nothing is encrypted."
+    include: list[Includable] | None = Field(
+        None, description="Accepted; reasoning is given in plain, nothing is encrypted, and no hosted tool has results."
     )
     truncation: Literal["disabled"] | None = None
     background: Literal[False] = False
@@ -162,6 +181,12 @@ class ResponsesRequest(_Body):
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    moderation: None = None
+    context_management: None = None
+    background_options: None = None
+    access_programs: None = None
+    image: None = None
     safety_identifier: str | None = None
 
     # Beyond OpenAI's, as in chats.
@@ -183,6 +208,8 @@ CHAT_NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "
 _SAME = ("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "priority",
          "cache_salt", "user", "parallel_tool_calls")  # fmt: skip
 
+_OF_A_FUNCTION = {"name", "description", "parameters", "strict"}
+
 
 def chat_fields(request: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The fields of the chat request that answers `request`; `messages` are all of the conversation."""
@@ -193,7 +220,7 @@ def chat_fields(request: ResponsesRequest, messages: list[dict[str, Any]]) -> di
         "max_completion_tokens": request.max_output_tokens,
         "reasoning_effort": request.reasoning.effort if request.reasoning else None,
         "response_format": _response_format(request.text.format if request.text else None),
-        "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+        "tools": [{"type": "function", "function": tool.model_dump(include=_OF_A_FUNCTION, exclude_none=True)}
                   for tool in request.tools or [] if isinstance(tool, FunctionTool)] or None,
     }  # fmt: skip
     choice = request.tool_choice

@@ -766,7 +766,9 @@ def test_refused_fields(server):
 
 @field("store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
        "modalities", "verbosity", "prediction", "audio", "web_search_options", "functions", "function_call",
-       "continue_final_message")  # fmt: skip
+       "continue_final_message", "prompt_cache_options", "moderation", "allowed_token_ids", "logits_processors",
+       "return_tokens_as_token_ids", "detokenize", "request_id", "lora_request", "disaggregated_params",
+       "kv_transfer_params", "vllm_xargs", "include_reasoning", "mm_processor_kwargs", "media_io_kwargs")  # fmt: skip
 @pytest.mark.parametrize(
     "fields",
     [
@@ -777,7 +779,11 @@ def test_refused_fields(server):
         {"functions": None, "function_call": None}, {"continue_final_message": False}, {"tool_choice": "auto"},
         {"n": None, "stream": None, "stream_options": None, "logprobs": None, "parallel_tool_calls": None,
          "response_format": None, "priority": None, "echo": None, "tools": None},
-        {"top_k": -1, "temperature": 0},
+        {"top_k": -1, "temperature": 0}, {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}},
+        {"moderation": None, "allowed_token_ids": None, "logits_processors": None, "request_id": None,
+         "lora_request": None, "disaggregated_params": None, "kv_transfer_params": None, "vllm_xargs": None,
+         "mm_processor_kwargs": None, "media_io_kwargs": None},
+        {"return_tokens_as_token_ids": False, "detokenize": True, "include_reasoning": True},
     ],
 )  # fmt: skip
 def test_fields_that_cannot_change_the_text_change_nothing(server, fields):
@@ -789,7 +795,9 @@ def test_fields_that_cannot_change_the_text_change_nothing(server, fields):
 
 def test_fields_that_could_change_the_text_are_refused_still(server):
     for fields in ({"modalities": ["text", "audio"]}, {"audio": {"voice": "x"}}, {"functions": [{"name": "f"}]},
-                   {"web_search_options": {}}, {"continue_final_message": True}, {"nonsense": None}):  # fmt: skip
+                   {"web_search_options": {}}, {"continue_final_message": True}, {"nonsense": None},
+                   {"moderation": {"model": "m"}}, {"allowed_token_ids": [5]}, {"return_tokens_as_token_ids": True},
+                   {"detokenize": False}, {"include_reasoning": False}, {"vllm_xargs": {"a": 1}}):  # fmt: skip
         refused(server.chat(**fields), next(iter(fields)))
     refused(server.complete(top_k=-2), "top_k")
 

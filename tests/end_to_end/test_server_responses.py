@@ -164,7 +164,8 @@ def test_structured_output(client, server, ask):
 def test_what_clients_send_besides(ask):
     plain = ask()
     more = {"store": False, "metadata": {"a": "b"}, "user": "u", "truncation": "disabled", "parallel_tool_calls": True,
-            "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "medium", "summary": "auto"},
+            "include": ["reasoning.encrypted_content", "web_search_call.action.sources"],
+            "reasoning": {"effort": "medium", "summary": "auto"},
             "service_tier": "auto", "prompt_cache_key": "k", "text": {"verbosity": "low"}, "top_logprobs": 0,
             "tools": [{"type": "web_search"}]}  # fmt: skip
     given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What is 607 + 68?"}]},

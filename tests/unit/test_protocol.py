@@ -1,16 +1,21 @@
 """Request bodies: what is accepted, what is refused with which sentence, and that the documented schema says so."""
 
+import importlib.metadata
 import json
+import typing
 
 import pytest
 from pydantic import ValidationError
 
+from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_protocol
+from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest
 from deepseek_fp4_plugin.serving.protocol import (
     ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     describe_validation,
 )
+from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 PLAIN = {"model": "m", "prompt": "hi"}
@@ -112,6 +117,50 @@ def test_the_schema_forbids_what_the_server_forbids():
         schema = model.model_json_schema()
         assert schema["additionalProperties"] is False
         json.dumps(schema)
+
+
+def test_every_parameter_of_the_official_clients_is_known():
+    """Null at the least: what a newer client may send must not be refused as unknown."""
+    pytest.importorskip("anthropic", reason="the anthropic client is not installed")
+    chats = pytest.importorskip("openai.types.chat", reason="the openai client is not installed")
+    openai = pytest.importorskip("openai.types")
+    installed = [importlib.metadata.version(name).rsplit(".", 1)[0] for name in ("openai", "anthropic")]
+    if installed != ["3.57", "2.14"]:
+        pytest.skip(f"openai 3.57 and anthropic 2.14 were read, not {installed}")
+    responses = pytest.importorskip("openai.types.responses")
+    anthropic = pytest.importorskip("anthropic.types")
+    reasoning = pytest.importorskip("openai.types.shared_params").Reasoning
+    call_output = pytest.importorskip("openai.types.responses.response_input_param").FunctionCallOutput
+    pairs = [
+        (chats.completion_create_params.CompletionCreateParamsStreaming, ChatCompletionRequest),
+        (openai.completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
+        (responses.response_create_params.ResponseCreateParamsStreaming, ResponsesRequest),
+        (anthropic.message_create_params.MessageCreateParamsStreaming, MessagesRequest),
+        (anthropic.MessageCountTokensParams, CountTokensRequest),
+        (chats.ChatCompletionContentPartTextParam, protocol.TextPart),
+        (chats.ChatCompletionAssistantMessageParam, protocol.AssistantMessage),
+        (chats.ChatCompletionFunctionToolParam, protocol.Tool),
+        (chats.ChatCompletionStreamOptionsParam, protocol.StreamOptions),
+        (responses.ResponseInputTextParam, responses_protocol.InputText),
+        (responses.ResponseOutputTextParam, responses_protocol.InputText),
+        (responses.EasyInputMessageParam, responses_protocol.MessageItem),
+        (responses.ResponseOutputMessageParam, responses_protocol.MessageItem),
+        (responses.ResponseFunctionToolCallParam, responses_protocol.CallItem),
+        (responses.ResponseReasoningItemParam, responses_protocol.ReasoningItem),
+        (responses.FunctionToolParam, responses_protocol.FunctionTool),
+        (responses.ResponseTextConfigParam, responses_protocol.TextOptions),
+        (call_output, responses_protocol.CallOutputItem),
+        (reasoning, responses_protocol.ReasoningOptions),
+        (anthropic.TextBlockParam, messages_protocol.TextBlock),
+        (anthropic.ToolUseBlockParam, messages_protocol.ToolUseBlock),
+        (anthropic.ToolResultBlockParam, messages_protocol.ToolResultBlock),
+        (anthropic.ThinkingBlockParam, messages_protocol.ThinkingBlock),
+        (anthropic.ToolParam, messages_protocol.MessagesTool),
+        (anthropic.OutputConfigParam, messages_protocol.OutputConfig),
+    ]
+    for theirs, ours in pairs:
+        known = {field.alias or name for name, field in ours.model_fields.items()}
+        assert set(typing.get_type_hints(theirs)) - known == set(), (theirs, ours)
 
 
 def test_the_error_body_is_openai_s():
