@@ -37,21 +37,16 @@ INLINED inline __m256 code_sums(const __m256i (&w)[4], const uint8_t* x, const u
   return _mm256_cvtepi32_ps(total);
 }
 
-// total[r] += a chunk of a weight row, by R rows of activations at x[r].
-template <int R>
-INLINED inline void multiply_codes(
-    const uint8_t* p, const uint8_t* scale, const uint8_t* const (&x)[R], __m256 (&total)[R]) {
-  __m256 scales[2];
-  decode_scales(scale, scales);
-  each<2>([&](auto h) INLINED {
-    __m256i w[4];
-    decode_codes(p + h * 64, w);
-    UNROLL for (int r = 0; r < R; r++) {
-      const __m256 sums = code_sums(w, x[r] + h * 128, x[r] + CODES_SUM + h * 32);
-      const __m256 x_scale = _mm256_loadu_ps(reinterpret_cast<const float*>(x[r] + CODES_SCALE) + h * 8);
-      total[r] = _mm256_fmadd_ps(sums, _mm256_mul_ps(scales[h], x_scale), total[r]);
-    }
-  });
+// total[r] += 128 inputs of a weight row, the H-th half of a chunk, by R rows of activations whose chunk is at x[r].
+template <int R, int H>
+INLINED inline void multiply_codes(const uint8_t* p, __m256 scale, const uint8_t* const (&x)[R], __m256 (&total)[R]) {
+  __m256i w[4];
+  decode_codes(p, w);
+  UNROLL for (int r = 0; r < R; r++) {
+    const __m256 sums = code_sums(w, x[r] + H * 128, x[r] + CODES_SUM + H * 32);
+    const __m256 x_scale = _mm256_loadu_ps(reinterpret_cast<const float*>(x[r] + CODES_SCALE) + H * 8);
+    total[r] = _mm256_fmadd_ps(sums, _mm256_mul_ps(scale, x_scale), total[r]);
+  }
 }
 
 }  // namespace

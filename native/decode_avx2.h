@@ -21,13 +21,27 @@ INLINED inline __m256 odd_halves(__m256i x) {
 // 16 block scales, E4M3, as FP32 times 2^-8: their bits are those of an FP16 number. They come in the order 0 1 4 5 2 3 6 7
 // 8 9 12 13 10 11 14 15, for two_scales().
 constexpr float SCALE_SHIFT = 256.0f;
-INLINED inline void decode_scales(const uint8_t* p, __m256 (&scales)[2]) {
+INLINED inline void decode_scales(__m128i bytes, __m256 (&scales)[2]) {
   const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-  const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), order);
   const __m256i words = _mm256_and_si256(
-      _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+      _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, order)), 7),
+      _mm256_set1_epi16(static_cast<short>(0xbf80)));
   scales[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
   scales[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+}
+INLINED inline void decode_scales(const uint8_t* p, __m256 (&scales)[2]) {
+  decode_scales(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), scales);
+}
+
+// The first `count` block scales of fewer than 16, with zeros behind them: put together in registers, since a vector that is
+// read from memory would wait for bytes that were just written there.
+INLINED inline __m128i some_scales(const uint8_t* p, int64_t count) {
+  const __m128i eight = count < 8 ? _mm_setzero_si128() : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  if (count % 8 == 0) return eight;
+  uint64_t rest = 0;
+  for (int64_t i = 0; i < count % 8; i++) rest |= static_cast<uint64_t>(p[count / 8 * 8 + i]) << (i * 8);
+  const __m128i others = _mm_cvtsi64_si128(static_cast<int64_t>(rest));
+  return count < 8 ? others : _mm_unpacklo_epi64(eight, others);
 }
 
 // The scales of blocks 4 I + H and 4 I + H + 2, four lanes each.

@@ -66,28 +66,33 @@ struct Nvfp4Rows {
     next += row_bytes, next_scale += scale_cols;
   }
 
-  INLINED static void multiply(const uint8_t* p, const uint8_t* scale, const Near<R>& near, __m256 (&total)[R]) {
-    __m256 scales[2];
-    decode_scales(scale, scales);
-    each<4>([&](auto i) INLINED {
-      __m256 w[2][4];
-      decode_nvfp4(p + i * 32, w);
-      each<2>([&](auto h) INLINED {
-        __m256 sum[R];
-        products(w[h], near, i * 64 + h * 32, sum);
-        const __m256 factor = two_scales<i, h>(scales);
-        UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_fmadd_ps(sum[r], factor, total[r]);
-      });
+  // 64 inputs, the I-th of a chunk's four pieces.
+  template <int I>
+  INLINED static void piece(const uint8_t* p, const __m256 (&scales)[2], const Near<R>& near, __m256 (&total)[R]) {
+    __m256 w[2][4];
+    decode_nvfp4(p, w);
+    each<2>([&](auto h) INLINED {
+      __m256 sum[R];
+      products(w[h], near, I * 64 + h * 32, sum);
+      const __m256 factor = two_scales<I, h>(scales);
+      UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_fmadd_ps(sum[r], factor, total[r]);
     });
   }
   INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
-    multiply(p, scale, near, total);
+    __m256 scales[2];
+    decode_scales(scale, scales);
+    each<4>([&](auto i) INLINED { piece<i>(p + i * 32, scales, near, total); });
     p += CHUNK_BYTES;
     scale += 16;
   }
   void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
-    const Padded padded(p, scale, n / 16);
-    multiply(padded.bytes, padded.scale, near, total);
+    __m256 scales[2];
+    decode_scales(some_scales(scale, n / 16), scales);
+    each<4>([&](auto i) INLINED {
+      const int64_t left = n - i * 64;
+      if (left >= 64) piece<i>(p + i * 32, scales, near, total);
+      else if (left > 0) piece<i>(Padded(p + i * 32, left / 2).bytes, scales, near, total);
+    });
   }
 };
 
@@ -96,19 +101,28 @@ template <int R>
 struct CodedRows : Nvfp4Rows<R> {
   using Nvfp4Rows<R>::Nvfp4Rows;
 
-  INLINED static void multiply(const uint8_t* p, const uint8_t* scale, const Near<R>& near, __m256 (&total)[R]) {
+  // 128 inputs, the H-th of a chunk's halves.
+  template <int H>
+  INLINED static void half(const uint8_t* p, const __m256 (&scales)[2], const Near<R>& near, __m256 (&total)[R]) {
     const uint8_t* x[R];
     UNROLL for (int r = 0; r < R; r++) x[r] = reinterpret_cast<const uint8_t*>(near.x[r]);
-    multiply_codes<R>(p, scale, x, total);
+    multiply_codes<R, H>(p, scales[H], x, total);
   }
   INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
-    multiply(this->p, this->scale, near, total);
+    __m256 scales[2];
+    decode_scales(this->scale, scales);
+    each<2>([&](auto h) INLINED { half<h>(this->p + h * 64, scales, near, total); });
     this->p += this->CHUNK_BYTES;
     this->scale += 16;
   }
   void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
-    const Padded padded(this->p, this->scale, n / 16);
-    multiply(padded.bytes, padded.scale, near, total);
+    __m256 scales[2];
+    decode_scales(some_scales(this->scale, n / 16), scales);
+    each<2>([&](auto h) INLINED {
+      const int64_t left = n - h * 128;
+      if (left >= 128) half<h>(this->p + h * 64, scales, near, total);
+      else if (left > 0) half<h>(Padded(this->p + h * 64, left / 2).bytes, scales, near, total);
+    });
   }
 };
 
@@ -196,7 +210,7 @@ struct Fp8Rows {
   }
 };
 
-// sums[output of the group * BATCH + r]: of what came before this turn, and after it.
+// sums[output of the group * BATCH + r]: of what came before this turn, if it is not the first, and after it.
 template <template <int> class Weights, int R>
 __attribute__((noinline)) void turn_of_rows(const View& v, const Turn& turn, const Rows& rows, int64_t r, __m256* sums) {
   Address next = turn.next, next_scale = turn.next_scale;
@@ -207,7 +221,7 @@ __attribute__((noinline)) void turn_of_rows(const View& v, const Turn& turn, con
     weights.next_row();
     Near<R> near = first;
     __m256 total[R];
-    UNROLL for (int i = 0; i < R; i++) total[i] = sums[i];
+    UNROLL for (int i = 0; i < R; i++) total[i] = turn.begin ? sums[i] : _mm256_setzero_ps();
     for (int64_t c = turn.begin; c < whole; c++) {
       fetch_bytes(next, Weights<R>::CHUNK_BYTES);
       next += Weights<R>::CHUNK_BYTES;
@@ -255,7 +269,6 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
     if (next >= v.end) next += v.jump, next_scale += v.scale_jump;
     for (int64_t r0 = 0; r0 < rows.count; r0 += BATCH) {
       const int64_t count = rows.count - r0 < BATCH ? rows.count - r0 : BATCH;
-      for (int64_t i = 0; i < GROUP; i++) __builtin_memset(sums + i * BATCH, 0, count * sizeof(__m256));
       for (int64_t begin = 0; begin < chunks; begin += length) {
         const int64_t end = begin + length < chunks ? begin + length : chunks, done = begin * (stop - group);
         const Turn turn{group, stop, begin, end, next + done * Weights<1>::CHUNK_BYTES, next_scale + done * 16};
@@ -263,8 +276,14 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
       }
       for (int64_t r = 0; r < count; r++) {
         alignas(32) float results[GROUP];
-        _mm256_store_ps(results, _mm256_mul_ps(lane_sums(sums + r, BATCH), _mm256_set1_ps(factor)));
-        __builtin_memcpy(out + (r0 + r) * stride + group - first, results, (stop - group) * 4);
+        float* to = out + (r0 + r) * stride + group - first;
+        const __m256 all = _mm256_mul_ps(lane_sums(sums + r, BATCH), _mm256_set1_ps(factor));
+        if (stop - group == GROUP) {
+          _mm256_storeu_ps(to, all);
+        } else {
+          _mm256_store_ps(results, all);
+          __builtin_memcpy(to, results, (stop - group) * 4);
+        }
       }
     }
   }

@@ -27,8 +27,7 @@ inline void absorb_nvfp4_chunk(
       const uint8_t* p = v.values + (row + n) * v.row_bytes + chunk * 128;
       const uint8_t* s = v.scale + (row + n) * v.scale_cols + chunk * 16;
       if (first == 0) {
-        fetch(address(p) + v.ahead);
-        fetch(address(p) + v.ahead + 64);
+        fetch_bytes(ahead_of(v, p), CHUNK / 2);
         if (n % 2 == 0) fetch(address(s) + v.ahead / 8);
       }
       const __m512i packed[2] = {_mm512_maskz_loadu_epi8(low, p), _mm512_maskz_loadu_epi8(high, p + 64)};
@@ -82,7 +81,7 @@ inline void absorb_fp8(
     for (int64_t i = n; i < stop; i++) {
       uint16_t* to = decoded + i * v.in;
       decode_e4m3(v.values + (row + i) * v.row_bytes, v.in, to);
-      for (int64_t at = 0; at < v.in; at += 64) fetch(address(v.values) + (row + i) * v.row_bytes + at + v.ahead);
+      fetch_bytes(ahead_of(v, v.values + (row + i) * v.row_bytes), v.row_bytes);
       entry[i - n] = to;
     }
     weighted_sums<false>(x + n, x_stride, entry, stop - n, tokens, v.in, part);
@@ -113,7 +112,7 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
     for (int64_t i = n; i < stop; i++) {
       const uint8_t* from = v.values + (row + i) * v.row_bytes;
       uint16_t* to = decoded + i * v.in;
-      if (v.format != PLAIN) fetch_bytes(address(from) + v.ahead, v.row_bytes);
+      fetch_bytes(ahead_of(v, from), v.row_bytes);
       if (v.format == NVFP4) decode_nvfp4_row(v, row + i, to);
       else if (v.format == FP8_BLOCK) decode_e4m3(from, v.in, to);
       entry[i - n] = v.format == PLAIN ? reinterpret_cast<const uint16_t*>(from) : to;
@@ -130,20 +129,22 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
 }
 
 // Of NVFP4, whole chunks of it, for one token: 64 columns at a time, whose sums stay in registers while the rows pass by.
-// Bits are those of absorb_halves(): x times a block's scale is exact in FP32, as the weight times it is.
+// Meanwhile the next chunk is fetched, a quarter of it in each turn. Bits are those of absorb_halves(): x times a block's
+// scale is exact in FP32, as the weight times it is.
 inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* x, float* total) {
   typedef __m256 Scales[2];
   Scales* factors = static_cast<Scales*>(scratch(SCRATCH_PANEL, rows * sizeof(Scales)));
   for (int64_t chunk = 0; chunk * CHUNK < v.in; chunk++) {
     const uint8_t* p = v.values + row * v.row_bytes + chunk * (CHUNK / 2);
+    const Address next = (chunk + 1) * CHUNK < v.in ? address(p) + CHUNK / 2 : v.end + v.jump;
     for (int64_t n = 0; n < rows; n++) {
-      fetch_bytes(address(p) + n * v.row_bytes + v.ahead, CHUNK / 2);
       decode_scales(v.scale + (row + n) * v.scale_cols + chunk * 16, factors[n]);
       UNROLL for (int i = 0; i < 2; i++) factors[n][i] = _mm256_mul_ps(factors[n][i], _mm256_set1_ps(x[n]));
     }
     each<4>([&](auto i) INLINED {
       __m256 sum[2][4] = {}, w[2][4];
       for (int64_t n = 0; n < rows; n++) {
+        if (n % 2 == i % 2) fetch(next + n * v.row_bytes + i / 2 * 64);
         decode_nvfp4(p + n * v.row_bytes + i * 32, w);
         each<2>([&](auto h) INLINED {
           const __m256 factor = two_scales<i, h>(factors[n]);
@@ -167,12 +168,21 @@ inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* 
 }
 #endif
 
+// The rows that head h takes of a weight, after which the next head's are fetched.
+inline View head_view(const HeadArgs& a, int64_t h) {
+  View v = view_of(*a.weight, 0, 0);
+  const int64_t each = v.out / a.heads, row = h * each + a.first;
+  set_next(v, row + a.rows, v, h + 1 < a.heads ? row + each : row + a.rows);
+  return v;
+}
+
 // Rows are added up, so that the weight is read as it lies.
 inline void absorb(const HeadArgs& a) {
-  const View v = view_of(*a.weight, 0, 0);
-  const int64_t each = v.out / a.heads, multiplied = a.heads * a.rows * v.in;
-  const int threads = useful_threads(a.threads, a.heads * a.rows * v.row_bytes, a.tokens * multiplied);
+  const View whole = view_of(*a.weight, 0, 0);
+  const int64_t each = whole.out / a.heads, multiplied = a.heads * a.rows * whole.in;
+  const int threads = useful_threads(a.threads, a.heads * a.rows * whole.row_bytes, a.tokens * multiplied);
   parallel(threads, a.heads, [&](int64_t h) {
+    const View v = head_view(a, h);
     const uint16_t* x = a.x + h * a.head_stride;
     const int64_t row = h * each + a.first;
     float* total = static_cast<float*>(scratch(SCRATCH_TILE, a.tokens * v.in * 4 + (a.rows + v.in + 128) * 8));
@@ -243,7 +253,7 @@ inline void per_head(const HeadArgs& a) {
     Rows rows = rows_in(memory, layout, a.tokens);
     for (int64_t t = 0; t < a.tokens; t++)
       prepare_row(a.x + t * a.token_stride + h * a.head_stride, v.in, weight, layout, rows.at(t), rows.step);
-    dot_product(v, row, row + a.rows, rows, result, a.rows);
+    dot_product(head_view(a, h), row, row + a.rows, rows, result, a.rows);
     for (int64_t t = 0; t < a.tokens; t++) round_row(result + t * a.rows, a.rows, a.y + (t * a.heads + h) * a.rows);
   });
 }

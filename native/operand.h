@@ -30,6 +30,12 @@ inline void set_next(View& v, int64_t last, const View& next, int64_t first) {
     v.scale_jump = address(next.scale) + first * next.scale_cols - (address(v.scale) + last * v.scale_cols);
 }
 
+// What to fetch with a weight's byte at p, in the tile that set_next() ends.
+INLINED inline Address ahead_of(const View& v, const uint8_t* p) {
+  const Address next = address(p) + v.ahead;
+  return next < v.end ? next : next + v.jump;
+}
+
 constexpr int64_t FETCH_AHEAD = 16384;  // about a microsecond of one core's reading
 
 inline int64_t row_bytes(const Weight& weight) {
