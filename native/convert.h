@@ -47,25 +47,22 @@ inline void weight_amax(const WeightAmaxArgs& a) {
   });
 }
 
-// Sixteen weights of a row from column i on, as BF16 holds them.
-inline void load_block(const SourceWeight& w, int64_t row, int64_t i, float scale, vf (&x)[16 / W]) {
-  for (int j = 0; j < 16 / W; j++) {
-    const int64_t at = row * w.n + i + j * W;
-    x[j] = w.scale_inv ? round_bf16(from_e4m3(w.values + at) * scale)
-                       : load_bf16(reinterpret_cast<const uint16_t*>(w.values) + at);
+// Sixteen finite weights of a row from column i on, as BF16 holds them; returns the largest magnitude.
+inline float load_block(const SourceWeight& w, int64_t row, int64_t i, float scale, float* x) {
+  vf largest{};
+  for (int j = 0; j < 16; j += W) {
+    const int64_t at = row * w.n + i + j;
+    vf value;
+    if (w.scale_inv) {
+      const vu bits = (vu)(from_e4m3(w.values + at) * scale);
+      value = (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+    } else {
+      value = load_bf16(reinterpret_cast<const uint16_t*>(w.values) + at);
+    }
+    store(x + j, value);
+    largest = maximum(largest, (vf)((vi)value & 0x7fffffff));
   }
-}
-
-// The values of codes 0 .. 15.
-inline vf e2m1_values(vi code) {
-#if defined(__AVX512F__)
-  const __m512 table = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
-  return (vf)_mm512_permutexvar_ps((__m512i)code, table);
-#else
-  const vi magnitude = code & 7, small = magnitude < 2;
-  const vi bits = (((magnitude >> 1) + 126) << 23) | ((magnitude & 1) << 22), half = (magnitude & 1) * 0x3f000000;
-  return (vf)((bits & ~small) | (half & small) | ((code & 8) << 28));
-#endif
+  return maximum_lane(largest);
 }
 
 inline void pack_codes(const vi (&codes)[16 / W], uint8_t* out) {
@@ -80,21 +77,42 @@ inline void pack_codes(const vi (&codes)[16 / W], uint8_t* out) {
 #endif
 }
 
-// One block under the tensor's scale: its codes, its scale's byte; adds to the lanes' energies.
-inline void convert_block(const vf (&x)[16 / W], float scale_2, uint8_t* packed, uint8_t* byte, vf& signal, vf& noise) {
-  vf largest{};
-  for (const vf& part : x) largest = maximum(largest, (vf)((vi)part & 0x7fffffff));
-  const float amax = maximum_lane(largest);
-  float scale = amax / (6.0f * scale_2);
-  scale = amax == 0 || scale == 0 ? 1.0f : scale;
-  scale = scale < 0.001953125f ? 0.001953125f : scale > 448.0f ? 448.0f : scale;
-  *byte = to_e4m3(scale);
-  const float step = from_e4m3(*byte) * scale_2, divisor = step == 0 ? __builtin_inff() : step;
+// Of CHUNK_BLOCKS blocks at once, so that none waits for another's: their scales' bytes, and what a unit is worth.
+constexpr int CHUNK_BLOCKS = 16;
+
+inline void block_scales(const float* amax, float scale_2, uint8_t* bytes, float* step) {
+  typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
+  for (int i = 0; i < CHUNK_BLOCKS; i += W) {
+    const vf largest = load(amax + i);
+    vf scale = largest / (6.0f * scale_2);
+    const vi one = (largest == 0) | (scale == 0);
+    scale = (vf)(((vi)scale & ~one) | ((vi)splat(1.0f) & one));
+    scale = maximum(scale, splat(0.001953125f));
+    scale = -maximum(-scale, splat(-448.0f));
+    const vi bits = (vi)scale, small = scale < 0.015625f;  // E4M3's subnormals: integers times 2^-9
+    const vi integer = (vi)(scale * 512.0f + 12582912.0f) - 0x4B400000;
+    const vi normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    *reinterpret_cast<vb*>(bytes + i) = __builtin_convertvector((integer & small) | (normal & ~small), vb);
+    store(step + i, from_e4m3(bytes + i) * scale_2);
+  }
+}
+
+// One block rounded: its codes; adds to the lanes' energies. A magnitude's nearest E2M1 value comes of adding a number that
+// leaves no bits below its step (see numerics/e2m1.py, round_to_values); the sum's last bits count the steps.
+inline void round_weights(const float* x, float step, uint8_t* packed, vf& signal, vf& noise) {
+  const float divisor = step == 0 ? __builtin_inff() : step;
   vi codes[16 / W];
   for (int j = 0; j < 16 / W; j++) {
-    codes[j] = e2m1_codes(x[j] / divisor);
-    const vf error = e2m1_values(codes[j]) * step - x[j];
-    signal += x[j] * x[j];
+    const vf value = load(x + j * W), q = value / divisor;
+    const vf magnitude = -maximum(-(vf)((vi)q & 0x7fffffff), splat(-6.0f));
+    const vi one = (vi)splat(1.0f), power = (vi)magnitude & 0x7f800000, large = power > one;
+    const vi exponent = (power & large) | (one & ~large);
+    const vf big = (vf)(exponent + (0x4AC00000 - 0x3f800000));  // 1.5 * 2^22 times the power of two
+    const vf sum = magnitude + big;
+    codes[j] = ((vi)sum - (vi)big + ((exponent - one) >> 22)) | ((q < 0.0f) & 8);
+    const vf rounded = (vf)((vi)(sum - big) | ((vi)q & static_cast<int32_t>(0x80000000)));
+    const vf error = rounded * step - value;
+    signal += value * value;
     noise += error * error;
   }
   pack_codes(codes, packed);
@@ -113,11 +131,17 @@ inline void convert_row(const ConvertArgs& a, int64_t r) {
   double signal = 0, noise = 0;
   for (int64_t start = 0; start < w.n; start += 256) {
     vf lanes[2] = {};
-    for (int64_t i = start; i < start + 256 && i < w.n; i += 16) {
-      vf x[16 / W];
-      load_block(w, r, i, scales ? scales[i / w.block_cols] : 1.0f, x);
-      convert_block(x, a.scale_2, a.packed + (r * w.n + i) / 2, a.scale + (r * w.n + i) / 16, lanes[0], lanes[1]);
+    alignas(64) float values[16 * CHUNK_BLOCKS], amax[CHUNK_BLOCKS] = {}, step[CHUNK_BLOCKS];
+    uint8_t bytes[CHUNK_BLOCKS];
+    const int64_t blocks = (w.n - start < 256 ? w.n - start : 256) / 16;
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t i = start + 16 * b;
+      amax[b] = load_block(w, r, i, scales ? scales[i / w.block_cols] : 1.0f, values + 16 * b);
     }
+    block_scales(amax, a.scale_2, bytes, step);
+    uint8_t* packed = a.packed + (r * w.n + start) / 2;
+    for (int64_t b = 0; b < blocks; b++) round_weights(values + 16 * b, step[b], packed + 8 * b, lanes[0], lanes[1]);
+    __builtin_memcpy(a.scale + (r * w.n + start) / 16, bytes, static_cast<size_t>(blocks));
     signal += wide_sum(lanes[0]);
     noise += wide_sum(lanes[1]);
   }
