@@ -161,10 +161,21 @@ inline float from_e4m3(uint8_t code) {
   return code & 0x80 ? -magnitude : magnitude;
 }
 
+// W bytes as integers. (GCC 12 takes what __builtin_convertvector makes of unaligned bytes one by one.)
+inline vu widened(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const vb*>(p), vu);
+#endif
+}
+
 // W values. Subnormals by way of a normal number: arithmetic on FP32's own is slow on some processors.
 inline vf from_e4m3(const uint8_t* p) {
-  typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
-  const vu code = __builtin_convertvector(*reinterpret_cast<const vb*>(p), vu), magnitude = (code & 127) << 20;
+  const vu code = widened(p), magnitude = (code & 127) << 20;
   const vf normal = (vf)(magnitude + (120u << 23)), small = (vf)(magnitude + (121u << 23)) - 0.015625f;
   const vi is_small = (vi)magnitude < (1 << 23), nan = (vi)magnitude == (127 << 20);
   const vi bits = ((vi)small & is_small) | ((vi)normal & ~is_small) | (nan & 0x7fc00000);
