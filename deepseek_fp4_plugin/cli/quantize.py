@@ -54,12 +54,13 @@ class Bytes(click.ParamType):
 )
 @click.option(
     "--calibration",
-    default="cnn_dailymail",
+    multiple=True,
+    default=("cnn_dailymail",),
     show_default=True,
     metavar="NAME|PATH",
     help="Text the activations are measured on: cnn_dailymail or another data set of the hub "
     "(OWNER/NAME[:CONFIG[:SPLIT]]), builtin, a txt, jsonl, json, csv, tsv or parquet file, or several with commas "
-    "between; or what --save-calibration kept; or none, for recipes that look at no data.",
+    "between or the flag repeated; or what --save-calibration kept; or none, for recipes that look at no data.",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Texts to take of it.")
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each text.")
@@ -110,7 +111,7 @@ def quantize(
     arithmetic: str | None,
     layout: str,
     format: str,
-    calibration: str,
+    calibration: tuple[str, ...],
     samples: int,
     tokens: int,
     kv_cache: str,
@@ -147,7 +148,7 @@ def quantize(
             arithmetic=arithmetic,
             layout=layout,
             format=format,
-            calibration=calibration,
+            calibration=",".join(calibration),
             samples=samples,
             tokens=tokens,
             kv_cache=kv_cache,

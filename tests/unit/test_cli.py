@@ -285,6 +285,14 @@ def test_quantize_generate_inspect(capsys, model, tmp_path) -> None:
         assert run(["generate", str(result), "a", "--max-new-tokens", "4", "--nvfp4-activations", kind]) == 0
 
 
+def test_calibration_flags_are_all_used(capsys, model, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("Some text to measure activations on. " * 50)
+    (tmp_path / "b.csv").write_text("text\nOne text.\nAnother text.\n")
+    flags = ["--calibration", str(tmp_path / "a.txt"), "--calibration", str(tmp_path / "b.csv"), "--samples", "3"]
+    assert run(["quantize", model, str(tmp_path / "out"), *flags, "--tokens", "32"]) == 0
+    assert "the file a.txt (2 samples), the file b.csv (1 samples)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_demo_replaces_only_what_a_demo_made(capsys, tmp_path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
