@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(shared_address(full + stage), 1);
-            barrier_init(shared_address(empty + stage), WARPS);
+            barrier_init(shared_address(empty + stage), 32 * WARPS);
         }
         barrier_fence();
     }
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
                 wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
                 if (index == 0) {
                     __syncwarp();
-                    barrier_arrive_if(shared_address(empty + before), lane == 0 && slab > 0);
+                    barrier_arrive_if(shared_address(empty + before), slab > 0);  // each lane for itself, so that racecheck can follow
                 }
             }
             before = slot;
