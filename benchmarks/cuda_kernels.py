@@ -29,7 +29,7 @@ from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, t
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
 from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER
-from deepseek_fp4_plugin.kernels.weights import Case, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Case, PreparedRouter, PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
 ROTATED = 250_000_000  # bytes
@@ -135,6 +135,11 @@ def prepared(parts: list[WeightTensors]) -> PreparedWeight:
     return weight
 
 
+def random_router(experts: int, hidden: int) -> Tensor:
+    """FP32 numbers that are BF16, as R1's are."""
+    return (torch.randn(experts, hidden, device=DEVICE) / hidden**0.5).bfloat16().float()
+
+
 def nvfp4_bytes(out: int, width: int) -> float:
     return out * width * 9 / 16
 
@@ -223,33 +228,41 @@ def experts(bench: Bench, rows: list[int]) -> None:
 def experts_of_rank(bench: Bench, rows: list[int], name: str, count: int, inner: int) -> None:
     """A rank's `count` experts of 256, 8 a token: alone, and from normed hidden states on."""
     total, hidden, k = 256, 7168, 8
+    routing = k, 8, 4, True, 2.5
     gate_up, down = (
         prepared([random_part(inner, hidden, count) for _ in range(2)]),
         prepared([random_part(hidden, inner, count)]),
     )
-    routers = [torch.randn(total, hidden, device=DEVICE) / hidden**0.5 for _ in range(16)]
     bias, here = torch.randn(total, device=DEVICE) * 0.01, torch.arange(total, device=DEVICE)
+    routers = [ops.prepare_router(random_router(total, hidden), bias, BF16) for _ in range(16)]
     slots, shape = torch.where(here < count, here, -1), f"{name}: {count} of {total}, {inner} x {hidden}"
 
-    def routed(x: Tensor, router: Tensor) -> Tensor:
-        ids, own = ops.route(ops.plain_linear(x, router), bias, k, 8, 4, True, 2.5)
+    def routed(x: Tensor, router: PreparedRouter) -> Tensor:
+        ids, own = ops.router(x, router, *routing)
         if count < total:
-            ids = slots.index_select(0, ids.flatten()).view(ids.shape)
+            ids = ops.local_ids(ids, slots)
         return ops.experts_mlp(x, ids, own, gate_up, down)
 
     for tokens in rows:
         states = [torch.randn(tokens, hidden, device=DEVICE, dtype=BF16) for _ in range(32 if tokens <= 64 else 6)]
         choices = [slots[torch.rand(tokens, total, device=DEVICE).topk(k).indices] for _ in states]
-        active = statistics.mean(len(ids[ids >= 0].unique()) for ids in choices)
-        chosen = statistics.mean(int((ids >= 0).sum()) for ids in choices)
         weights = torch.rand(tokens, k, device=DEVICE)
-        size, flops = active * nvfp4_bytes(3 * inner, hidden), 6.0 * chosen * hidden * inner
+        size, flops = experts_work(choices, inner, hidden)
         alone = [
             partial(ops.experts_mlp, x, ids, weights, gate_up, down) for ids, x in zip(choices, states, strict=True)
         ]
         bench.add("experts", shape, tokens, size, flops, alone)
-        whole = [lambda x=x, r=r: routed(x, r) for x, r in zip(states, itertools.cycle(routers), strict=False)]
-        bench.add("experts with router", shape, tokens, size + 4 * total * hidden, flops, whole)
+        pairs = list(zip(states, itertools.cycle(routers), strict=False))
+        size, flops = experts_work([slots[ops.router(x, r, *routing)[0]] for x, r in pairs], inner, hidden)
+        whole = [lambda x=x, r=r: routed(x, r) for x, r in pairs]
+        bench.add("experts with router", shape, tokens, size + 2 * total * hidden, flops, whole)
+
+
+def experts_work(choices: list[Tensor], inner: int, hidden: int) -> tuple[float, float]:
+    """Bytes of the experts that these ids chose here, and operations of their rows: means."""
+    active = statistics.mean(len(ids[ids >= 0].unique()) for ids in choices)
+    chosen = statistics.mean(int((ids >= 0).sum()) for ids in choices)
+    return active * nvfp4_bytes(3 * inner, hidden), 6.0 * chosen * hidden * inner
 
 
 def attention(bench: Bench, rows: list[int]) -> None:
@@ -278,13 +291,14 @@ def small(bench: Bench, rows: list[int]) -> None:
         q, angle = torch.randn(count, 16, 64, device=DEVICE, dtype=BF16), torch.randn(count, 32, device=DEVICE)
         kv, norm = torch.randn(count, 576, device=DEVICE, dtype=BF16), torch.randn(512, device=DEVICE, dtype=BF16)
         logits, bias = torch.randn(count, 256, device=DEVICE), torch.randn(256, device=DEVICE)
-        router = torch.randn(256, 7168, device=DEVICE)
+        router = random_router(256, 7168)
+        routers = {backend: backend.prepare_router(router) for backend in (cuda, reference)}
         sides: list[tuple[str, float, Callable]] = [
             ("rms_norm", 4 * x.numel(), lambda b, x=x, w=weight: b.rms_norm(x, w, 1e-6)),
             ("rotary", 4 * q.numel(), lambda b, q=q, a=angle: b.rotary(q, a, a)),
             ("latent_entries", 4 * kv.numel(), lambda b, v=kv, w=norm, a=angle: b.latent_entries(v, w, 1e-6, a, a)),
             ("route", 4 * logits.numel(), lambda b, x=logits, o=bias: b.route(x, o, 8, 8, 4, True, 2.5)),
-            ("router", 4 * router.numel(), lambda b, x=x, w=router: b.plain_linear(x, w)),
+            ("router", 2 * router.numel(), lambda b, x=x, w=routers, o=bias: b.router(x, w[b], o, 8, 8, 4, True, 2.5)),
         ]
         for name, size, call in sides:
             bench.add(name, "", count, size, 0.0, [lambda f=call: f(cuda)] * 50)
@@ -312,7 +326,7 @@ def dry(rows: list[int]) -> Iterator[str]:
             each = expected_rows(tokens, 8, count)
             if each > LISTED_ROWS_HOPPER:
                 blocks = experts_wgmma.blocks_for(each)
-                assert blocks.shared * blocks.resident <= MAX_SHARED
+                assert all(blocks.of(columns).shared * blocks.resident <= MAX_SHARED for columns in blocks.columns)
                 yield f"experts of {name}, {tokens} tokens: {blocks}, {blocks.shared} bytes of shared memory"
                 continue
             fit, teams = residence(tokens, 8, count), [team_of(-(-width // 128)) for width in (7168, inner)]

@@ -98,9 +98,11 @@ def attention() -> None:
 def small() -> None:
     x, angle = values(3, 256), torch.randn(3, 16, device=DEVICE)
     ops.rms_norm(x, values(256), 1e-6)
-    for rows in (3, 600):
-        logits = ops.plain_linear(values(rows, 256), torch.randn(32, 256, device=DEVICE))
-        ops.route(logits, torch.zeros(32, device=DEVICE), 4, 8, 4, True, 1.0)
+    for weight in (torch.randn(32, 256, device=DEVICE), values(32, 256).float()):
+        router = ops.prepare_router(weight, torch.zeros(32, device=DEVICE), BF16)
+        for rows in (3, 70, 600):
+            ids, _ = ops.router(values(rows, 256), router, 4, 8, 4, True, 1.0)
+            ops.local_ids(ids, torch.arange(32, device=DEVICE))
     ops.rotary(values(3, 4, 32), angle, angle)
     for dtype in (BF16, torch.float8_e4m3fn):
         cache, slots = torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE)

@@ -11,7 +11,7 @@ from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import PreparedRouter, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
@@ -103,7 +103,7 @@ def _storages(holder: Any, found: dict[int, int] | None = None) -> dict[int, int
     if isinstance(holder, torch.Tensor):
         storage = holder.untyped_storage()
         found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(holder, torch.nn.Module | PreparedWeight | WeightTensors):
+    elif isinstance(holder, torch.nn.Module | PreparedWeight | PreparedRouter | WeightTensors):
         _storages(vars(holder), found)
     elif isinstance(holder, dict):
         _storages(list(holder.values()), found)

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference, select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
-from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedRouter, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
 __all__ = [
@@ -35,9 +35,11 @@ __all__ = [
     "norm_linear",
     "plain_linear",
     "prepare",
+    "prepare_router",
     "rms_norm",
     "rotary",
     "route",
+    "router",
     "step_inputs",
     "store_entries",
     "store_latents",
@@ -169,6 +171,22 @@ def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> t
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent pairs.  x: [T, heads, d].  cos, sin: FP32 [T, d / 2].  Returns [T, heads, d] in x's dtype."""
     return select.kernels(x.device, x.dtype).rotary(x, cos, sin)
+
+
+def prepare_router(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PreparedRouter:
+    """Give a router the layout of the backend that will choose by it.
+
+    weight: FP32 [experts, hidden].  bias: FP32 [experts], for the choice only.  dtype: of the activations.
+    """
+    backend = select.kernels(weight.device, dtype)
+    return PreparedRouter(backend, backend.prepare_router(weight), bias)
+
+
+def router(
+    x: Tensor, weight: PreparedRouter, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Choose k experts of each token: `route` of x [T, hidden] by the router's weight, products and sums in FP32."""
+    return weight.backend.router(x, weight.data, weight.bias, k, n_group, topk_group, normalize, scaling)
 
 
 def route(

@@ -58,6 +58,18 @@ class PreparedWeight:
     data: Any
 
 
+@dataclass(frozen=True)
+class PreparedRouter:
+    """A router in the layout of the backend that will choose by it; `data` is that backend's own.
+
+    bias: FP32 [experts], for the choice only.
+    """
+
+    backend: "Backend"
+    data: Any
+    bias: Tensor
+
+
 class Case(NamedTuple):
     """What a backend may be asked to serve: a weight, or with `format` None tensors of `dtype`; None is any dtype."""
 
@@ -133,6 +145,21 @@ class Backend(Protocol):
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor: ...
 
     def local_ids(self, ids: Tensor, slots: Tensor, /) -> Tensor: ...
+
+    def prepare_router(self, weight: Tensor, /) -> Any: ...
+
+    def router(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor,
+        k: int,
+        n_group: int,
+        topk_group: int,
+        normalize: bool,
+        scaling: float,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def route(
         self,

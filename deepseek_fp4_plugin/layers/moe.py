@@ -1,12 +1,14 @@
 """Mixture of experts: FP32 router, routed experts, shared expert."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.recording import beside, cut
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.kernels.weights import PreparedRouter, PreparedWeight
 from deepseek_fp4_plugin.layers.exchange import all_gather, reduce_scatter
 from deepseek_fp4_plugin.layers.mlp import GatedMLP
 from deepseek_fp4_plugin.layers.weight_source import IN, OUT, Cut, WeightSource
@@ -18,25 +20,24 @@ _BESIDE = 16  # tokens up to which neither the routed experts nor the shared one
 class Router(nn.Module):
     """Scores experts in FP32 and picks each token's top k (see `ops.route`)."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: PreparedRouter
 
     def __init__(self, name: str, config):
         super().__init__()
         self.name, self.config = name, config
 
-    def load(self, source: WeightSource) -> None:
+    def load(self, source: WeightSource, changed: Callable[[str, Tensor], Tensor] = lambda _, weight: weight) -> None:
+        """changed(name, weight): what the source's weight is to be."""
         experts, hidden = self.config.n_routed_experts, self.config.hidden_size
-        self.weight = source.tensor(f"{self.name}.weight", (experts, hidden), torch.float32)
-        self.bias = source.tensor(f"{self.name}.e_score_correction_bias", (experts,), torch.float32)
+        weight = source.tensor(f"{self.name}.weight", (experts, hidden), torch.float32)
+        bias = source.tensor(f"{self.name}.e_score_correction_bias", (experts,), torch.float32)
+        self.weight = ops.prepare_router(changed(self.name, weight), bias, source.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden] to expert ids int64 [T, k] and weights FP32 [T, k]."""
         c = self.config
-        logits = ops.plain_linear(x, self.weight)
-        return ops.route(
-            logits, self.bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor
-        )
+        groups = c.n_group, c.topk_group
+        return ops.router(x, self.weight, c.num_experts_per_tok, *groups, c.norm_topk_prob, c.routed_scaling_factor)
 
 
 class RoutedExperts(nn.Module):

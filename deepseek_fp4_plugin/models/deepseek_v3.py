@@ -99,7 +99,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         counts: dict[int, Tensor] = {}
         for part in self.modules():
             if isinstance(part, MoE):
-                device = part.gate.weight.device
+                device = part.gate.weight.bias.device
                 part.load_count = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=device)
                 counts[part.layer] = part.load_count
         return counts

@@ -65,8 +65,10 @@ def _held(config: DeepseekV3Config, format_of: FormatOf, mesh: Mesh, kernels: Ke
     for weight in weights(config):
         mtp = weight.layer is not None and weight.layer >= config.num_hidden_layers
         if weight.role is Role.ROUTER:
-            yield weight.role, 4 * prod(weight.shape)
-            if weight.name.endswith(".weight"):
+            matrix = weight.name.endswith(".weight")
+            # CUDA kernels keep what the checkpoint has in BF16, and a counter.
+            yield weight.role, 2 * prod(weight.shape) + 4 if matrix and kernels == "cuda" else 4 * prod(weight.shape)
+            if matrix:
                 yield OTHER, 8 * config.n_routed_experts  # where each expert is
         elif weight.role in (Role.EMBEDDING, Role.HEAD):
             if not mtp:  # the main model's are used for both

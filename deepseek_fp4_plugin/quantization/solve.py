@@ -147,8 +147,7 @@ class LayerSolver:
         norm = streamed.layer.post_attention_layernorm.name
         self._smoothing = Smoothing({norm: streamed.channels.exponents()})
         if streamed.moe:
-            gate = streamed.moe.gate
-            gate.weight = self._smoothing.applied(gate.name, gate.weight)
+            streamed.moe.gate.load(streamed.source, self._smoothing.applied)
         result = self._rows(inputs.count, inputs.width)
         for start in range(0, inputs.count, ROWS):
             result.append(self._smoothing.divided(norm, inputs.read(start, start + ROWS)))

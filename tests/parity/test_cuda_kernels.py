@@ -4,6 +4,8 @@ Tolerances as in test_cpu_kernels.py: products are exact and sums FP32 on both s
 of the largest where a rounding tips; two are allowed, and twice as many where hidden values are rounded in between.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda import attention, dense, experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
+from deepseek_fp4_plugin.kernels.cuda.routing import scores
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
 from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
@@ -386,12 +389,25 @@ def test_store_entries(dtype):
     ("experts", "k", "n_group", "topk_group"), [(256, 8, 8, 4), (32, 4, 8, 4), (16, 4, 1, 1), (500, 7, 5, 2)]
 )
 def test_router(experts, k, n_group, topk_group):
-    for tokens, hidden in ((0, 64), (1, 7168), (5, 256), (16, 9000), (70, 64), (700, 7168)):
+    for tokens, hidden in ((0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (70, 64), (513, 72), (700, 7168)):
         x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
-        logits = ops.plain_linear(x, weight)
-        assert error(logits, reference.plain_linear(x, weight)) <= 1e-4
+        bias = torch.randn(experts, device=DEVICE) * 0.1
+        for parts, values in ((3, weight), (1, weight.bfloat16().float())):
+            values = values / 2 ** round(math.log2(hidden) / 2)
+            ours = ops.prepare_router(values, bias, BF16)
+            assert ours.backend is cuda and ours.data.parts.shape[0] == parts
+            logits = reference.plain_linear(x, values)
+            assert error(scores(x, ours.data), logits) <= 1e-5
+            for _ in range(2):  # blocks count themselves again
+                ids, weights = ops.router(x, ours, k, n_group, topk_group, True, 2.5)
+                expected_ids, expected = reference.route(logits, bias, k, n_group, topk_group, True, 2.5)
+                # Of near ties either one.
+                biased = logits.sigmoid() + bias
+                chosen, best = (biased.gather(1, own).sort(-1).values for own in (ids, expected_ids))
+                assert all(len(set(row)) == k for row in ids.tolist())
+                assert error(chosen, best) <= 1e-5
+                assert error(weights.sort(-1).values, expected.sort(-1).values) <= 1e-5
         slots = torch.randint(-1, 99, (experts,), device=DEVICE)
-        logits, bias = logits / hidden**0.5, torch.randn(experts, device=DEVICE) * 0.1
         for normalize in (True, False):
             ids, weights = ops.route(logits, bias, k, n_group, topk_group, normalize, 2.5)
             expected_ids, expected = reference.route(logits, bias, k, n_group, topk_group, normalize, 2.5)

@@ -10,6 +10,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.cuda import compiler, dense, launcher, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda.routing import prepare_router
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
@@ -88,6 +89,14 @@ def test_what_tiles_cannot_hold():
         pack([WeightTensors(WeightFormat.NVFP4, part.weight, part.scale[:, :1], part.scale_2)])
 
 
+def test_a_router_s_weight_is_the_sum_of_the_fewest_parts():
+    weight = torch.randn(12, 40)
+    for values, count in ((weight, 3), (weight.bfloat16().float(), 1), (torch.zeros(12, 40), 1)):
+        parts = prepare_router(values).parts
+        assert parts.shape == (count, 12, 40) and parts.dtype is torch.bfloat16
+        assert torch.equal(parts.double().sum(0), values.double())
+
+
 VARIANTS = [
     ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 1, "GATED": 0, "EXPERTS": 0}),
     ("nvfp4_linear.cu", {"ROWS8": 8, "GROUPS": 2, "GATED": 0, "EXPERTS": 0}),
@@ -101,12 +110,20 @@ VARIANTS = [
         {"ROWS8": 1, "GROUPS": 1, "WARPS": 16, "STAGES": 4, "DEPTH": 2, "MIN_BLOCKS": 2, "GATED": 1},
     ),
     ("nvfp4_experts_down.cu", {"GROUPS": 2}),
+    ("router.cu", {"SLOTS": 8}),
+    ("router.cu", {"SLOTS": 1}),
     ("combine.cu", {}),
     ("experts_work.cu", {}),
     ("nvfp4_experts.cu", {"ROWS8": 2, "GROUPS": 2, "GATED": 1, "HELD": 0, "STAGES": 4, "BLOCKS": 2, "EARLY": 0}),
     ("nvfp4_experts.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 0, "HELD": 8, "STAGES": 2, "BLOCKS": 3, "EARLY": 1}),
-    ("nvfp4_experts_wgmma.cu", {"ROWS": 128, "FIRST": 64, "STEP": 32, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
-    ("nvfp4_experts_wgmma.cu", {"ROWS": 16, "FIRST": 16, "STEP": 16, "STAGES": 4, "MIN_BLOCKS": 2, "GATED": 1}),
+    (
+        "nvfp4_experts_wgmma.cu",
+        {"ROWS": 128, "FIRST": 64, "STEP": 32, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0, "ONLY": 0},
+    ),
+    (
+        "nvfp4_experts_wgmma.cu",
+        {"ROWS": 160, "FIRST": 128, "STEP": 16, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 1, "ONLY": 144},
+    ),
     ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0}),
     ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1}),
     ("small.cu", {}),

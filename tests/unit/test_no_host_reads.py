@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deepseek_fp4_plugin.engine.recorded_steps import Kind
 from deepseek_fp4_plugin.engine.step_plan import Sampling, StepPlan, StepResult
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.kernels import decoded
+from deepseek_fp4_plugin.kernels.weights import PreparedRouter, PreparedWeight
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.engine_core import make_engine, make_request
 
@@ -25,12 +26,14 @@ def moved(value: Any) -> Any:
         return value.to(META)
     if isinstance(value, PreparedWeight):
         return dataclasses.replace(value, data=moved(value.data), input_scale=moved(value.input_scale))
+    if isinstance(value, PreparedRouter):
+        return PreparedRouter(decoded, moved(value.data), moved(value.bias))
     if isinstance(value, tuple):
         parts = [moved(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, nn.Module):
         for name, part in list(vars(value).items()):
-            if isinstance(part, Tensor | PreparedWeight):
+            if isinstance(part, Tensor | PreparedWeight | PreparedRouter):
                 vars(value)[name] = moved(part)
         for child in value.children():
             moved(child)

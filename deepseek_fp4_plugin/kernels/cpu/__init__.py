@@ -26,10 +26,10 @@ from deepseek_fp4_plugin.kernels.cpu.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.cpu.quantize import quantize_activation
 from deepseek_fp4_plugin.kernels.cpu.recording import Recorder
 from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
-from deepseek_fp4_plugin.kernels.cpu.routing import route
+from deepseek_fp4_plugin.kernels.cpu.routing import route, router
 from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
-from deepseek_fp4_plugin.kernels.reference.routing import local_ids
+from deepseek_fp4_plugin.kernels.reference.routing import local_ids, prepare_router
 
 __all__ = [
     "NOT_BUILT",
@@ -56,11 +56,13 @@ __all__ = [
     "paths",
     "plain_linear",
     "prepare",
+    "prepare_router",
     "quantize_activation",
     "refuses",
     "rms_norm",
     "rotary",
     "route",
+    "router",
     "step_inputs",
     "store_entries",
     "store_latents",

@@ -5,6 +5,14 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cpu.addresses import dense
 from deepseek_fp4_plugin.kernels.cpu.extension import native
+from deepseek_fp4_plugin.kernels.cpu.linear import plain_linear
+
+
+def router(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/routing.py."""
+    return route(plain_linear(x, weight), bias, k, n_group, topk_group, normalize, scaling)
 
 
 def route(

@@ -18,13 +18,14 @@ from deepseek_fp4_plugin.kernels.cuda.linear import linear, norm_linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm, store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import cos_sin, rotary
-from deepseek_fp4_plugin.kernels.cuda.routing import local_ids, plain_linear, route
+from deepseek_fp4_plugin.kernels.cuda.routing import local_ids, prepare_router, route, router
 from deepseek_fp4_plugin.kernels.cuda.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
 from deepseek_fp4_plugin.kernels.reference import (
     concat,
     convert_weight,
     embedding,
+    plain_linear,
     weight_amax,
 )
 
@@ -50,10 +51,12 @@ __all__ = [
     "norm_linear",
     "plain_linear",
     "prepare",
+    "prepare_router",
     "refuses",
     "rms_norm",
     "rotary",
     "route",
+    "router",
     "step_inputs",
     "store_entries",
     "store_latents",

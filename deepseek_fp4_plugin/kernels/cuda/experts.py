@@ -12,6 +12,7 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _GROUPS, _WARPS = 2, 8  # groups of outputs of an item, warps of a block
+_ONE_BLOCK, _CLUSTER = 4096, 8  # choices that one block sorts at most, blocks that sort more
 _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
 
@@ -23,14 +24,41 @@ def listed(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, dow
     choices, experts = ids.numel(), gate_up.data.data.shape[0]
     order = torch.empty(choices, dtype=torch.int32, device=x.device)
     work = torch.empty(4 + 2 * experts, dtype=torch.int32, device=x.device)
-    kernel("experts_work.cu", "experts_work", "4P3i", (), x.device.index)(
-        (1, 1, 1), 512, 0, ids.data_ptr(), order.data_ptr(), work.data_ptr(), 0, choices, experts, 0
-    )
+    sort_choices(ids, order, work, experts)
     h = torch.empty(choices, gate_up.data.half, dtype=torch.bfloat16, device=x.device)
     _products(rounded_input(x, gate_up), gate_up.data, h, order, work, ids.shape, ids.shape[1], gated=True)
     outputs = torch.empty(choices, down.out_features, dtype=torch.bfloat16, device=x.device)
     _products(rounded_input(h, down), down.data, outputs, order, work, ids.shape, 1, gated=False, early=True)
     return combine(outputs, ids, weights)
+
+
+def sort_choices(
+    ids: Tensor,
+    order: Tensor,
+    work: Tensor,
+    experts: int,
+    blocks: Tensor | None = None,
+    rows: int = 0,
+    first: int = 0,
+    step: int = 1,
+) -> None:
+    """Fills `order`, `work` and `blocks`, sorted by size: see source/experts_work.cu.  rows: of a block, at most."""
+    cluster = _CLUSTER if ids.numel() > _ONE_BLOCK else 1
+    kernel("experts_work.cu", "experts_work", "4P5i", (), ids.device.index)(
+        (cluster, 1, 1),
+        512,
+        0,
+        ids.data_ptr(),
+        order.data_ptr(),
+        work.data_ptr(),
+        0 if blocks is None else blocks.data_ptr(),
+        ids.numel(),
+        experts,
+        rows,
+        first,
+        step,
+        cluster=cluster,
+    )
 
 
 def _products(

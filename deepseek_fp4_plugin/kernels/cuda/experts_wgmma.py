@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels.cuda.experts import combine, multiprocessors
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.experts import combine, multiprocessors, sort_choices
+from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel
 from deepseek_fp4_plugin.kernels.cuda.linear import rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
@@ -19,18 +19,32 @@ _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
 class Blocks(NamedTuple):
     """rows: of a block, at most.  first, first + step, ... rows: columns of the matrix unit that there is code for.
-    stages: slabs in the ring.  resident: blocks that a multiprocessor holds."""
+    stages: slabs in the ring.  resident: blocks that a multiprocessor holds.  launches: one for each number of columns.
+    """
 
     rows: int
     first: int
     step: int
     stages: int
     resident: int
+    launches: bool = False
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory: the ring, and what aligns it."""
         return 1024 + self.stages * (256 * self.rows + _GROUPS * SLAB_BYTES)
+
+    @property
+    def columns(self) -> list[int]:
+        """Of each launch; 0: all that there is code for."""
+        return list(range(self.first, self.rows + 1, self.step)) if self.launches else [0]
+
+    def of(self, columns: int) -> "Blocks":
+        """Of the launch for so many columns: with as many slabs as there is room for."""
+        if not columns:
+            return self
+        slab = Blocks(columns, columns, columns, 1, 1).shared - 1024
+        return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab))
 
 
 # The fastest for experts of so many rows at most, as measured on an H100; the last for all that have more.
@@ -39,7 +53,7 @@ MEASURED = {
     24: Blocks(32, 32, 32, 4, 2),
     40: Blocks(48, 48, 48, 3, 2),
     96: Blocks(128, 64, 32, 4, 1),
-    128: Blocks(160, 160, 32, 3, 1),
+    128: Blocks(160, 128, 16, 4, 1, True),
 }
 
 
@@ -71,18 +85,8 @@ def _by_blocks(
     order = torch.empty(choices, dtype=torch.int32, device=device)
     work = torch.empty(4 + 2 * experts, dtype=torch.int32, device=device)
     blocks = torch.empty(4 + 4 * most, dtype=torch.int32, device=device)
-    kernel("experts_work.cu", "experts_work", "4P3i", (), device.index)(
-        (1, 1, 1),
-        512,
-        0,
-        ids.data_ptr(),
-        order.data_ptr(),
-        work.data_ptr(),
-        blocks.data_ptr(),
-        choices,
-        experts,
-        cut.rows,
-    )
+    sizes = (cut.first, cut.step) if cut.launches else (cut.rows, 1)
+    sort_choices(ids, order, work, experts, blocks, cut.rows, *sizes)
     arranged = _arranged(rounded_input(x, gate_up), tiles.slabs, order, blocks, most, ids.shape[1], cut)
     h = torch.empty(most * down.data.slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=device)
     _product(arranged, tiles, h, order, blocks, 0, cut)
@@ -95,8 +99,8 @@ def _by_blocks(
 def _arranged(x: Tensor, slabs: int, order: Tensor, blocks: Tensor, most: int, k: int, cut: Blocks) -> Tensor:
     """The blocks' rows of x, as the product's kernel reads them."""
     arranged = torch.empty(most * slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=x.device)
-    kernel("nvfp4_experts_wgmma.cu", "arrange_rows", "4P4i", _defines(cut, True), x.device.index)(
-        (slabs, most, 1),
+    kernel("nvfp4_experts_wgmma.cu", "arrange_rows", "4P4i", _defines(cut, True, cut.columns[0]), x.device.index)(
+        (3 * multiprocessors(x.device.index), 1, 1),
         512,
         0,
         x.data_ptr(),
@@ -113,28 +117,32 @@ def _arranged(x: Tensor, slabs: int, order: Tensor, blocks: Tensor, most: int, k
 
 def _product(x: Tensor, tiles: Tiles, y: Tensor, order: Tensor, blocks: Tensor, out: int, cut: Blocks) -> None:
     """Each block's rows by its expert's tiles; out: outputs of a row, 0 where hidden values are what is stored."""
-    kernel("nvfp4_experts_wgmma.cu", "nvfp4_experts_wgmma", "6P3i", _defines(cut, not out), x.device.index)(
-        (multiprocessors(x.device.index) * cut.resident, 1, 1),
-        32 * _WARPS,
-        cut.shared,
-        tiles.data.data_ptr(),
-        tiles.row_scale.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        order.data_ptr(),
-        blocks.data_ptr(),
-        tiles.groups,
-        tiles.slabs,
-        out,
-    )
+    for columns in cut.columns:
+        kernel(
+            "nvfp4_experts_wgmma.cu", "nvfp4_experts_wgmma", "6P3i", _defines(cut, not out, columns), x.device.index
+        )(
+            (multiprocessors(x.device.index) * cut.resident, 1, 1),
+            32 * _WARPS,
+            cut.of(columns).shared,
+            tiles.data.data_ptr(),
+            tiles.row_scale.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            order.data_ptr(),
+            blocks.data_ptr(),
+            tiles.groups,
+            tiles.slabs,
+            out,
+        )
 
 
-def _defines(cut: Blocks, gated: bool) -> tuple[tuple[str, int], ...]:
+def _defines(cut: Blocks, gated: bool, columns: int) -> tuple[tuple[str, int], ...]:
     return (
         ("ROWS", cut.rows),
         ("FIRST", cut.first),
         ("STEP", cut.step),
-        ("STAGES", cut.stages),
+        ("STAGES", cut.of(columns).stages),
         ("MIN_BLOCKS", cut.resident),
         ("GATED", int(gated)),
+        ("ONLY", columns),
     )

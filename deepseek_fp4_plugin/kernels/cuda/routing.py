@@ -1,4 +1,6 @@
-"""The router: its FP32 product for few tokens, and group-limited top-k in one launch."""
+"""The router: FP32 scores and group-limited top-k; of a few tokens in one launch."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,46 +8,97 @@ from torch import Tensor
 from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 
-_FEW_ROWS = 16
-_MANY_ROWS = 512  # from here BF16 products of the weights' three parts are ahead of FP32 ones
-_MAX_EXPERTS, _MAX_GROUPS = 512, 32
+_FEW_ROWS = 4  # of which one launch makes the scores and chooses
+_CHOOSERS = 4  # tokens of a block that chooses
+_MAX_EXPERTS, _MAX_GROUPS, _MAX_K = 512, 32, 32
 
 
-def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See kernels/reference/linear.py. A few BF16 rows by FP32 weights here, the rest by the library: many of them by
-    the three BF16 numbers that each weight is the sum of, with exact products and FP32 sums.
-    """
-    fp32 = x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and weight.is_contiguous()
-    if fp32 and x.shape[0] >= _MANY_ROWS:
-        products = torch.mm(x, _three_parts(weight).T, out_dtype=torch.float32)
-        return products.unflatten(1, (3, -1)).sum(1)
-    aligned = x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0 and weight.data_ptr() % 16 == 0
-    if not (fp32 and aligned and 0 < x.shape[0] <= _FEW_ROWS and weight.shape[1] % 4 == 0):
-        return reference.plain_linear(x, weight)
-    together(x, weight)
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    kernel("small.cu", "router", "3P4i", (), x.device.index)(
-        (weight.shape[0], 1, 1),
+class RouterWeight(NamedTuple):
+    """parts: BF16 [n, experts, hidden], whose sum the weight is; one where it is BF16 in the checkpoint, as R1's is.
+    arrived: int32 [1], what blocks of one launch count by."""
+
+    parts: Tensor
+    arrived: Tensor
+
+
+def prepare_router(weight: Tensor) -> RouterWeight:
+    """FP32 [experts, hidden] as the fewest BF16 numbers whose sum it is: 24 bits are at most three times 8."""
+    parts: list[Tensor] = []
+    rest = weight.float()
+    while not parts or (len(parts) < 3 and bool(rest.any())):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return RouterWeight(torch.stack(parts[::-1]), torch.zeros(1, dtype=torch.int32, device=weight.device))
+
+
+def router(
+    x: Tensor,
+    weight: RouterWeight,
+    bias: Tensor,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/routing.py. Products are exact and summed in FP32."""
+    tokens, experts = x.shape[0], weight.parts.shape[1]
+    if not (0 < tokens <= _FEW_ROWS and _aligned(x) and _chooses(experts, k, n_group)):
+        return route(scores(x, weight), bias, k, n_group, topk_group, normalize, scaling)
+    together(x, weight.parts, bias)
+    bias, (ids, weights) = bias.contiguous(), _chosen(x, k)
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    n, _, width = weight.parts.shape
+    kernel("router.cu", "router", "4P5i3P4if", _slots(experts), x.device.index)(
+        (experts, 1, 1),
         256,
         0,
         x.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        weight.shape[1],
-        weight.shape[0],
+        weight.parts.data_ptr(),
+        logits.data_ptr(),
+        weight.arrived.data_ptr(),
+        width,
         x.stride(0),
+        n,
+        tokens,
+        experts,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        bias.data_ptr(),
+        k,
+        n_group,
+        topk_group,
+        int(normalize),
+        scaling,
     )
-    return y
+    return ids, weights
 
 
-def _three_parts(weight: Tensor) -> Tensor:
-    """FP32 [out, in] to BF16 [3 * out, in], smallest first, whose sum it is: 24 bits are three times 8."""
-    parts = [weight.bfloat16()]
-    for _ in range(2):
-        weight = weight - parts[-1]
-        parts.append(weight.bfloat16())
-    return torch.cat(parts[::-1])
+def scores(x: Tensor, weight: RouterWeight) -> Tensor:
+    """x: BF16 [tokens, hidden].  Returns FP32 [tokens, experts]: the library's products, exact and summed in FP32."""
+    n, experts, _ = weight.parts.shape
+    if not x.shape[0]:
+        return torch.empty(0, experts, dtype=torch.float32, device=x.device)
+    products = torch.mm(x, weight.parts.flatten(0, 1).T, out_dtype=torch.float32)
+    return products if n == 1 else products.unflatten(1, (n, experts)).sum(1)
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.shape[1] % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _chooses(experts: int, k: int, n_group: int) -> bool:
+    return experts <= _MAX_EXPERTS and n_group <= _MAX_GROUPS and k <= _MAX_K
+
+
+def _chosen(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Room for each token's ids and weights."""
+    ids = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
+    return ids, torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
+
+
+def _slots(experts: int) -> tuple[tuple[str, int], ...]:
+    return (("SLOTS", next(slots for slots in (1, 2, 4, 8, 16) if experts <= 32 * slots or slots == 16)),)
 
 
 def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
@@ -53,7 +106,7 @@ def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
     together(ids, slots)
     ids, slots = ids.contiguous(), slots.contiguous()
     places = torch.empty_like(ids)
-    kernel("small.cu", "local_ids", "3Pi", (), ids.device.index)(
+    kernel("router.cu", "local_ids", "3Pi", _slots(slots.numel()), ids.device.index)(
         (-(-ids.numel() // 256), 1, 1), 256, 0, ids.data_ptr(), slots.data_ptr(), places.data_ptr(), ids.numel()
     )
     return places
@@ -64,15 +117,14 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """See kernels/reference/routing.py. Of equal scores the first."""
     tokens, experts = logits.shape
-    if experts > _MAX_EXPERTS or n_group > _MAX_GROUPS or k > 32 or logits.dtype is not torch.float32:
+    if not _chooses(experts, k, n_group) or logits.dtype is not torch.float32:
         return reference.route(logits, bias, k, n_group, topk_group, normalize, scaling)
     together(logits, bias)
     logits, bias = logits.contiguous(), bias.contiguous()
-    ids = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
-    kernel("small.cu", "route", "4P6if", (), logits.device.index)(
-        (tokens, 1, 1),
-        -(-experts // 32) * 32,
+    ids, weights = _chosen(logits, k)
+    kernel("router.cu", "route", "4P6if", _slots(experts), logits.device.index)(
+        (-(-tokens // _CHOOSERS), 1, 1),
+        32 * _CHOOSERS,
         0,
         logits.data_ptr(),
         bias.data_ptr(),

@@ -18,7 +18,7 @@ from deepseek_fp4_plugin.kernels.reference.linear import decoded, linear, norm_l
 from deepseek_fp4_plugin.kernels.reference.moe import add_expert, by_expert, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
-from deepseek_fp4_plugin.kernels.reference.routing import local_ids, route
+from deepseek_fp4_plugin.kernels.reference.routing import local_ids, prepare_router, route, router
 from deepseek_fp4_plugin.kernels.reference.step import step_inputs
 
 __all__ = [
@@ -44,9 +44,11 @@ __all__ = [
     "norm_linear",
     "plain_linear",
     "prepare",
+    "prepare_router",
     "rms_norm",
     "rotary",
     "route",
+    "router",
     "step_inputs",
     "store_entries",
     "store_latents",

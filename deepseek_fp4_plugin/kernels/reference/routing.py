@@ -3,6 +3,20 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.reference.linear import plain_linear
+
+
+def prepare_router(weight: Tensor) -> Tensor:
+    """As it is: FP32 [experts, hidden]."""
+    return weight
+
+
+def router(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """x: [T, hidden].  weight: FP32 [experts, hidden].  Returns `route` of their product, in FP32."""
+    return route(plain_linear(x, weight), bias, k, n_group, topk_group, normalize, scaling)
+
 
 def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
     """slots[ids], int64 [T, k]: where this rank holds each chosen expert, below 0 where it does not."""

@@ -59,20 +59,37 @@ struct Parameters {
     int width, k;            // width a multiple of 8
 };
 
+constexpr int AT_ONCE = 4;
+
 extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ Parameters p) {
     int column = ((int)blockIdx.x * 128 + (int)threadIdx.x) * 8, first = (int)blockIdx.y * p.k;
     let_next_kernel_begin();
     wait_for_kernels_before();
-    if (column >= p.width) return;
+    int lane = threadIdx.x & 31;
     float sums[8] = {};
-    for (int i = first; i < first + p.k; i++) {
-        if (p.ids[i] < 0) continue;
-        Quad q = load_quad(p.outputs + (u64)(p.places ? p.places[i] : i) * p.width + column);
-        u32 words[4] = {q.x, q.y, q.z, q.w};
-        float weight = p.weights[i];
+    for (int begin = 0; begin < p.k; begin += 32) {  // a lane a choice
+        bool own = begin + lane < p.k && p.ids[first + begin + lane] >= 0;
+        int place = first + begin + lane;
+        float weight = own ? p.weights[place] : 0.0f;
+        if (own && p.places) place = p.places[place];
+        for (u32 left = __ballot_sync(~0u, own); left;) {
+            Quad rows[AT_ONCE] = {};
+            float factors[AT_ONCE];
 #pragma unroll
-        for (int n = 0; n < 8; n++) sums[n] += from_bf16((u16)(words[n / 2] >> (n % 2 * 16))) * weight;
+            for (int i = 0; i < AT_ONCE; i++) {  // rows that are asked for together
+                int choice = left ? __ffs(left) - 1 : 0, row = __shfl_sync(~0u, place, choice);
+                factors[i] = __shfl_sync(~0u, weight, choice);
+                load_quad_if(rows[i], p.outputs + (u64)row * p.width + column, left && column < p.width);
+                if (!left) factors[i] = 0.0f;
+                left &= left - 1;
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                u32 words[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
+#pragma unroll
+                for (int n = 0; n < 8; n++) sums[n] += from_bf16((u16)(words[n / 2] >> (n % 2 * 16))) * factors[i];
+            }
+        }
     }
-    *(Quad*)(p.y + (u64)blockIdx.y * p.width + column) =
-        Quad{pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]), pack_bf16(sums[4], sums[5]), pack_bf16(sums[6], sums[7])};
+    if (column < p.width) *(Quad*)(p.y + (u64)blockIdx.y * p.width + column) = rounded(sums);
 }

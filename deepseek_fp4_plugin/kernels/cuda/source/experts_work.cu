@@ -1,11 +1,12 @@
-// Whose turn it is: choices ordered by expert, and a list of the experts that were chosen. One block.
+// Whose turn it is: choices ordered by expert, and a list of the experts that were chosen. One cluster of blocks.
 //
 // work: [0] experts chosen, [1] choices that are here; then for each such expert its number and the place of its first
 // choice in `order`, and behind the last the place where it ends. Choices of an expert come in any order: each is a
 // column of its own in the products, whatever the others are.
 //
 // blocks, where wanted: the same cut into blocks of at most `rows` choices of one expert, those of an expert of nearly
-// one size. [0] how many; from [4] on for each its expert, its first place, how many, and nothing.
+// one size; first those of at most `first` choices, then of `step` more, and so on. [0 .. 3] where those of each size end;
+// from [4] on for each its expert, its first place, how many, and nothing.
 #include "device.cuh"
 
 struct Parameters {
@@ -13,10 +14,11 @@ struct Parameters {
     int* order;            // [choices]
     int* work;             // [2 + 2 * (experts + 1)]
     int* blocks;           // or null
-    int choices, experts, rows;
+    int choices, experts, rows, first, step;
 };
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;  // an expert a thread
+constexpr int SIZES = 4;                            // of blocks
 constexpr int AT_ONCE = 8;                          // choices that a thread asks for together
 
 // The sum over the threads before this one, and over all.
@@ -39,38 +41,52 @@ __device__ inline int sum_before(int value, int (&sums)[WARPS], int& all) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_constant__ Parameters p) {
-    __shared__ int counts[THREADS], sums[3][WARPS];
-    int thread = threadIdx.x;
+    __shared__ int counts[THREADS], next[THREADS], sums[2 + SIZES][WARPS];  // next: place of an expert's next choice
+    int thread = threadIdx.x, cluster = (int)cluster_size(), rank = (int)cluster_rank();
     counts[thread] = 0;
     let_next_kernel_begin();
     wait_for_kernels_before();
     __syncthreads();
     auto for_choices = [&](auto work) {
-        for (int first = thread; first < p.choices; first += AT_ONCE * THREADS) {
+        int step = cluster * THREADS;
+        for (int first = rank * THREADS + thread; first < p.choices; first += AT_ONCE * step) {
             long long ids[AT_ONCE];
 #pragma unroll
-            for (int n = 0; n < AT_ONCE; n++) ids[n] = first + n * THREADS < p.choices ? p.ids[first + n * THREADS] : -1;
+            for (int n = 0; n < AT_ONCE; n++) ids[n] = first + n * step < p.choices ? p.ids[first + n * step] : -1;
 #pragma unroll
             for (int n = 0; n < AT_ONCE; n++)
-                if (ids[n] >= 0) work(first + n * THREADS, (int)ids[n]);
+                if (ids[n] >= 0) work(first + n * step, (int)ids[n]);
         }
     };
     for_choices([&](int, int expert) { atomicAdd(counts + expert, 1); });
-    __syncthreads();
-    int own = counts[thread], all_rows, all_used, all_parts;
-    int place = sum_before(own, sums[0], all_rows), slot = sum_before(own > 0, sums[1], all_used);
-    counts[thread] = place;  // of its next choice
-    if (own) p.work[2 + 2 * slot] = thread, p.work[3 + 2 * slot] = place;
-    if (thread == 0) p.work[0] = all_used, p.work[1] = all_rows, p.work[3 + 2 * all_used] = all_rows;
-    if (p.blocks) {
-        int parts = (own + p.rows - 1) / p.rows, part = sum_before(parts, sums[2], all_parts);
-        int each = parts ? (own + parts - 1) / parts : 0;
-        for (int n = 0; n < parts; n++) {
-            int first = n * each, count = own - first < each ? own - first : each;
-            *(Quad*)(p.blocks + 4 + 4 * (part + n)) = Quad{(u32)thread, (u32)(place + first), (u32)count, 0};
-        }
-        if (thread == 0) p.blocks[0] = all_parts;
+    cluster_barrier();
+    int own = 0, before = 0, all_rows, all_used;
+    for (int r = 0; r < cluster; r++) {
+        int theirs = __float_as_int(cluster_float(shared_address(counts + thread), r));
+        own += theirs;
+        if (r < rank) before += theirs;
     }
-    __syncthreads();
-    for_choices([&](int choice, int expert) { p.order[atomicAdd(counts + expert, 1)] = choice; });
+    int place = sum_before(own, sums[0], all_rows), slot = sum_before(own > 0, sums[1], all_used);
+    next[thread] = place + before;
+    if (rank == 0) {
+        if (own) p.work[2 + 2 * slot] = thread, p.work[3 + 2 * slot] = place;
+        if (thread == 0) p.work[0] = all_used, p.work[1] = all_rows, p.work[3 + 2 * all_used] = all_rows;
+    }
+    if (p.blocks && rank == 0) {
+        int parts = (own + p.rows - 1) / p.rows, each = parts ? (own + parts - 1) / parts : 0, end = 0;
+        auto size_of = [&](int count) { return count <= p.first ? 0 : (count - p.first + p.step - 1) / p.step; };
+        for (int size = 0; size < SIZES; size++) {
+            int full = size_of(each) == size ? parts - 1 : 0, all;  // all but the last part
+            int last = parts && size_of(own - (parts - 1) * each) == size;
+            int part = end + sum_before(max(full, 0) + last, sums[2 + size], all);
+            for (int n = 0; n < full + last; n++) {
+                int index = n < full ? n : parts - 1, count = n < full ? each : own - index * each;
+                *(Quad*)(p.blocks + SIZES + 4 * (part + n)) = Quad{(u32)thread, (u32)(place + index * each), (u32)count, 0};
+            }
+            end += all;
+            if (thread == 0) p.blocks[size] = end;
+        }
+    }
+    cluster_barrier();  // nobody reads another's counts any more
+    for_choices([&](int choice, int expert) { p.order[atomicAdd(next + expert, 1)] = choice; });
 }

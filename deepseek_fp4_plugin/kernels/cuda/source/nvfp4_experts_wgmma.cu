@@ -8,6 +8,8 @@
 // ROWS: of a block of rows, at most.  FIRST, FIRST + STEP, ... ROWS: columns that there is code for.
 // STAGES: slabs in the ring.  MIN_BLOCKS: that a multiprocessor holds.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
+// ONLY: of these numbers of columns the one that this launch is for, or 0. Code for several takes more registers than there
+// are: products would be serialized. So each has a launch of its own, which begins as multiprocessors become free.
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
@@ -30,12 +32,23 @@ struct Rows {  // a block of rows
     int expert, first, count, unused;  // places first, ... of `order`
 };
 
+// What the first launch after the sorting has waited for, later ones read before they wait: not from the first cache.
+__device__ inline int load_early_int(const int* pointer) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
+constexpr int SIZES = 4;  // see experts_work.cu
+
 struct Work {
-    const int* blocks;  // how many; behind 4 of them `Rows` each
-    __device__ int count() const { return *blocks; }
+    const int* blocks;  // where those of each size end; then `Rows` each
+    __device__ int count() const { return load_early_int(blocks + SIZES - 1); }
+    __device__ int begin() const { return ONLY > FIRST ? load_early_int(blocks + (ONLY - FIRST) / STEP - 1) : 0; }
+    __device__ int end() const { return ONLY ? load_early_int(blocks + (ONLY - FIRST) / STEP) : count(); }
     __device__ Rows operator[](int i) const {
-        Quad q = load_quad(blocks + 4 + 4 * i);
-        return Rows{(int)q.x, (int)q.y, (int)q.z, 0};
+        const int* at = blocks + SIZES + 4 * i;
+        return Rows{load_early_int(at), load_early_int(at + 1), load_early_int(at + 2), 0};
     }
 };
 
@@ -56,22 +69,34 @@ struct ArrangeParameters {
     int width, x_stride, slabs, k;
 };
 
-// A block of threads a slab of a block of rows, a warp half of a row at a time; zeros past the width and the rows.
-extern "C" __global__ void __launch_bounds__(512) arrange_rows(const __grid_constant__ ArrangeParameters p) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+constexpr int SPAN = 4;  // slabs of a row that a warp has under way together
+
+// Some slabs of a block of rows at a time, a warp a row of them; zeros past the width and the rows.
+extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_constant__ ArrangeParameters p) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, spans = (p.slabs + SPAN - 1) / SPAN;
     wait_for_kernels_before();
     let_next_kernel_begin();
     Work work{p.blocks};
-    if ((int)blockIdx.y >= work.count()) return;
-    Rows rows = work[blockIdx.y];
-    int columns = columns_of(rows.count);
-    u8* to = p.arranged + ((u64)blockIdx.y * p.slabs * ROWS + (u64)blockIdx.x * columns) * 256;
-    for (int unit = warp; unit < 2 * columns; unit += 16) {
-        int half = unit >= columns, row = unit - half * columns, input = (int)blockIdx.x * SLAB_INPUTS + half * 64 + lane * 2;
-        u32 word = 0;
-        if (row < rows.count && input < p.width)
-            word = *(const u32*)(p.x + (u64)(p.order[rows.first + row] / p.k) * p.x_stride + input);
-        *(u32*)(to + unit * 128 + place_of(lane, row)) = word;
+    int items = work.count() * spans;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        int block = item / spans, slab = (item - block * spans) * SPAN;
+        Rows rows = work[block];
+        int columns = columns_of(rows.count);
+        u8* to = p.arranged + ((u64)block * p.slabs * ROWS + (u64)slab * columns) * 256;
+        for (int row = warp; row < columns; row += 16) {
+            bool present = row < rows.count;
+            const u16* x = p.x + (u64)(present ? p.order[rows.first + row] / p.k : 0) * p.x_stride;
+            u32 words[2 * SPAN];
+#pragma unroll
+            for (int half = 0; half < 2 * SPAN; half++) {
+                int input = (slab * 2 + half) * 64 + lane * 2;
+                words[half] = present && input < p.width ? *(const u32*)(x + input) : 0;
+            }
+            u8* at = to + row * 128 + place_of(lane, row);
+#pragma unroll
+            for (int half = 0; half < 2 * SPAN; half++)
+                if (slab + half / 2 < p.slabs) *(u32*)(at + half * columns * 128) = words[half];
+        }
     }
 }
 
@@ -92,7 +117,7 @@ constexpr int THREADS = 32 * WARPS + 128, COPIER_REGISTERS = 32;
 constexpr int LAUNCHED = 65536 / MIN_BLOCKS / THREADS / 8 * 8;
 constexpr int SHARE = (LAUNCHED * THREADS - 128 * COPIER_REGISTERS) / (32 * WARPS) / 8 * 8;
 constexpr int REGISTERS = SHARE < 240 ? SHARE : 240;
-constexpr int WEIGHTS_AT = ROWS * 256, STAGE_BYTES = WEIGHTS_AT + GROUPS * SLAB_BYTES;  // a slab of the ring
+constexpr int WEIGHTS_AT = (ONLY ? ONLY : ROWS) * 256, STAGE_BYTES = WEIGHTS_AT + GROUPS * SLAB_BYTES;  // a slab of the ring
 
 struct Ring {
     u32 memory, barriers, slot, parity;  // for each slab of the ring whether it is full, then whether it is empty
@@ -109,7 +134,8 @@ __device__ inline void copy(const Parameters& p, Ring ring) {
     int lane = threadIdx.x & 31, sets = (p.groups + GROUPS - 1) / GROUPS, filled = 0;
     Work work{p.blocks};
     ring.parity = 1;  // the first turn finds every slab free
-    for (int item = blockIdx.x; item < work.count() * sets; item += gridDim.x) {
+    int end = work.end() * sets;
+    for (int item = work.begin() * sets + blockIdx.x; item < end; item += gridDim.x) {
         int block = item / sets, first_group = (item - block * sets) * GROUPS, present = min(GROUPS, p.groups - first_group);
         Rows rows = work[block];
         u32 bytes = columns_of(rows.count) * 256;
@@ -192,7 +218,7 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
 #pragma unroll
         for (int c = 0; c < COLUMNS / 8; c++) {
             int row = 8 * c + (lane >> 2);
-            u16* at = to + (u64)(row < rows.count ? p.order[rows.first + row] : 0) * p.out;
+            u16* at = to + (u64)(row < rows.count ? load_early_int(p.order + rows.first + row) : 0) * p.out;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float* sum = &sums[m][4 * c + 2 * half];
@@ -206,8 +232,8 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
 
 template <int COLUMNS>
 __device__ inline void by_columns(const Parameters& p, Ring& ring, const Rows& rows, int columns, int block, int first_group) {
-    if (COLUMNS == ROWS || columns == COLUMNS) products<COLUMNS>(p, ring, rows, block, first_group);
-    else by_columns<COLUMNS == ROWS ? ROWS : COLUMNS + STEP>(p, ring, rows, columns, block, first_group);
+    if (ONLY || COLUMNS == ROWS || columns == COLUMNS) products<COLUMNS>(p, ring, rows, block, first_group);
+    else by_columns<ONLY || COLUMNS == ROWS ? COLUMNS : COLUMNS + STEP>(p, ring, rows, columns, block, first_group);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_experts_wgmma(const __grid_constant__ Parameters p) {
@@ -223,20 +249,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_experts_
         barrier_fence();
     }
     __syncthreads();
-    wait_for_kernels_before();
+    if (ONLY <= FIRST) wait_for_kernels_before();
     let_next_kernel_begin();
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
         if (warp == WARPS) copy(p, ring);
+        if (ONLY > FIRST) wait_for_kernels_before();  // who waits for this launch waits for those of other columns, too
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     int sets = (p.groups + GROUPS - 1) / GROUPS;
     Work work{p.blocks};
-    int items = work.count() * sets;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    int end = work.end() * sets;
+    for (int item = work.begin() * sets + blockIdx.x; item < end; item += gridDim.x) {
         int block = item / sets, first_group = (item - block * sets) * GROUPS;
         Rows rows = work[block];
-        by_columns<FIRST>(p, ring, rows, columns_of(rows.count), block, first_group);
+        by_columns<ONLY ? ONLY : FIRST>(p, ring, rows, columns_of(rows.count), block, first_group);
     }
 }
