@@ -124,16 +124,16 @@ VARIANTS = [
         "nvfp4_experts_wgmma.cu",
         {"ROWS": 160, "FIRST": 128, "STEP": 16, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 1, "ONLY": 144},
     ),
-    ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0}),
-    ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1}),
+    ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0, "CLUSTER": 2}),
+    ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1, "CLUSTER": 1}),
     ("small.cu", {}),
     ("per_head.cu", {}),
     ("nvfp4_decode.cu", {"TURNS": 4}),
     ("nvfp4_decode.cu", {"TURNS": 1}),
     ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 16, "OUTS": 1, "WARPS": 4, "STAGES": 6, "MIN_BLOCKS": 3, "GATED": 1}),
-    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0, "AHEAD": 4}),
-    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1, "AHEAD": 1}),
+    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0, "AHEAD": 4, "NORM": 1}),
+    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1, "AHEAD": 1, "NORM": 0}),
 ]
 
 
