@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_fp4_plugin.checkpoint.findings import Fault
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
 from deepseek_fp4_plugin.checkup.diagnosis import diagnose
+from deepseek_fp4_plugin.checkup.repair import repair
 from deepseek_fp4_plugin.evaluation.output_error import output_errors
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -134,6 +136,28 @@ def test_the_doctor_compares_with_the_smoothed_source(loud, made, tmp_path):
     for recipe in ("max", "gptq"):
         diagnosis = diagnose(made[recipe, True], loud, everything=True)
         assert diagnosis.findings == () and diagnosis.values is not None and diagnosis.values.judged > 20
+
+
+def test_the_doctor_mends_it_from_the_smoothed_source(loud, made, tmp_path):
+    """What is written anew is rounded from the source's weight as smoothing edited it, so the bytes come back."""
+    sick, healthy = tmp_path / "sick", made["max", True]
+    shutil.copytree(healthy, sick)
+    up, gate = "model.layers.1.mlp.experts.3.up_proj", "model.layers.1.mlp.experts.5.gate_proj"
+    for shard in sick.glob("*.safetensors"):
+        held = load_file(shard)
+        for name, wrong in ((f"{up}.weight_scale_2", torch.nan), (f"{gate}.weight", 0)):
+            if name in held:
+                held[name] = torch.full_like(held[name], wrong)
+        save_file(held, shard, metadata={"format": "pt"})
+    found = diagnose(sick, loud, everything=True)
+    assert {up} == found.modules(Fault.TENSOR_SCALE) and {gate} == found.modules(Fault.OTHER_VALUES)
+    repair(found, tmp_path / "mended")
+    ours, theirs = CheckpointReader(tmp_path / "mended"), CheckpointReader(healthy)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in theirs.tensors:
+        assert torch.equal(*(r.get(name).reshape(-1).view(torch.uint8) for r in (ours, theirs))), name
+    assert (tmp_path / "mended" / MANIFEST).read_bytes() == (healthy / MANIFEST).read_bytes()
+    assert diagnose(tmp_path / "mended", loud, everything=True).findings == ()
 
 
 @pytest.mark.parametrize("recipe", ["max", "gptq"])
