@@ -90,6 +90,10 @@ class Shapes:
         return q_nope.new_empty(tokens, heads, kv_b.in_features)
 
     @staticmethod
+    def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tuple[Tensor, Tensor]:
+        return Shapes.linear(x, first), Shapes.linear(x, second)
+
+    @staticmethod
     def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
         return Shapes.linear(x, weight)
 

@@ -31,6 +31,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "linear_pair",
     "local_ids",
     "norm_linear",
     "plain_linear",
@@ -94,6 +95,13 @@ def linear(x: Tensor, weight: PreparedWeight) -> Tensor:
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"input of width {x.shape[-1]} for a weight of width {weight.in_features}")
     return weight.backend.linear(x, weight)
+
+
+def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tuple[Tensor, Tensor] | None:
+    """`linear` of x [rows, in] by two weights at once: [rows, out] of each. None where one by one is as good."""
+    if not x.shape[-1] == first.in_features == second.in_features:
+        raise ValueError(f"input of width {x.shape[-1]} for weights of {first.in_features} and {second.in_features}")
+    return first.backend.linear_pair(x, first, second) if first.backend is second.backend else None
 
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:

@@ -78,16 +78,19 @@ class MLA(nn.Module):
 
         split = batch.num_decode_tokens
         absorbed = split > 0 and not batch.chunks  # of all tokens, which branches off with the queries
+        pair = self._pair(x)
 
         def queries() -> tuple[Tensor, Tensor]:
-            q_nope, q_rope = self._queries(x)
+            q_nope, q_rope = self._queries(x, pair and pair[0])
             if absorbed:
                 return ops.absorbed_queries(q_nope, q_rope, self.kv_b_proj, cos, sin)
             return q_nope, ops.rotary(q_rope, cos, sin)
 
-        (q, q_rope), entries = beside(
-            x.device, queries, lambda: self._stored(x, cos, sin, cache, batch.slot_mapping, scale)
-        )
+        def store() -> Tensor:
+            kv = pair[1] if pair else self.kv_a_proj_with_mqa(x)
+            return self._stored(kv, cos, sin, cache, batch.slot_mapping, scale)
+
+        (q, q_rope), entries = beside(x.device, queries, store)
         outputs = []
         if split:
             assert cache is not None
@@ -103,23 +106,30 @@ class MLA(nn.Module):
             attended = torch.cat(outputs) if outputs else q.new_empty(0, self.heads, self.config.v_head_dim)
         return self.o_proj(attended.flatten(1))
 
-    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, heads, nope], and [T, heads, rope] to be rotated."""
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x by q_a_proj and by kv_a_proj, where one launch gives both."""
+        q_a, kv_a = self.q_a_proj, self.kv_a_proj_with_mqa
+        if q_a is None or q_a.observer or kv_a.observer:
+            return None
+        return ops.linear_pair(x, q_a.weight, kv_a.weight)
+
+    def _queries(self, x: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[T, heads, nope], and [T, heads, rope] to be rotated.  low: x by q_a_proj, where it is there."""
         if self.q_proj:
             q = self.q_proj(x)
         else:
             assert self.q_a_proj and self.q_b_proj and self.q_a_layernorm
-            q = self.q_b_proj.of_norm(self.q_a_layernorm, self.q_a_proj(x))
+            q = self.q_b_proj.of_norm(self.q_a_layernorm, self.q_a_proj(x) if low is None else low)
         c = self.config
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         return q_nope, self._pairs(q_rope)
 
     def _stored(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, slots: Tensor | None, scale: float
+        self, entries: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, slots: Tensor | None, scale: float
     ) -> Tensor:
-        """What the cache holds for each token, times `scale`, and from here on does: [T, latent + rope]."""
+        """What the cache holds for each token, times `scale`, and from here on does: [T, latent + rope], from
+        kv_a_proj's output."""
         norm = self.kv_a_layernorm
-        entries = self.kv_a_proj_with_mqa(x)
         if not self.config.rope_interleave:
             latent, rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
             entries = torch.cat((latent, self._pairs(rope)), -1)

@@ -29,6 +29,7 @@ from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route, router
 from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
+from deepseek_fp4_plugin.kernels.reference.linear import linear_pair
 from deepseek_fp4_plugin.kernels.reference.routing import local_ids, prepare_router
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "linear_pair",
     "local_ids",
     "norm_linear",
     "path",

@@ -14,7 +14,7 @@ from deepseek_fp4_plugin.kernels.cuda.attention import (
 )
 from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
-from deepseek_fp4_plugin.kernels.cuda.linear import linear, norm_linear, prepare
+from deepseek_fp4_plugin.kernels.cuda.linear import linear, linear_pair, norm_linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm, store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import cos_sin, rotary
@@ -47,6 +47,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "linear_pair",
     "local_ids",
     "norm_linear",
     "plain_linear",

@@ -103,6 +103,21 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> 
     return y
 
 
+def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tuple[Tensor, Tensor] | None:
+    """Both products of x, BF16 [rows, in], 16 bytes aligned, in a launch; None where it has no kernel."""
+    weights = first.data, second.data
+    if not all(isinstance(data, Dense) and data.fp8 is None and data.values.ndim == 2 for data in weights):
+        return None
+    out, other_out = first.out_features, second.out_features
+    if not served(x.shape[0], out + other_out, first.in_features, False):
+        return None
+    y, other = (torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device) for n in (out, other_out))
+    sets = -(-out // 16) + -(-other_out // 16)
+    cut = geometry(16 * sets, 2 * first.in_features, x.shape[0])
+    launch(x, first.data.values, y, cut, other=(second.data.values, other))
+    return y, other
+
+
 class Cut(NamedTuple):
     """columns: of 8 rows.  groups: of 16 outputs a warp has.  warps: of a block, over inputs.  stages: in a warp's
     ring.  cluster: blocks that share inputs.  blocks: clusters of them.  ahead: stages whose activations are under
@@ -152,11 +167,14 @@ def launch(
     cut: Cut | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """y = x W^T of 1 to 16 rows.  weight: BF16 [out, in], or FP8 in blocks.  norm: of x, before."""
+    """y = x W^T of 1 to 16 rows.  weight: BF16 [out, in], or FP8 in blocks.  norm: of x, before.
+    other: weights BF16 [other out, in] and the result of a second product.
+    """
     blocks = weight if isinstance(weight, Fp8Blocks) else None
     data: Tensor = weight.weight if isinstance(weight, Fp8Blocks) else weight
-    together(x, data)
+    together(x, data, *(other or ()))
     out, width = data.shape
     cut = cut or geometry(out, width * data.itemsize, x.shape[0], blocks is not None)
     defines = (
@@ -167,7 +185,7 @@ def launch(
         ("FP8", int(blocks is not None)),
         ("NORM", int(norm is not None)),
     )
-    kernel("dense_linear.cu", "dense_linear", "4P8ifP", defines, x.device.index)(
+    kernel("dense_linear.cu", "dense_linear", "4P8if3Pi", defines, x.device.index)(
         (cut.blocks * cut.cluster, 1, 1),
         32 * cut.warps,
         cut.shared + (0 if norm is None else x.shape[0] * (2 * width + 64)),
@@ -184,5 +202,8 @@ def launch(
         blocks.columns.bit_length() - 1 if blocks else 0,
         eps,
         0 if norm is None else norm.data_ptr(),
+        *(tensor.data_ptr() for tensor in other or ()),
+        *(() if other else (0, 0)),
+        other[0].shape[0] if other else 0,
         cluster=cut.cluster,
     )

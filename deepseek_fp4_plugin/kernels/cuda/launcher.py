@@ -22,6 +22,7 @@ try:
 except ImportError:
     driver = None
 
+CARVEOUT = 100  # of 100 parts, shared memory
 _BLOCK_SHARED = 227 << 10  # bytes of shared memory that a block can have
 MAX_SHARED = _BLOCK_SHARED - 4096  # of them for what a launch asks for, beside what kernels declare
 
@@ -82,6 +83,10 @@ def kernel(file: str, name: str, layout: str, defines: tuple[tuple[str, int], ..
         dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         shared = _BLOCK_SHARED - declared
         checked(driver.cuFuncSetAttribute(function, dynamic, shared))
+        # A multiprocessor is divided into cache and shared memory anew only when it is idle: where kernels wanted
+        # other parts of it, blocks of the next one could not come and fetch weights.
+        carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        checked(driver.cuFuncSetAttribute(function, carveout, CARVEOUT))
     return Kernel(function, layout, shared)
 
 

@@ -59,6 +59,12 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> 
     return linear(rms_norm(x, norm, eps), weight)
 
 
+def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tuple[Tensor, Tensor] | None:
+    """See kernels/ops.py."""
+    nvfp4 = WeightFormat.NVFP4 in (first.format, second.format)
+    return None if nvfp4 else dense.linear_pair(rounded_input(x, first), first, second)
+
+
 def gated(x: Tensor, weight: PreparedWeight) -> Tensor:
     """silu(gate x) * up x of fused gate and up in tiles, BF16 [rows, in] to [rows, out / 2]."""
     x, tiles = rounded_input(x, weight), weight.data

@@ -14,7 +14,14 @@ from deepseek_fp4_plugin.kernels.reference.attention import (
 from deepseek_fp4_plugin.kernels.reference.convert import convert_weight, weight_amax
 from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.reference.embedding import embedding
-from deepseek_fp4_plugin.kernels.reference.linear import decoded, linear, norm_linear, plain_linear, prepare
+from deepseek_fp4_plugin.kernels.reference.linear import (
+    decoded,
+    linear,
+    linear_pair,
+    norm_linear,
+    plain_linear,
+    prepare,
+)
 from deepseek_fp4_plugin.kernels.reference.moe import add_expert, by_expert, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
@@ -40,6 +47,7 @@ __all__ = [
     "gated_mlp",
     "latent_entries",
     "linear",
+    "linear_pair",
     "local_ids",
     "norm_linear",
     "plain_linear",

@@ -29,6 +29,10 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     return torch.cat(outputs, -1).to(x.dtype)
 
 
+def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> None:
+    """One after the other."""
+
+
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
     """`linear` of the RMSNorm of x [rows, in] by norm [in].  Returns [rows, out]."""
     return linear(rms_norm(x, norm, eps), weight)

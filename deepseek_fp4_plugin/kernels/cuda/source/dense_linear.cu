@@ -22,7 +22,10 @@ struct Parameters {
     int block_rows, scale_stride;
     int block_shift;  // inputs of a block are 2^block_shift, 64 at least
     float eps;
-    const u16* norm;  // [width], the norm's weight
+    const u16* norm;          // [width], the norm's weight
+    const u8* other_weights;  // [other_out][width], BF16: a second product of the same rows, or none
+    u16* other_y;             // [rows][other_out]
+    int other_out;
 };
 
 constexpr int VALUES = FP8 ? 16 : 8;  // of 16 bytes
@@ -120,7 +123,9 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
     int row_bytes = p.width * (16 / VALUES), stages = (row_bytes + ROW_BYTES - 1) / ROW_BYTES;
     int parts = warps * cluster, part = rank * warps + warp;
     int begin = part * stages / parts, count = (part + 1) * stages / parts - begin;
-    int sets = (p.out + 16 * GROUPS - 1) / (16 * GROUPS), block = (int)blockIdx.x / cluster;
+    int own_sets = (p.out + 16 * GROUPS - 1) / (16 * GROUPS);
+    int sets = own_sets + (p.other_out + 16 * GROUPS - 1) / (16 * GROUPS);
+    int block = (int)blockIdx.x / cluster;
     int blocks = (int)gridDim.x / cluster, items = (sets - block + blocks - 1) / blocks;
 
     float* sums = (float*)memory;  // two sets, so that one is added up while the next is multiplied
@@ -132,8 +137,10 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
     auto aim = [&]() {
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
-            int row = min((block + ask_item * blocks) * 16 * GROUPS + 8 * i + g, p.out - 1);
-            from[i] = p.weights + (u64)row * row_bytes + (u64)begin * ROW_BYTES + quarter * 16;
+            int set = block + ask_item * blocks;
+            bool other = set >= own_sets;
+            int row = min((other ? set - own_sets : set) * 16 * GROUPS + 8 * i + g, (other ? p.other_out : p.out) - 1);
+            from[i] = (other ? p.other_weights : p.weights) + (u64)row * row_bytes + (u64)begin * ROW_BYTES + quarter * 16;
         }
     };
     auto fill = [&]() {
@@ -172,7 +179,11 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
     u32 slot = 0;
     int turn = 0;
     for (int item = 0; item < items; item++, turn ^= 1) {
-        int first = (block + item * blocks) * 16 * GROUPS;
+        int set = block + item * blocks;
+        bool other = set >= own_sets;
+        int first = (other ? set - own_sets : set) * 16 * GROUPS, out = other ? p.other_out : p.out;
+        u16* y = other ? p.other_y : p.y;
+        int y_stride = other ? p.other_out : p.y_stride;
         float acc[GROUPS][ROWS8][4] = {};
         Quad x[2 * AHEAD][ROWS8][X_QUADS];
         float scale[2 * AHEAD][PARTS];
@@ -257,13 +268,13 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
         }
         for (int i = threadIdx.x + rank * blockDim.x; i < values; i += blockDim.x * cluster) {
             int output = i % (16 * GROUPS), column = i / (16 * GROUPS);
-            if (first + output >= p.out) continue;
+            if (first + output >= out) continue;
             float sum = 0.0f;
             if (cluster > 1)
                 for (int r = 0; r < cluster; r++) sum += cluster_float(shared_address(here + output * STRIDE + column), r);
             else
                 sum = own(output, column);
-            p.y[(u64)column * p.y_stride + first + output] = to_bf16(sum);
+            y[(u64)column * y_stride + first + output] = to_bf16(sum);
         }
     }
     if (cluster > 1) cluster_barrier();  // others may still read this block's sums
