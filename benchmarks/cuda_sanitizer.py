@@ -61,6 +61,7 @@ def dense() -> None:
             weight = ops.prepare([part], DEVICE, BF16)
             ops.linear(values(rows, width), weight)
             ops.norm_linear(values(rows, width), values(width), 1e-6, weight)
+            ops.linear_pair(values(rows, width), weight, weight)
 
 
 def experts() -> None:
@@ -93,6 +94,10 @@ def attention() -> None:
     q, angle = values(3, 4, 64), torch.randn(3, 16, device=DEVICE)
     q_latent, _ = ops.absorbed_queries(q[..., :32], q[..., 32:], kv_b, angle, angle)
     ops.values_from_latent(q_latent, kv_b, 48)
+    for dtype in (BF16, torch.float8_e4m3fn):
+        cache, slots = torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE)
+        latents = cache, slots, values(3, 160), values(128), 1e-6
+        ops.absorb_and_store(q[..., :32], q[..., 32:], kv_b, angle, angle, *latents)
 
 
 def small() -> None:

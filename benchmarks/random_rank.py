@@ -105,6 +105,22 @@ class Shapes:
         return Shapes.absorb(q_nope, kv_b), torch.empty_like(q_rope)
 
     @staticmethod
+    def absorb_and_store(
+        q_nope: Tensor,
+        q_rope: Tensor,
+        kv_b: PreparedWeight,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        kv: Tensor,
+        norm: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        _same(kv.shape, (len(slots), norm.shape[0] + q_rope.shape[2]))
+        return Shapes.absorbed_queries(q_nope, q_rope, kv_b, cos, sin)
+
+    @staticmethod
     def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
         tokens, heads, latent = attended.shape
         _same((latent, kv_b.out_features % heads), (kv_b.in_features, 0))

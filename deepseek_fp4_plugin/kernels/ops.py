@@ -17,6 +17,7 @@ from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
 __all__ = [
     "absorb",
+    "absorb_and_store",
     "absorbed_attention",
     "absorbed_queries",
     "add",
@@ -248,6 +249,22 @@ def absorbed_queries(
 ) -> tuple[Tensor, Tensor]:
     """`absorb` of q_nope and `rotary` of q_rope [T, heads, rope]: what `absorbed_attention` takes."""
     return kv_b.backend.absorbed_queries(q_nope, q_rope, kv_b, cos, sin)
+
+
+def absorb_and_store(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_b: PreparedWeight,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`absorbed_queries`, and `store_latents` of kv [T, latent + rope] by norm [latent]."""
+    return kv_b.backend.absorb_and_store(q_nope, q_rope, kv_b, cos, sin, cache, slots, kv, norm, eps)
 
 
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:

@@ -45,7 +45,8 @@ class PreparedWeight:
     """A weight in the layout of the backend that will multiply by it; `data` is that backend's own.
 
     dtype: the activations' dtype.  activations: "fp4" rounds the input to NVFP4 with `input_scale` before multiplying,
-    "int8" to 8-bit integers with a scale a block of 16.
+    "int8" to 8-bit integers with a scale a block of 16.  then: a weight that the same tokens are multiplied by soon
+    after, so that a backend may bring it nearer.
     """
 
     backend: "Backend"
@@ -56,6 +57,7 @@ class PreparedWeight:
     activations: Activations
     input_scale: OptionalTensor
     data: Any
+    then: "PreparedWeight | None" = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,21 @@ class Backend(Protocol):
 
     def absorbed_queries(
         self, q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor, /
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def absorb_and_store(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        kv_b: PreparedWeight,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        kv: Tensor,
+        norm: Tensor,
+        eps: float,
+        /,
     ) -> tuple[Tensor, Tensor]: ...
 
     def values_from_latent(self, attended: Tensor, kv_b: PreparedWeight, v: int, /) -> Tensor: ...

@@ -12,6 +12,7 @@ and so is what the softmax gives: s goes into the factor of the one and behind t
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ class MLA(nn.Module):
         self.kv_b_proj = source.linear(
             [f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.tp), activations="bf16"
         )
+        self.kv_b_proj = replace(self.kv_b_proj, then=self.o_proj.weight)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """x: [T, hidden].  cos, sin: FP32 [T, rope / 2].  cache: this layer's [blocks, block_size, latent + rope].
@@ -78,19 +80,20 @@ class MLA(nn.Module):
 
         split = batch.num_decode_tokens
         absorbed = split > 0 and not batch.chunks  # of all tokens, which branches off with the queries
-        pair = self._pair(x)
+        if absorbed and cache is not None and scale == 1.0:
+            together = self._queries_and_latents(x, cos, sin, cache, batch.slot_mapping)
+            if together:
+                return self.o_proj(self._absorbed(*together, batch, cache, scale).flatten(1))
 
         def queries() -> tuple[Tensor, Tensor]:
-            q_nope, q_rope = self._queries(x, pair and pair[0])
+            q_nope, q_rope = self._queries(x)
             if absorbed:
                 return ops.absorbed_queries(q_nope, q_rope, self.kv_b_proj, cos, sin)
             return q_nope, ops.rotary(q_rope, cos, sin)
 
-        def store() -> Tensor:
-            kv = pair[1] if pair else self.kv_a_proj_with_mqa(x)
-            return self._stored(kv, cos, sin, cache, batch.slot_mapping, scale)
-
-        (q, q_rope), entries = beside(x.device, queries, store)
+        (q, q_rope), entries = beside(
+            x.device, queries, lambda: self._stored(x, cos, sin, cache, batch.slot_mapping, scale)
+        )
         outputs = []
         if split:
             assert cache is not None
@@ -106,30 +109,41 @@ class MLA(nn.Module):
             attended = torch.cat(outputs) if outputs else q.new_empty(0, self.heads, self.config.v_head_dim)
         return self.o_proj(attended.flatten(1))
 
-    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x by q_a_proj and by kv_a_proj, where one launch gives both."""
-        q_a, kv_a = self.q_a_proj, self.kv_a_proj_with_mqa
-        if q_a is None or q_a.observer or kv_a.observer:
+    def _queries_and_latents(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Absorbed queries and their rotated parts, latents stored: in few launches, one behind the other. None where
+        products have none in common; branches are as good then."""
+        q_a, kv_a, norm = self.q_a_proj, self.kv_a_proj_with_mqa, self.kv_a_layernorm
+        if q_a is None or q_a.observer or kv_a.observer or self.observer or not self.config.rope_interleave:
             return None
-        return ops.linear_pair(x, q_a.weight, kv_a.weight)
+        pair = ops.linear_pair(x, q_a.weight, kv_a.weight)
+        if pair is None:
+            return None
+        assert slots is not None
+        queries = self._split(self._from_low(pair[0]))
+        return ops.absorb_and_store(*queries, self.kv_b_proj, cos, sin, cache, slots, pair[1], norm.weight, norm.eps)
 
-    def _queries(self, x: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[T, heads, nope], and [T, heads, rope] to be rotated.  low: x by q_a_proj, where it is there."""
-        if self.q_proj:
-            q = self.q_proj(x)
-        else:
-            assert self.q_a_proj and self.q_b_proj and self.q_a_layernorm
-            q = self.q_b_proj.of_norm(self.q_a_layernorm, self.q_a_proj(x) if low is None else low)
+    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, heads, nope], and [T, heads, rope] to be rotated."""
+        return self._split(self.q_proj(x) if self.q_proj else self._from_low(self.q_a_proj(x)))  # type: ignore[misc]
+
+    def _from_low(self, low: Tensor) -> Tensor:
+        """Queries from q_a_proj's output."""
+        assert self.q_b_proj and self.q_a_layernorm
+        return self.q_b_proj.of_norm(self.q_a_layernorm, low)
+
+    def _split(self, q: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         return q_nope, self._pairs(q_rope)
 
     def _stored(
-        self, entries: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, slots: Tensor | None, scale: float
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, slots: Tensor | None, scale: float
     ) -> Tensor:
-        """What the cache holds for each token, times `scale`, and from here on does: [T, latent + rope], from
-        kv_a_proj's output."""
+        """What the cache holds for each token, times `scale`, and from here on does: [T, latent + rope]."""
         norm = self.kv_a_layernorm
+        entries = self.kv_a_proj_with_mqa(x)
         if not self.config.rope_interleave:
             latent, rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
             entries = torch.cat((latent, self._pairs(rope)), -1)

@@ -43,7 +43,7 @@ def test_linear(out, width, activations):
             assert error(ops.linear(x, ours), ops.linear(x, law)) <= TWO_STEPS, (parts, rows)
 
 
-WGMMA = sorted({cut for cuts in wgmma._MEASURED.values() for cut in cuts if cut})
+WGMMA = sorted({cut for cuts in wgmma._MEASURED.values() for cut in cuts if cut} | {wgmma.Cut(112, 1, 12, 4, 1)})
 
 
 @pytest.mark.parametrize("cut", WGMMA, ids=lambda cut: "-".join(map(str, cut)))
@@ -269,6 +269,17 @@ def test_per_head_products(heads, nope, v, latent, weight_format):
             strict=True,
         ):
             assert error(own, expected) <= bound, tokens
+        kv, norm = poisoned(tokens, latent + 32), torch.randn(latent, device=DEVICE).to(BF16)
+        for dtype in (BF16, torch.float8_e4m3fn):
+            slots = torch.randperm(32, device=DEVICE)[:tokens]
+            caches = [torch.zeros(4, 8, latent + 32, device=DEVICE).to(dtype) for _ in range(2)]
+            sides = [
+                ops.absorb_and_store(q, rope, kv_b, angle.cos(), angle.sin(), cache, slots, kv, norm, 1e-6)
+                for kv_b, cache in zip((ours, law), caches, strict=True)
+            ]
+            for own, expected in zip(*sides, strict=True):
+                assert error(own, expected) <= bound, tokens
+            assert error(*(cache.float() for cache in caches)) <= (TWO_STEPS if dtype is BF16 else 1 / 8), tokens
         values = ops.values_from_latent(attended, ours, v), ops.values_from_latent(attended, law, v)
         assert error(*values) <= bound, tokens
 

@@ -8,6 +8,7 @@ False and kernels.select stays with the portable backends. Which instruction set
 from deepseek_fp4_plugin.kernels.cpu.argmax import argmax
 from deepseek_fp4_plugin.kernels.cpu.attention import (
     absorb,
+    absorb_and_store,
     absorbed_attention,
     absorbed_queries,
     latent_entries,
@@ -36,6 +37,7 @@ __all__ = [
     "NOT_BUILT",
     "Recorder",
     "absorb",
+    "absorb_and_store",
     "absorbed_attention",
     "absorbed_queries",
     "add",

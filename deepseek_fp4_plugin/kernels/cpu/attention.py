@@ -131,6 +131,23 @@ def store_latents(
     return entries
 
 
+def absorb_and_store(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_b: PreparedWeight,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/attention.py."""
+    store_latents(cache, slots, kv, norm, eps, cos, sin)
+    return absorbed_queries(q_nope, q_rope, kv_b, cos, sin)
+
+
 def _per_head(kernel, x: Tensor, kv_b: PreparedWeight, first: int, taken: int, width: int, out: int) -> Tensor:
     """Products by `taken` rows of every head from its `first` on: x [tokens, heads, width] to [tokens, heads, out]."""
     if x.dtype is not torch.bfloat16 or kv_b.activations != "bf16":

@@ -7,6 +7,7 @@ CUDA C++ in `source/`, compiled by NVRTC at first use. What it has no kernel for
 from deepseek_fp4_plugin.kernels.cuda.argmax import argmax
 from deepseek_fp4_plugin.kernels.cuda.attention import (
     absorb,
+    absorb_and_store,
     absorbed_attention,
     absorbed_queries,
     store_entries,
@@ -32,6 +33,7 @@ from deepseek_fp4_plugin.kernels.reference import (
 __all__ = [
     "NOT_INSTALLED",
     "absorb",
+    "absorb_and_store",
     "absorbed_attention",
     "absorbed_queries",
     "add",

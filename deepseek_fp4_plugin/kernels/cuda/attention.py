@@ -9,7 +9,8 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
-from deepseek_fp4_plugin.kernels.cuda.linear import decode
+from deepseek_fp4_plugin.kernels.cuda.linear import decode, near
+from deepseek_fp4_plugin.kernels.cuda.norm import store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
@@ -169,13 +170,38 @@ def absorbed_queries(
     q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See kernels/reference/attention.py; a launch for both where tokens are few."""
-    few = kv_b.format is not WeightFormat.NVFP4 and _few(q_nope, kv_b) and q_nope.shape[2] <= _NOPE
-    pairs = q_rope.dtype is torch.bfloat16 and q_rope.stride(2) == 1 and q_rope.data_ptr() % 4 == 0
-    if not (few and pairs and q_rope.stride(0) % 2 == 0 and q_rope.stride(1) % 2 == 0):
+    if not _with_rope(q_nope, q_rope, kv_b):
         return absorb(q_nope, kv_b), rotary(q_rope, cos, sin)
     together(q_nope, q_rope, cos, sin)
     turned = torch.empty(q_rope.shape, dtype=torch.bfloat16, device=q_rope.device)
     return _absorb(q_nope, kv_b, (q_rope, cos.contiguous(), sin.contiguous(), turned)), turned
+
+
+def absorb_and_store(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_b: PreparedWeight,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/attention.py; a launch for both where tokens are few."""
+    readable = kv.dtype is norm.dtype is torch.bfloat16 and _pairs(kv) and norm.data_ptr() % 4 == 0
+    stored = (
+        cache.dtype in (torch.bfloat16, torch.float8_e4m3fn) and cache.is_contiguous() and cache.data_ptr() % 4 == 0
+    )
+    same = norm.shape[0] == kv_b.in_features and kv.shape[1] == norm.shape[0] + q_rope.shape[2]
+    if not (readable and stored and same and _with_rope(q_nope, q_rope, kv_b)):
+        store_latents(cache, slots, kv, norm, eps, cos, sin)
+        return absorbed_queries(q_nope, q_rope, kv_b, cos, sin)
+    together(q_nope, q_rope, cos, sin, cache, slots, kv, norm)
+    turned = torch.empty(q_rope.shape, dtype=torch.bfloat16, device=q_rope.device)
+    latents = kv, norm, slots.contiguous(), cache, eps
+    return _absorb(q_nope, kv_b, (q_rope, cos.contiguous(), sin.contiguous(), turned), latents), turned
 
 
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
@@ -195,14 +221,32 @@ def _few(x: Tensor, kv_b: PreparedWeight) -> bool:
     return 0 < tokens <= _FEW_TOKENS and width <= 512 and kv_b.in_features % 64 == 0 and kv_b.in_features <= 512
 
 
-def _absorb(q_nope: Tensor, kv_b: PreparedWeight, rope: tuple[Tensor, Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """rope: what else is rotated in the launch, cos and sin, and where it goes."""
+def _with_rope(q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight) -> bool:
+    """Whether the kernel absorbs the one and turns the other."""
+    few = kv_b.format is not WeightFormat.NVFP4 and _few(q_nope, kv_b) and q_nope.shape[2] <= _NOPE
+    return few and q_rope.dtype is torch.bfloat16 and q_rope.stride(1) % 2 == 0 and _pairs(q_rope)
+
+
+def _pairs(x: Tensor) -> bool:
+    """Whether neighbouring values can be read two at a time."""
+    return x.stride(-1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+
+
+def _absorb(
+    q_nope: Tensor,
+    kv_b: PreparedWeight,
+    rope: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    latents: tuple[Tensor, Tensor, Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """rope: what else is rotated in the launch, cos and sin, and where it goes.  latents: what is stored, the norm's
+    weight, slots, cache, the norm's epsilon."""
     (tokens, heads, nope), latent = q_nope.shape, kv_b.in_features
     together(q_nope, kv_b.data.values)
     y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_nope.device)
     more = () if rope is None else rope
-    kernel("per_head.cu", "absorb", "7P10i", (), y.device.index)(
-        (latent // 64 + bool(more), heads, 1),
+    kv, norm, slots, cache, eps = latents or (y, y, y, y, 0.0)
+    kernel("per_head.cu", "absorb", "7P10i4P2ifPQ", (), y.device.index)(
+        (latent // 64 + bool(more) + bool(latents), heads, 1),
         256,
         0,
         q_nope.data_ptr(),
@@ -218,6 +262,11 @@ def _absorb(q_nope: Tensor, kv_b: PreparedWeight, rope: tuple[Tensor, Tensor, Te
         latent,
         *(more[0].stride()[:2] if more else (0, 0)),
         more[0].shape[2] // 2 if more else 0,
+        *(tensor.data_ptr() for tensor in (kv, norm, slots, cache)),
+        kv.stride(0),
+        int(cache.dtype is torch.float8_e4m3fn),
+        eps,
+        *near(kv_b.then),
     )
     return y
 

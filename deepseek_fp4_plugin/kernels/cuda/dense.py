@@ -74,6 +74,11 @@ def fp8_blocks(parts: Sequence[WeightTensors]) -> Fp8Blocks | None:
     return Fp8Blocks(weight.view(torch.float8_e4m3fn), torch.cat(scale).contiguous(), rows, columns)
 
 
+def few_row_values(data: Dense) -> Tensor:
+    """What the kernel of few rows reads."""
+    return data.values if data.fp8 is None else data.fp8.weight
+
+
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
     """x: BF16 [rows, in], each row 16 bytes aligned.  Returns BF16 [rows, out]; `expert` picks one of a stack."""
     data: Dense = weight.data

@@ -6,6 +6,7 @@ bits, so they are exact in BF16; the tensor scale multiplies the result. It cost
 
 from deepseek_fp4_plugin.kernels.decoded.attention import (
     absorb,
+    absorb_and_store,
     absorbed_attention,
     absorbed_queries,
     expanded_attention,
@@ -39,6 +40,7 @@ from deepseek_fp4_plugin.kernels.reference import (
 
 __all__ = [
     "absorb",
+    "absorb_and_store",
     "absorbed_attention",
     "absorbed_queries",
     "add",

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.reference.attention import store_latents
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
@@ -97,3 +98,20 @@ def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor
 def _scaled(y: Tensor, row_scale: Tensor | None) -> Tensor:
     """One projection has one tensor scale, so every row's is the first's."""
     return y if row_scale is None else (y * row_scale[0]).to(y.dtype)
+
+
+def absorb_and_store(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_b: PreparedWeight,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/attention.py."""
+    store_latents(cache, slots, kv, norm, eps, cos, sin)
+    return absorbed_queries(q_nope, q_rope, kv_b, cos, sin)

@@ -3,6 +3,7 @@
 from deepseek_fp4_plugin.kernels.reference.argmax import argmax
 from deepseek_fp4_plugin.kernels.reference.attention import (
     absorb,
+    absorb_and_store,
     absorbed_attention,
     absorbed_queries,
     expanded_attention,
@@ -30,6 +31,7 @@ from deepseek_fp4_plugin.kernels.reference.step import step_inputs
 
 __all__ = [
     "absorb",
+    "absorb_and_store",
     "absorbed_attention",
     "absorbed_queries",
     "add",

@@ -101,6 +101,23 @@ def store_latents(
     return entries
 
 
+def absorb_and_store(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_b: PreparedWeight,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`absorbed_queries`, and `store_latents` of kv [T, latent + rope] by norm [latent]."""
+    store_latents(cache, slots, kv, norm, eps, cos, sin)
+    return absorbed_queries(q_nope, q_rope, kv_b, cos, sin)
+
+
 def _by_head(weight: PreparedWeight, heads: int) -> Tensor:
     """FP32 values [heads, out / heads, in]."""
     return torch.cat([dequantized(part) for part in weight.data], -2).unflatten(0, (heads, -1))

@@ -110,6 +110,17 @@ __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 
                  : "memory");
 }
 
+// A warp's part of so many bytes (a multiple of 16), asked for into the second cache and not waited for.
+__device__ inline void read_ahead(const void* from, u64 bytes, int part, int parts) {
+    constexpr u64 PIECE = 4096;
+    u64 pieces = (bytes + PIECE - 1) / PIECE, end = pieces * (part + 1) / parts;
+    for (u64 i = pieces * part / parts + (threadIdx.x & 31); i < end; i += 32) {
+        u64 at = i * PIECE, left = bytes - at;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const u8*)from + at), "r"((u32)(left < PIECE ? left : PIECE))
+                     : "memory");
+    }
+}
+
 // 16 bytes of global memory into shared memory, zeros where not `wanted`; a thread waits for its own copies, in groups.
 __device__ inline void copy_quad(u32 shared, const void* global, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0) : "memory");
@@ -185,6 +196,15 @@ __device__ inline u32 pack_bf16(float low, float high) {
     u32 bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
+}
+
+// Two BF16 values as E4M3; what is too large becomes the largest.
+__device__ inline u16 to_fp8(u32 pair) {
+    u16 bytes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(bytes)
+        : "f"(from_bf16((u16)(pair >> 16))), "f"(from_bf16((u16)pair)));
+    return bytes;
 }
 
 // Eight BF16 values to FP32 sums, and back.

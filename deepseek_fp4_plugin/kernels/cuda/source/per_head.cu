@@ -16,6 +16,14 @@ struct AbsorbParameters {
     u16* turned;        // [tokens][heads][2 * pairs]
     int tokens, q_token, q_head, heads, rows, nope, latent;  // nope at most 256, latent a multiple of 64
     int rope_token, rope_head, pairs;
+    const u16* kv;           // [tokens][kv_stride], latents and their rotary parts, where there are blocks for them
+    const u16* norm;         // [latent]
+    const long long* slots;  // [tokens]
+    u8* cache;               // [slots][latent + 2 * pairs]
+    int kv_stride, fp8;      // the cache is E4M3, else BF16
+    float eps;
+    const u8* ahead;  // what is to be in the second cache soon
+    u64 ahead_bytes;
 };
 
 // The part of a query that is not absorbed: rotated as `rotary` does.
@@ -31,7 +39,46 @@ __device__ inline void turn(const AbsorbParameters& p, int head) {
     }
 }
 
-// y[h] = W_h^T q[h]. A block has 64 outputs of a head, a thread 8 of them and every 32nd row; the head's last block turns.
+// Two BF16 values as the cache holds them.
+__device__ inline void store_pair(const AbsorbParameters& p, u64 at, u32 pair) {
+    if (p.fp8) *(u16*)(p.cache + at) = to_fp8(pair);
+    else *(u32*)(p.cache + 2 * at) = pair;
+}
+
+// Tokens' latents, normed and rotated, at their slots; rounded as `rms_norm` rounds. A thread has two values.
+__device__ inline void store_latents(const AbsorbParameters& p, int first) {
+    __shared__ float sums[8];
+    int at = 2 * (int)threadIdx.x;
+    u32 weight = at < p.latent ? *(const u32*)(p.norm + at) : 0;
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    for (int token = first; token < p.tokens; token += p.heads) {
+        const u16* kv = p.kv + (u64)token * p.kv_stride;
+        u64 slot = (u64)p.slots[token] * (p.latent + 2 * p.pairs);
+        u32 values = at < p.latent ? *(const u32*)(kv + at) : 0;
+        float low = from_bf16((u16)values), high = from_bf16((u16)(values >> 16)), sum = low * low + high * high;
+#pragma unroll
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+        __syncthreads();  // the sums of the token before have been read
+        if (!(threadIdx.x & 31)) sums[threadIdx.x >> 5] = sum;
+        __syncthreads();
+        sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < 8; w++) sum += sums[w];
+        float factor = rsqrtf(sum / p.latent + p.eps);
+        if (at < p.latent)
+            store_pair(p, slot + at, pack_bf16(round_bf16(low * factor) * from_bf16((u16)weight),
+                                               round_bf16(high * factor) * from_bf16((u16)(weight >> 16))));
+        for (int pair = (int)threadIdx.x; pair < p.pairs; pair += 256) {
+            float even = from_bf16(kv[p.latent + 2 * pair]), odd = from_bf16(kv[p.latent + 2 * pair + 1]);
+            float c = p.cos[token * p.pairs + pair], s = p.sin[token * p.pairs + pair];
+            store_pair(p, slot + p.latent + 2 * pair, pack_bf16(even * c - odd * s, even * s + odd * c));
+        }
+    }
+}
+
+// y[h] = W_h^T q[h]. A block has 64 outputs of a head, a thread 8 of them and every 32nd row; then come a head's blocks
+// for its rotary parts, and for latents.
 extern "C" __global__ void __launch_bounds__(256) absorb(const __grid_constant__ AbsorbParameters p) {
     constexpr int HELD = 8, WARPS = 8;
     __shared__ float sums[WARPS][64];
@@ -41,11 +88,16 @@ extern "C" __global__ void __launch_bounds__(256) absorb(const __grid_constant__
         turn(p, head);
         return;
     }
+    if (column > p.latent) {
+        store_latents(p, head);
+        return;
+    }
     const u16* weight = p.weight + ((u64)head * p.rows + group) * p.latent + column + octet * 8;
     Quad held[HELD] = {};
 #pragma unroll
     for (int i = 0; i < HELD; i++)
         if (group + 32 * i < p.nope) held[i] = load_weights(weight + (u64)32 * i * p.latent);
+    if (warp == 0) read_ahead(p.ahead, p.ahead_bytes, head * (p.latent / 64) + (int)blockIdx.x, p.heads * (p.latent / 64));
     let_next_kernel_begin();
     wait_for_kernels_before();
     for (int token = 0; token < p.tokens; token++) {

@@ -42,15 +42,6 @@ struct NormParameters {
     float eps;
 };
 
-// Two BF16 values as E4M3; what is too large becomes the largest.
-__device__ inline u16 to_fp8(u32 pair) {
-    u16 bytes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-        : "=h"(bytes)
-        : "f"(from_bf16((u16)(pair >> 16))), "f"(from_bf16((u16)pair)));
-    return bytes;
-}
-
 // A thread keeps its first 8 values; rows of more than 8192 are read again.
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ NormParameters p) {
     int first = threadIdx.x * 8, stride = blockDim.x * 8;
