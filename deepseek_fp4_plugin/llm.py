@@ -9,7 +9,7 @@ with LLM(model="r1_nano") as llm:
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +29,7 @@ from deepseek_fp4_plugin.engine.pace import PromptPace, least_chunk
 from deepseek_fp4_plugin.engine.request import GenerationError, RequestError
 from deepseek_fp4_plugin.engine.scheduler import Scheduler
 from deepseek_fp4_plugin.engine.step_plan import Logprob
-from deepseek_fp4_plugin.engine.worker import Worker
-from deepseek_fp4_plugin.engine.worker_group import Progress
+from deepseek_fp4_plugin.engine.worker import Progress, WarmUp, Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.tokenizer import Tokenizer, has_tokenizer
 
@@ -57,7 +56,7 @@ class LLM:
 
     model: a folder, a Hugging Face id, `r1_nano`, or a DeepseekV3ForCausalLM.  tokenizer: another folder's, if any.
     config: everything else at once; or give EngineConfig's fields as keyword arguments (TensorRT-LLM's names).
-    progress: called with (parts loaded, parts in all).
+    progress: called with what is being done ("loading", "measuring steps", "warming up"), and parts done and in all.
     Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments that cannot.
     """
 
@@ -67,7 +66,7 @@ class LLM:
         tokenizer: str | Path | Tokenizer | None = None,
         *,
         config: EngineConfig | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         **kwargs: Any,
     ):
         loaded = model if isinstance(model, DeepseekV3ForCausalLM) else None
@@ -92,7 +91,7 @@ class LLM:
 
         def executor(progress: Progress | None = None) -> Executor:
             if loaded is not None:
-                return InProcessExecutor.of(Worker(config, loaded))
+                return InProcessExecutor.of(Worker(config, loaded, progress=progress))
             assert folder is not None
             return start_executor(config, name, folder, device, progress)
 
@@ -237,9 +236,15 @@ class LLM:
         self._admission.check_length(text)
 
     def memory_use(self) -> dict[str, int]:
-        """Bytes of the weights and of the latent cache."""
+        """Bytes of the weights, of the latent cache and, where they were measured, of what steps need beside them."""
         facts = self._executor.facts
-        return {"weights": facts.weight_bytes, "cache": facts.cache_bytes}
+        steps = {"steps": facts.warm_up.bytes} if facts.warm_up is not None and facts.warm_up.bytes else {}
+        return {"weights": facts.weight_bytes, "cache": facts.cache_bytes} | steps
+
+    @property
+    def warm_up(self) -> WarmUp | None:
+        """What the warm-up took, where there was one."""
+        return self._executor.facts.warm_up
 
     def check_health(self) -> None:
         """Raises EngineDeadError when the engine has stopped."""
@@ -256,7 +261,7 @@ class LLM:
             self._executor.close()
             self._start(self._new_executor(self._go_on))
 
-    def _go_on(self, *_: int) -> None:
+    def _go_on(self, *_: object) -> None:
         """Raises EngineDeadError when `shutdown` was called meanwhile: loading is then cut short."""
         if self._shut:
             raise EngineDeadError("the engine was shut down")

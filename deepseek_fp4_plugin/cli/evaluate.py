@@ -94,7 +94,7 @@ def run(
         flags.setdefault("max_batch_size", None)
         config = engine_config(model, {**flags, "max_batch_size": flags["max_batch_size"] or concurrency})
         with screen.stages() as progress:
-            client = LlmClient(LLM(config=config, progress=lambda done, total: progress("loading", done, total)))
+            client = LlmClient(LLM(config=config, progress=progress))
     evaluate_tasks(client, plans, out, about, concurrency)
 
 

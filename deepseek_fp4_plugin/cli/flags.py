@@ -76,6 +76,9 @@ def _option(names: Sequence[str], field: FieldInfo, flag: Flag) -> Callable[[Any
     types = _types(field.annotation)
     if Literal in types:
         return click.option(*spellings, setting, type=click.Choice(types[Literal]), help=flag.help)
+    if bool in types and type(None) in types:
+        both = (f"{name}/--no-{name[2:]}" for name in spellings)
+        return click.option(*both, setting, default=None, help=flag.help)
     if bool in types:
         return click.option(*spellings, setting, is_flag=True, default=None, help=flag.help)
     kind = next(kind for kind in (int, float, str) if kind in types)

@@ -98,8 +98,12 @@ def load(config: "EngineConfig") -> "LLM":
     """The model behind its engine, with progress."""
     from deepseek_fp4_plugin.llm import LLM  # torch comes with it
 
-    with screen.progress(f"loading {config.model}") as report:
-        return LLM(config.model, config=config, progress=report)
+    with screen.stages() as report:
+
+        def progress(what: str, done: int, parts: int) -> None:
+            report(f"{what} {config.model}", done, parts)
+
+        return LLM(config.model, config=config, progress=progress)
 
 
 def summary(outputs: "list[RequestOutput]", seconds: float) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from deepseek_fp4_plugin.cli import screen
 from deepseek_fp4_plugin.cli.flags import Command, ModelName, engine_config, engine_flags, read_text, serve_flags
 
 _FILE = click.Path(path_type=Path)
@@ -109,7 +110,7 @@ def serve(model: str, chat_template: Path | None, api_key_file: Path | None, **f
     chosen = engine_config(model, flags, **engine), ServerOptions(**options)
     from deepseek_fp4_plugin.serving.server import serve as run  # torch comes with it: mistakes are told before
 
-    return run(model, *chosen)
+    return run(model, *chosen, screen.stages)
 
 
 def _keys(path: Path) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Executor: owns the workers. Plans go in, results come out in the same order; who computes them is its affair."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
@@ -73,8 +74,8 @@ class InProcessExecutor:
 
     @classmethod
     def of(cls, worker: Worker) -> "InProcessExecutor":
-        worker.allocate(worker.facts.cache_blocks)
-        return cls(worker.runner, worker.facts)
+        warmed = worker.allocate(worker.facts.cache_blocks)
+        return cls(worker.runner, replace(worker.facts, warm_up=warmed))
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
         (plan,) = plans

@@ -33,15 +33,18 @@ def num_blocks(
     free_memory_fraction: float = 0.9,
     max_tokens: int | None = None,
     ranks_here: int = 1,
+    free_memory: int | None = None,
 ) -> int:
     """How many blocks to allocate.
 
     wanted_tokens: what the requests allowed at once could ever fill.  max_tokens: the caller's own limit.
-    free_memory_fraction: share of the GPU memory left after loading; means nothing on a CPU.
+    free_memory_fraction: share of the GPU memory left after loading; means nothing on a CPU.  free_memory: bytes of
+    it, where steps were measured without what they need; None: what is free now.
     ranks_here: on a CPU, ranks that share the machine's memory.
     """
     if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * free_memory_fraction)
+        free = torch.cuda.mem_get_info(device)[0] if free_memory is None else free_memory
+        budget = int(free * free_memory_fraction)
     else:
         budget = int(min(_CPU_LIMIT, psutil.virtual_memory().total * _CPU_SHARE)) // ranks_here
     tokens = min(wanted_tokens, budget // token_bytes)

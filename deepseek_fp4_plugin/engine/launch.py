@@ -1,5 +1,6 @@
 """Which executor a configuration asks for."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,7 @@ from deepseek_fp4_plugin.engine.executor import Executor, InProcessExecutor
 from deepseek_fp4_plugin.engine.launch_ray import start_on_ray
 from deepseek_fp4_plugin.engine.launch_spawned import start_spawned
 from deepseek_fp4_plugin.engine.launch_torchrun import start_under_torchrun
-from deepseek_fp4_plugin.engine.worker import Worker
-from deepseek_fp4_plugin.engine.worker_group import Progress
+from deepseek_fp4_plugin.engine.worker import Progress, Worker
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.examination import examine
 from deepseek_fp4_plugin.models.loading import read_shapes
@@ -46,7 +46,7 @@ def start_executor(
         dtype=config.dtype,
         device=device,
         nvfp4_activations=config.nvfp4_activations,
-        progress=progress,
+        progress=functools.partial(progress, "loading") if progress is not None else None,
         load_format=config.load_format,
     )
-    return InProcessExecutor.of(Worker(config, loaded))
+    return InProcessExecutor.of(Worker(config, loaded, progress=progress))

@@ -15,7 +15,8 @@ from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine.door import Address, Caller, Door, knock
 from deepseek_fp4_plugin.engine.executor import WorkerError
 from deepseek_fp4_plugin.engine.heartbeat import ORPHANED
-from deepseek_fp4_plugin.engine.worker_group import Member, Progress, WorkerGroup
+from deepseek_fp4_plugin.engine.worker import Progress
+from deepseek_fp4_plugin.engine.worker_group import Member, WorkerGroup
 from deepseek_fp4_plugin.engine.worker_process import serve_rank
 
 _PLACING = 120.0  # seconds to find room for all ranks in the cluster

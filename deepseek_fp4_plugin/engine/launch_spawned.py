@@ -12,7 +12,8 @@ from typing import cast
 import torch
 
 from deepseek_fp4_plugin.config import EngineConfig
-from deepseek_fp4_plugin.engine.worker_group import Member, Progress, WorkerGroup
+from deepseek_fp4_plugin.engine.worker import Progress
+from deepseek_fp4_plugin.engine.worker_group import Member, WorkerGroup
 
 _PROGRAM = "from deepseek_fp4_plugin.engine.worker_process import main; main()"
 _LAST_STEP = 10.0  # seconds that a worker gets to finish the step it is in when its group is closed

@@ -18,7 +18,8 @@ from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine.door import Address, Caller, Door, knock
 from deepseek_fp4_plugin.engine.heartbeat import ORPHANED
 from deepseek_fp4_plugin.engine.launch_spawned import spawn
-from deepseek_fp4_plugin.engine.worker_group import Member, Progress, WorkerGroup
+from deepseek_fp4_plugin.engine.worker import Progress
+from deepseek_fp4_plugin.engine.worker_group import Member, WorkerGroup
 from deepseek_fp4_plugin.engine.worker_process import serve_rank
 
 _ARRIVING = 300.0  # seconds for all processes to ask for the model

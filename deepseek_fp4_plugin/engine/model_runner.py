@@ -106,6 +106,17 @@ class ModelRunner:
         result.times = [*self._times, time.perf_counter()]
         self._results.append(result)
 
+    @property
+    def dp_ranks(self) -> int:
+        """Ranks that a plan tells of each other: none without attention data parallelism."""
+        count = self.model.mesh.dp.count
+        return count if count > 1 else 0
+
+    @torch.inference_mode()
+    def prepare(self, size: int, kind: Kind) -> None:
+        """Compute a uniform step of so many requests, all of them the dummy's, and record it where that is done."""
+        self.recorded.prepare(size, kind, self.dp_ranks)
+
     def explain(self, token_ids: Sequence[int]) -> str:
         """Why the logits of a request with these tokens are not finite: the first module and weight, one sentence."""
         return diagnosis.explain(self.model, token_ids, self.device)

@@ -21,7 +21,10 @@ from deepseek_fp4_plugin.kernels.recording import Recorder, Results, Unrecordabl
 # On a CPU every row costs its time, so nothing is filled up: every size of few tokens is recorded, then every eighth
 # while the host's share of a step still shows.
 _CPU_FEW_TOKENS, _CPU_TOKENS, _CPU_STRIDE = 16, 256, 8
-MAX_RECORDINGS = 64
+# A GPU's without `batch_sizes`, TensorRT-LLM's: filled up or not, up to 128 requests and then powers of two.
+_PADDED, _EXACT, _LARGE = (1, 2, 4, *range(8, 129, 8)), (*range(1, 32), 32, 64, 128), (256, 512, 1024, 2048)
+_GPU_MOST = 128  # requests, where `max_batch_size` does not say
+_LEAST_KEPT, _KINDS = 64, 4  # recordings that are kept at the least, and of each size
 
 StepFunction = Callable[[Tensor, "Kind", int], Callable[[], Results]]
 
@@ -60,10 +63,13 @@ class Sizes:
             return cls(tuple(n for n in range(1, most + 1) if n <= few or n % _CPU_STRIDE == 0))
         if config is None:
             return cls(())
-        largest = config.max_batch_size or 128
-        wanted = config.batch_sizes or (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048)
-        sizes = {size for size in wanted if config.batch_sizes or size <= largest}
-        return cls(tuple(sorted(size for size in sizes if size <= max_batch_size)), config.enable_padding)
+        padded = config.enable_padding
+        if config.batch_sizes:
+            sizes = {size for size in config.batch_sizes if size <= max_batch_size}
+        else:
+            largest = min(config.max_batch_size or _GPU_MOST, max_batch_size)
+            sizes = {size for size in (*(_PADDED if padded else _EXACT), *_LARGE) if size < largest} | {largest}
+        return cls(tuple(sorted(sizes)), padded)
 
     def choose(self, plan: StepPlan) -> int | None:
         """The size that this step is replayed with; None for one that is not. Every rank comes to the same."""
@@ -92,7 +98,7 @@ class RecordedSteps:
         if size is None:
             return None
         ranks = len(plan.dp_sampled)
-        key = size, kind, ranks, torch.get_num_threads()
+        key = self._key(size, kind, ranks)
         if key not in self.recordings and not self._record(key, size, kind, ranks):
             return None
         places, replay = self.recordings[key] = self.recordings.pop(key)  # now the youngest
@@ -103,13 +109,27 @@ class RecordedSteps:
         self.num_replays += 1
         return replay()
 
+    def prepare(self, size: int, kind: Kind, ranks: int) -> None:
+        """Record a step before it comes; where nothing can be recorded, compute it once.  ranks: 0 without attention
+        data parallelism."""
+        key = self._key(size, kind, ranks)
+        if key in self.recordings or (self.recorder is not None and self._record(key, size, kind, ranks)):
+            return
+        self.function(self._all_dummies(size), kind, ranks)()
+
+    def _key(self, size: int, kind: Kind, ranks: int) -> tuple:
+        return size, kind, ranks, torch.get_num_threads() if self.device.type == "cpu" else 0
+
+    def _all_dummies(self, size: int) -> Tensor:
+        return torch.full((size,), self.dummy, dtype=torch.int64, device=self.device)
+
     def _record(self, key: tuple, size: int, kind: Kind, ranks: int) -> bool:
         assert self.recorder is not None
-        if len(self.recordings) == MAX_RECORDINGS:
+        if len(self.recordings) == max(_LEAST_KEPT, _KINDS * len(self.sizes.sizes)):
             oldest = next(iter(self.recordings))  # the least recently used
             del self.recordings[oldest]
             self._placed.pop(oldest, None)
-        places = torch.full((size,), self.dummy, dtype=torch.int64, device=self.device)
+        places = self._all_dummies(size)
         try:
             replay, _ = self.recorder.record(self.function(places, kind, ranks))
         except Unrecordable:

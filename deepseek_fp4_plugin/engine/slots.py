@@ -47,6 +47,11 @@ class Slots:
     def dummy(self) -> int:
         return self.count
 
+    def renew_dummy(self) -> None:
+        """As it was made, whatever has been computed in it."""
+        self.enter([self.dummy], [NOBODY])
+        self.tokens[self.dummy].zero_()
+
     def apply(self, rows: Sequence[PlanRow]) -> None:
         """Take a plan's deltas."""
         entered = [row for row in rows if row.setup is not None]

@@ -1,6 +1,10 @@
 """Worker: one rank. Its slice of the model, its cache and its runner, and what the others must know of them."""
 
-from dataclasses import dataclass
+import functools
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,22 @@ from deepseek_fp4_plugin.config import EngineConfig
 from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
+from deepseek_fp4_plugin.engine.warm_up import kinds_of, prompts_of, sizes_of, warm_up
 from deepseek_fp4_plugin.kernels.weights import PreparedRouter, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
+
+# Called with what is being done, and parts done and in all: "loading", "measuring steps", "warming up".
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a warm-up was.  recordings: decode steps kept.  bytes: of a GPU's memory that steps need."""
+
+    seconds: float
+    recordings: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -29,19 +46,27 @@ class WorkerFacts:
     asynchronous: bool  # steps are computed beside the host
     weight_bytes: int
     cache_bytes: int
+    warm_up: WarmUp | None = None
 
 
 class Worker:
-    """The model must be loaded. Raises ValueError for drafts that it cannot make.
+    """The model must be loaded. Raises ValueError for drafts that it cannot make, and where a GPU's memory does not
+    suffice.
 
     `facts.cache_blocks` is what this rank has room for; `allocate` takes what all ranks have, and makes the runner.
-    ranks_here: ranks that share this machine's memory.
+    ranks_here: ranks that share this machine's memory. Where there is a warm-up all ranks must do both together.
     """
 
     cache: Tensor
     runner: ModelRunner
 
-    def __init__(self, config: EngineConfig, model: DeepseekV3ForCausalLM, ranks_here: int = 1):
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: DeepseekV3ForCausalLM,
+        ranks_here: int = 1,
+        progress: Progress | None = None,
+    ):
         shape, cache_config = model.config, config.kv_cache_config
         num_drafts = _num_drafts(config, model)
         layers = shape.num_hidden_layers + (1 if num_drafts else 0)
@@ -49,8 +74,25 @@ class Worker:
         device = model.model.norm.weight.device
         block_size = cache_config.tokens_per_block
         max_seq_len = min(config.max_seq_len or shape.max_position_embeddings, shape.max_position_embeddings)
-        blocks = kv_cache.num_blocks(
-            kv_cache.bytes_per_token(shape, layers, dtype),
+        token_bytes = kv_cache.bytes_per_token(shape, layers, dtype)
+        self.model, self._config, self._progress = model, config, progress
+        self._shape = shape, layers, block_size, dtype, device
+        self._seconds, self._step_bytes = 0.0, 0  # of the warm-up
+        self._warms = device.type == "cuda" if config.warm_up is None else config.warm_up
+        self.facts = WorkerFacts(
+            shape,
+            model.path,
+            num_drafts,
+            max_seq_len,
+            0,
+            block_size,
+            device.type != "cpu",
+            sum(_storages(model).values()),
+            0,
+        )
+        blocks = functools.partial(
+            kv_cache.num_blocks,
+            token_bytes,
             block_size,
             config.max_batch_size * (max_seq_len + num_drafts + block_size),
             device,
@@ -58,35 +100,61 @@ class Worker:
             cache_config.max_tokens,
             ranks_here,
         )
-        self.model, self._config = model, config
-        self._shape = shape, layers, block_size, dtype, device
-        self.facts = WorkerFacts(
-            shape,
-            model.path,
-            num_drafts,
-            max_seq_len,
-            blocks,
-            block_size,
-            device.type != "cpu",
-            sum(_storages(model).values()),
-            blocks * block_size * kv_cache.bytes_per_token(shape, layers, dtype),
-        )
+        count = blocks(self._measure() if self._warms and device.type == "cuda" else None)
+        self.facts = replace(self.facts, cache_blocks=count, cache_bytes=count * block_size * token_bytes)
 
-    def allocate(self, blocks: int) -> None:
-        """Make the cache, and the runner that computes in it."""
+    def allocate(self, blocks: int) -> WarmUp | None:
+        """Make the cache, and the runner that computes in it; what warming it up took, where that is done."""
+        self.cache, self.runner = self._new(blocks)
+        if self._config.moe_config.count_load:
+            self.runner.expert_load = self.model.count_expert_load()
+        if not self._warms:
+            return None
+        self._warm_up("warming up", self.runner)
+        return WarmUp(self._seconds, len(self.runner.recorded.recordings), self._step_bytes)
+
+    def _new(self, blocks: int) -> tuple[Tensor, ModelRunner]:
         shape, layers, block_size, dtype, device = self._shape
         drafts, batch = self.facts.num_drafts, self._config.max_batch_size
-        self.cache = kv_cache.allocate(shape, layers, blocks + 1, block_size, dtype, device)  # one for the dummy
-        self.runner = ModelRunner(
+        cache = kv_cache.allocate(shape, layers, blocks + 1, block_size, dtype, device)  # one for the dummy
+        runner = ModelRunner(
             self.model,
-            self.cache,
+            cache,
             drafts,
             batch,
             -(-(self.facts.max_seq_len + 3 * drafts) // block_size),  # drafts of two steps, and the recurrence
             Sizes.of(self._config.cuda_graph_config, device, drafts, batch, self.model.mesh.dp.count),
         )
-        if self._config.moe_config.count_load:
-            self.runner.expert_load = self.model.count_expert_load()
+        return cache, runner
+
+    def _measure(self) -> int:
+        """Bytes of the GPU that are left for the cache beside what the largest steps need.
+
+        They are run in a cache of one prompt, with which all that they took is given up again.
+        """
+        device, config = self._shape[-1], self._config
+        before = torch.cuda.mem_get_info(device)[0]
+        longest = min(config.max_num_tokens, self.facts.max_seq_len) + 1 + 2 * self.facts.num_drafts
+        tokens = min(longest, config.kv_cache_config.max_tokens or longest)  # the same on every rank
+        cache, runner = self._new(max(1, tokens // self.facts.block_size))
+        self._warm_up("measuring steps", runner, largest_only=True)
+        torch.cuda.synchronize(device)
+        free = torch.cuda.mem_get_info(device)[0] + cache.nbytes
+        self._step_bytes = max(0, before - free)
+        del cache, runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        return free
+
+    def _warm_up(self, what: str, runner: ModelRunner, largest_only: bool = False) -> None:
+        progress = functools.partial(self._progress, what) if self._progress is not None else None
+        most = self._config.max_num_tokens
+        sizes, prompts = sizes_of(runner, most), prompts_of(runner, most)
+        if largest_only:
+            sizes, prompts = sizes[:1], prompts[:1]
+        began = time.perf_counter()
+        warm_up(runner, sizes, kinds_of(self._config.speculative_config), prompts, progress)
+        self._seconds += time.perf_counter() - began
 
 
 def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:

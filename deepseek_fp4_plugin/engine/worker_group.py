@@ -21,10 +21,8 @@ from deepseek_fp4_plugin.engine.door import Arrival, hang_up
 from deepseek_fp4_plugin.engine.executor import Alarm, WorkerError
 from deepseek_fp4_plugin.engine.heartbeat import SILENCE, Monitor
 from deepseek_fp4_plugin.engine.step_plan import StepPlan, StepResult
-from deepseek_fp4_plugin.engine.worker import WorkerFacts
-from deepseek_fp4_plugin.engine.worker_process import Assignment, Loading, Question
-
-Progress = Callable[[int, int], None]
+from deepseek_fp4_plugin.engine.worker import Progress, WorkerFacts
+from deepseek_fp4_plugin.engine.worker_process import Advance, Assignment, Question
 
 
 class Process(Protocol):
@@ -98,8 +96,9 @@ class WorkerGroup:
             # Where the ranks find each other; port 0 is a free one.
             self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
             self.facts = self._start(config, model, (host, self._store.port), progress)
-        except BaseException:
-            self.close()
+        except BaseException:  # nothing is under way that anybody waits for
+            self._monitor.close()
+            self._end(gently=False)
             raise
 
     def _start(
@@ -109,27 +108,32 @@ class WorkerGroup:
             answers = member.work in self._answering
             assignment = Assignment(rank, member.ranks_here, model, config, member.device, store, answers)
             self._send(member.work, pickle.dumps(assignment))
-        facts: dict[Connection, WorkerFacts] = {}
-        while len(facts) < len(self._members):
-            for work in wait([member.work for member in self._members if member.work not in facts]):
-                message = self._receive(cast(Connection, work))
-                if not isinstance(message, Loading):
-                    facts[cast(Connection, work)] = message
-                elif progress is not None:
-                    progress(message.done, message.parts)
-        blocks = min(fact.cache_blocks for fact in facts.values())
+        facts: list[WorkerFacts] = self._answers(progress)
+        blocks = min(fact.cache_blocks for fact in facts)
         for member in self._members:
             self._send(member.work, pickle.dumps(blocks))
-        for member in self._members:
-            self._receive(member.work)
-        first = facts[self._members[0].work]
+        warmed = self._answers(progress)
+        first = facts[0]
         return replace(
             first,
+            warm_up=warmed[0],
             cache_blocks=blocks,
             asynchronous=True,  # on a CPU, too: the front plans while the ranks compute
-            weight_bytes=max(fact.weight_bytes for fact in facts.values()),
+            weight_bytes=max(fact.weight_bytes for fact in facts),
             cache_bytes=first.cache_bytes // first.cache_blocks * blocks,
         )
+
+    def _answers(self, progress: Progress | None) -> list[Any]:
+        """What each rank says next, rank by rank, and meanwhile how far they are."""
+        answers: dict[Connection, Any] = {}
+        while len(answers) < len(self._members):
+            for work in wait([member.work for member in self._members if member.work not in answers]):
+                message = self._receive(cast(Connection, work))
+                if not isinstance(message, Advance):
+                    answers[cast(Connection, work)] = message
+                elif progress is not None:
+                    progress(message.what, message.done, message.parts)
+        return [answers[member.work] for member in self._members]
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
         self._under_way += 1

@@ -55,9 +55,10 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Progress of rank 0."""
+class Advance:
+    """Progress of rank 0; see worker.Progress."""
 
+    what: str
     done: int
     parts: int
 
@@ -92,9 +93,9 @@ def _serve(work: Connection) -> None:
     rank = assignment.rank
     _speak_on(own_address(work))
 
-    def progress(done: int, parts: int) -> None:
+    def progress(what: str, done: int, parts: int) -> None:
         if rank == 0:
-            work.send(Loading(done, parts))
+            work.send(Advance(what, done, parts))
 
     config = assignment.config
     device = torch.device(assignment.device)
@@ -106,13 +107,12 @@ def _serve(work: Connection) -> None:
         device=device,
         nvfp4_activations=config.nvfp4_activations,
         mesh=_mesh(assignment, device),
-        progress=progress,
+        progress=functools.partial(progress, "loading"),
         load_format=config.load_format,
     )
-    worker = Worker(config, model, assignment.ranks_here)
+    worker = Worker(config, model, assignment.ranks_here, progress)
     work.send(worker.facts)
-    worker.allocate(work.recv())
-    work.send(None)
+    work.send(worker.allocate(work.recv()))
     compute(work, worker.runner, assignment.answers, worker.facts.asynchronous)
 
 

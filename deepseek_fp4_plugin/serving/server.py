@@ -11,6 +11,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -18,7 +20,7 @@ import psutil
 import uvicorn
 
 from deepseek_fp4_plugin.config import EngineConfig
-from deepseek_fp4_plugin.llm import LLM
+from deepseek_fp4_plugin.llm import LLM, Progress
 from deepseek_fp4_plugin.serving.app import create_app
 from deepseek_fp4_plugin.serving.aside import take_short_turns
 from deepseek_fp4_plugin.serving.connection import limited_connection
@@ -34,8 +36,11 @@ _PIECES = 2500.0
 _LAST_WORDS = 2.0  # seconds for clients to take what a cancelled answer says
 
 
-def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
-    """Load `model` and serve it until SIGTERM or SIGINT; the exit status.
+Stages = Callable[[], AbstractContextManager[Progress]]  # shows how far loading and warming up are
+
+
+def serve(model: str, config: EngineConfig, options: ServerOptions, stages: Stages) -> int:
+    """Load `model`, warm it up and serve it until SIGTERM or SIGINT; the exit status.
 
     The port is taken before the model is loaded, so that a port in use costs seconds and not a load. Raises ValueError
     and OSError with a clear sentence for what cannot be served.
@@ -45,7 +50,8 @@ def serve(model: str, config: EngineConfig, options: ServerOptions) -> int:
     listener = _listen(options)
     try:
         began = time.perf_counter()
-        llm = LLM(model, config=config)
+        with stages() as progress:
+            llm = LLM(model, config=config, progress=progress)
         if "stream_interval" not in config.model_fields_set:
             llm.limit_pieces(_PIECES)
         try:
@@ -181,7 +187,9 @@ def _report(service: Service, options: ServerOptions, seconds: float) -> None:
     print(f"served as: {', '.join(service.names)} (context of {service.max_model_len} tokens)")
     memory = ", ".join(f"{name} {_size(size)}" for name, size in service.llm.memory_use().items())
     process = psutil.Process(os.getpid()).memory_info().rss
-    print(f"loaded in {seconds:.1f} s; memory: {memory}, process {_size(process)}", flush=True)
+    warmed = service.llm.warm_up
+    steps = f", {warmed.seconds:.1f} s of it warming up ({warmed.recordings} steps recorded)" if warmed else ""
+    print(f"loaded in {seconds:.1f} s{steps}; memory: {memory}, process {_size(process)}", flush=True)
 
 
 def _size(size: int) -> str:

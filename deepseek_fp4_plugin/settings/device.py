@@ -36,11 +36,16 @@ class KvCacheConfig(Choices):
 
 
 class CudaGraphConfig(Choices):
-    """Captured decoding steps. batch_sizes: those captured; max_batch_size: the largest, 0 for the default."""
+    """Decoding steps captured as CUDA graphs, so many requests each.
+
+    batch_sizes: those numbers; None: 1, 2, 4, 8 and every eighth to 128, then powers of two, up to max_batch_size.
+    max_batch_size: the largest of them, 0 for 128; the engine's own limits both.  enable_padding: a step of another
+    number is filled up to the next; else it is not captured, and the sizes left to choose are 1 to 32, 64, 128, ...
+    """
 
     batch_sizes: tuple[Count, ...] | None = None
     max_batch_size: Annotated[Int, Field(ge=0)] = 0
-    enable_padding: Bool = False
+    enable_padding: Bool = True
 
     def __init__(self, **values: Any):
         super().__init__(**values)

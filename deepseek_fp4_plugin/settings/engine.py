@@ -59,8 +59,9 @@ class EngineConfig(Choices):
     is the model's own.  max_new_tokens: of requests that do not say; None: as many as the context holds.
     stream_interval: steps between two pieces of a stream.  max_prompt_seconds: that prompt tokens may add to a step,
     by how long the last steps took; None: as long as max_num_tokens take.  disable_overlap_scheduler: on a GPU, await
-    each step before the next is planned.  seed: of the seeds of requests that bring none.  orchestrator_type: who
-    starts the ranks; None: this process (torchrun, where that has started it).
+    each step before the next is planned.  warm_up: before the first request, compile kernels, record decode steps and
+    measure what steps need beside weights and cache; None: on a GPU.  seed: of the seeds of requests that bring none.
+    orchestrator_type: who starts the ranks; None: this process (torchrun, where that has started it).
     """
 
     model: str = "r1_nano"
@@ -102,6 +103,9 @@ class EngineConfig(Choices):
         Count, Flag("Steps between two pieces of a stream [1, more where streams are many].", serve_only=True)
     ] = 1
     disable_overlap_scheduler: Bool = False
+    warm_up: Annotated[
+        Bool | None, Flag("Before the first request, compile kernels and record decode steps [on a GPU].")
+    ] = None
     seed: Annotated[Int, Field(ge=0)] = 0
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -220,13 +224,7 @@ class EngineConfig(Choices):
             lines.append(f"moe_backend={self.moe_config.backend} ignored: {why}")
         if self.moe_config.load_balancer is not None and self.expert_ranks == 1:
             lines.append("moe_config.load_balancer ignored: moe_expert_parallel_size says how many ranks share experts")
-        graphs = self.cuda_graph_config
         if device != "cpu":
-            if "cuda_graph_config" in self.model_fields_set and graphs is None:
-                lines.append("use_cuda_graph=False ignored: short decode steps are always captured on a GPU")
-            named = ", ".join(sorted(graphs.model_fields_set)) if graphs is not None else ""
-            if named:
-                lines.append(f"cuda_graph_config: {named} ignored: steps are captured in the sizes that come")
             return lines
         if "cuda_graph_config" in self.model_fields_set and self.cuda_graph_config is not None:
             lines.append("use_cuda_graph (cuda_graph_config) ignored: CUDA graphs need a GPU")

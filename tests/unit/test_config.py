@@ -378,10 +378,7 @@ def test_blanks_between_special_tokens_are_not_offered() -> None:
 
 def test_settings_without_a_meaning_are_named_on_a_gpu_too() -> None:
     config = EngineConfig(cuda_graph_config={"batch_sizes": [1, 2], "enable_padding": True}, moe_backend="CUTLASS")
-    lines = config.ignored_settings("cuda")
-    assert any(line.startswith("cuda_graph_config: batch_sizes, enable_padding ignored") for line in lines)
-    assert any(line.startswith("moe_backend=CUTLASS ignored") for line in lines)
-    assert any(
-        "use_cuda_graph=False ignored" in line for line in EngineConfig(use_cuda_graph=False).ignored_settings("cuda")
-    )
+    (line,) = config.ignored_settings("cuda")  # the graphs' settings have their meaning (Sizes.of)
+    assert line.startswith("moe_backend=CUTLASS ignored")
+    assert EngineConfig(use_cuda_graph=False).ignored_settings("cuda") == []
     assert EngineConfig(use_cuda_graph=False).ignored_settings("cpu") == []

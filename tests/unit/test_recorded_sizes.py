@@ -98,8 +98,11 @@ def test_sizes_from_the_configuration():
         return Sizes.of(CudaGraphConfig(**values), CUDA, 1, 512)
 
     assert of(batch_sizes=[8, 1, 1024]).sizes == (1, 8)  # no more than a batch has
-    assert of().sizes[:5] == (1, 2, 4, 8, 16) and of().sizes[-1] == 128 and not of().padded
+    assert of() == Sizes((1, 2, 4, *range(8, 129, 8)), True)
     assert of(max_batch_size=256, enable_padding=True) == Sizes((1, 2, 4, *range(8, 129, 8), 256), True)
+    assert of(max_batch_size=300).sizes[-2:] == (256, 300)  # the largest itself, so that all below are filled up to it
+    assert of(enable_padding=False) == Sizes((*range(1, 32), 32, 64, 128))  # TensorRT-LLM's
+    assert Sizes.of(CudaGraphConfig(), CUDA, 1, 6) == Sizes((1, 2, 4, 6), True)
     assert Sizes.of(None, CUDA, 1, 512).sizes == ()  # use_cuda_graph=False
     # Every size of up to 16 tokens, and every eighth of up to 256.
     assert Sizes.of(None, CPU, 1, 512) == Sizes((*range(1, 9), *range(16, 129, 8)))
