@@ -10,6 +10,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.kernels import ops
+from deepseek_fp4_plugin.kernels.cuda import launcher
 from deepseek_fp4_plugin.kernels.cuda_graph import GraphRecorder
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
@@ -108,6 +109,55 @@ def test_whole_steps_are_captured_and_replayed(on_gpu, drafts, overlap):
         a == b for i in outputs["graph"] for a, b in zip(outputs["graph"][i], outputs["exact shapes"][i], strict=True)
     )
     assert same >= 0.5 * sum(map(len, outputs["graph"].values()))
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts):
+    """No kernel is compiled and no step recorded for the first requests; tokens and every block are the same."""
+    launcher.kernel.cache_clear()
+    settings = {
+        "max_batch_size": 6,
+        "max_seq_len": 1024,
+        "max_num_tokens": 1024,
+        "kv_cache_config": {"max_tokens": 8192},
+    }
+    if drafts:
+        settings["speculative_config"] = {"num_nextn_predict_layers": drafts}
+    answers, blocks = [], []
+    for warm_up in (True, False):
+        with LLM("r1_nano", device="cuda", warm_up=warm_up, **settings) as llm:
+            runner = llm._executor.runner
+            made = launcher.kernel.cache_info().misses, len(runner.recorded.recordings)
+            assert (llm.warm_up is not None) == warm_up == bool(made[1])
+            runner.cache.view(torch.uint8).zero_()
+            own = []
+            for n, temperature in ((1, 0.0), (1, 0.8), (3, 0.0), (5, 0.8), (6, 0.8)):
+                params = SamplingParams(max_tokens=40, n=n, temperature=temperature, seed=n, ignore_eos=True)
+                for prompt in (f"{n}: Sort 5, 3, 9.", f"{n}: " + "What is 123 + 456? " * 12):
+                    own += [o.token_ids for o in llm.generate(prompt, params).outputs]
+            if warm_up:
+                assert (launcher.kernel.cache_info().misses, len(runner.recorded.recordings)) == made
+                assert llm.warm_up.bytes > 0 and llm.memory_use()["steps"] == llm.warm_up.bytes
+            answers.append(own)
+            blocks.append(runner.cache[:, :-1].view(torch.uint8).cpu())
+    assert answers[0] == answers[1]
+    assert torch.equal(*blocks)
+
+
+def test_graphs_take_turns_at_the_same_memory():
+    """Results included: smaller steps recorded behind the largest take nothing more."""
+    recorder, x = GraphRecorder(torch.device("cuda")), torch.randn(16 << 20, device="cuda")
+    sizes = (16 << 20, 12 << 20, 8 << 20, 4 << 20)
+    replays, reserved = [], []
+    for size in sizes:
+        replays.append(recorder.record(lambda size=size: (x[:size] * 2 + 1,))[0])
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved == reserved[:1] * len(sizes)
+    for value in (1.0, 3.0):
+        x.fill_(value)
+        for size, replay in zip(sizes, replays, strict=True):
+            (result,) = replay()
+            assert result.shape == (size,) and bool((result == 2 * value + 1).all())
 
 
 def stacked(weight_format: WeightFormat, experts: int, *shape: int) -> WeightTensors:
