@@ -114,8 +114,9 @@ class RecordedSteps:
         data parallelism."""
         key = self._key(size, kind, ranks)
         if key in self.recordings or (self.recorder is not None and self._record(key, size, kind, ranks)):
-            return
-        self.function(self._all_dummies(size), kind, ranks)()
+            self.recordings[key][1]()  # a graph's first replay takes it to the device
+        else:
+            self.function(self._all_dummies(size), kind, ranks)()
 
     def _key(self, size: int, kind: Kind, ranks: int) -> tuple:
         return size, kind, ranks, torch.get_num_threads() if self.device.type == "cpu" else 0

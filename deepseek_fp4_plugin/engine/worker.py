@@ -133,6 +133,7 @@ class Worker:
         They are run in a cache of one prompt, with which all that they took is given up again.
         """
         device, config = self._shape[-1], self._config
+        torch.cuda.empty_cache()  # what loading has given back
         before = torch.cuda.mem_get_info(device)[0]
         longest = min(config.max_num_tokens, self.facts.max_seq_len) + 1 + 2 * self.facts.num_drafts
         tokens = min(longest, config.kv_cache_config.max_tokens or longest)  # the same on every rank

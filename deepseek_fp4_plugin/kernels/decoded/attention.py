@@ -1,11 +1,19 @@
 """Attention through the platform's batched matrix products."""
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_fp4_plugin.kernels.reference.attention import store_latents
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+
+# cuDNN's attention is the fastest on some GPUs, but takes tens of milliseconds to plan each new pair of query and
+# context lengths, and hardly two prompts are alike.
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_PLANNED_QUERIES = 2048  # from here on the plan is the smaller part
 
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -22,9 +30,11 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.device.type == "cpu":
         broken = ~q.isfinite().all(-1, keepdim=True) | k[context - length :].isnan().any(-1, keepdim=True)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    output = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
-    )
+    quick = q.device.type == "cuda" and length < _PLANNED_QUERIES
+    with sdpa_kernel(_UNPLANNED) if quick else contextlib.nullcontext():
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
+        )
     output = output.squeeze(0).transpose(0, 1)[..., :width]
     return output if broken is None else output.masked_fill(broken, torch.nan)
 
