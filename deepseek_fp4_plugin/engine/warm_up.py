@@ -19,6 +19,8 @@ from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup, StepP
 Progress = Callable[[int, int], None]
 
 _PROMPTS = tuple(2**n for n in range(3, 13))  # tokens: kernels differ by powers of two, and not above
+_SHORT = (1, 8)  # tokens of chunks that attend in absorbed form, whose kernels differ by the context
+_CONTEXTS = (64, 128, 256)
 _UNRECORDED = tuple(2**n for n in range(8))  # requests that decode, where nothing is recorded
 
 
@@ -50,12 +52,14 @@ def warm_up(
     prompts: Sequence[int],
     progress: Progress | None = None,
 ) -> None:
-    """Uniform steps of each size and kind, then prompts of so many tokens.
+    """Uniform steps of each size and kind, then prompts of so many tokens, and chunks behind others.
 
     progress: called with (steps done, steps in all). Raises ValueError where a GPU's memory does not suffice.
     """
     steps = [(f"{size} requests", partial(runner.prepare, size, kind)) for size in sizes for kind in kinds]
     steps += [(f"{count} prompt tokens", partial(_prompt, runner, count)) for count in prompts]
+    chunks = [(count, start) for start in _CONTEXTS for count in (*_SHORT, start) if count + start <= max(prompts)]
+    steps += [(f"{count} prompt tokens", partial(_prompt, runner, count, start)) for count, start in chunks]
     for done, (what, step) in enumerate(steps):
         if progress is not None:
             progress(done, len(steps))
@@ -73,9 +77,9 @@ def warm_up(
         progress(len(steps), len(steps))
 
 
-def _prompt(runner: ModelRunner, count: int) -> None:
-    """A prompt of so many tokens on every rank, and a token drawn behind it."""
+def _prompt(runner: ModelRunner, count: int, start: int = 0) -> None:
+    """So many tokens of a prompt behind `start` others on every rank, and a token drawn behind them."""
     tokens = [token % runner.model.config.vocab_size for token in range(count)]
-    row = PlanRow(runner.slots.dummy, tokens, 0, 0, True, setup=Setup(0, Sampling(greedy=False)))
+    row = PlanRow(runner.slots.dummy, tokens, start, 0, True, setup=Setup(start, Sampling(greedy=False)))
     ranks = runner.dp_ranks
     runner.run(StepPlan([row], count, False, (count,) * ranks, (1,) * ranks, False))

@@ -10,7 +10,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.step_plan import Sampling
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.kernels.cuda import launcher
+from deepseek_fp4_plugin.kernels.cuda import compiler, launcher
 from deepseek_fp4_plugin.kernels.cuda_graph import GraphRecorder
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
@@ -112,9 +112,16 @@ def test_whole_steps_are_captured_and_replayed(on_gpu, drafts, overlap):
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts):
+def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts, monkeypatch):
     """No kernel is compiled and no step recorded for the first requests; tokens and every block are the same."""
     launcher.kernel.cache_clear()
+    loaded, cubin = [], compiler.cubin
+
+    def watched(file, defines, architecture):
+        loaded.append((file, defines))
+        return cubin(file, defines, architecture)
+
+    monkeypatch.setattr(compiler, "cubin", watched)
     settings = {
         "max_batch_size": 6,
         "max_seq_len": 1024,
@@ -127,8 +134,8 @@ def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts):
     for warm_up in (True, False):
         with LLM("r1_nano", device="cuda", warm_up=warm_up, **settings) as llm:
             runner = llm._executor.runner
-            made = launcher.kernel.cache_info().misses, len(runner.recorded.recordings)
-            assert (llm.warm_up is not None) == warm_up == bool(made[1])
+            recordings, made = len(runner.recorded.recordings), len(loaded)
+            assert (llm.warm_up is not None) == warm_up == bool(recordings)
             runner.cache.view(torch.uint8).zero_()
             own = []
             for n, temperature in ((1, 0.0), (1, 0.8), (3, 0.5), (5, 0.8), (6, 0.8)):
@@ -136,7 +143,7 @@ def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts):
                 for prompt in (f"{n}: Sort 5, 3, 9.", f"{n}: " + "What is 123 + 456? " * 12):
                     own += [o.token_ids for o in llm.generate(prompt, params).outputs]
             if warm_up:
-                assert (launcher.kernel.cache_info().misses, len(runner.recorded.recordings)) == made
+                assert made and loaded[made:] == [] and len(runner.recorded.recordings) == recordings
                 assert llm.warm_up.bytes > 0 and llm.memory_use()["steps"] == llm.warm_up.bytes
             answers.append(own)
             blocks.append(runner.cache[:, :-1].view(torch.uint8).cpu())

@@ -100,7 +100,8 @@ def test_where_nothing_is_recorded_the_steps_are_computed(tiny_fp8, monkeypatch)
     runner.recorded.recorder, runner.recorded.sizes = None, Sizes(())
     warmed(engine, None)
     assert [batch.num_decode_requests for batch in computed if not batch.chunks][:6] == [4, 4, 2, 2, 1, 1]
-    assert [chunk.stop for batch in computed for chunk in batch.chunks] == [128, 64, 32, 16]
+    assert [chunk.stop for batch in computed for chunk in batch.chunks] == [128, 64, 32, 16, 64]  # the last behind 64
+    assert [int(batch.positions[0]) for batch in computed][-4:] == [0, 64, 64, 64]
 
 
 def test_what_is_run(tiny_fp8):
@@ -117,7 +118,7 @@ def test_progress_is_told_and_an_interruption_goes_through(tiny_fp8):
     model = DeepseekV3ForCausalLM.from_pretrained(tiny_fp8)
     seen: list[tuple[int, int]] = []
     warmed(engine_of(model, 0), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 11) for done in range(12)]
+    assert seen == [(done, 14) for done in range(15)]
 
     def interrupt(done: int, total: int) -> None:
         if done == 3:
