@@ -11,7 +11,7 @@ from deepseek_fp4_plugin.kernels.reference.rotary import rotary
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 # cuDNN's attention is up to twice as fast as the others, but plans each new pair of query and context lengths, and
-# hardly two prompts are alike: 45 to 100 ms where the two are equal, a second where a mask is needed (H100, torch 2.11).
+# hardly two prompts are alike: 45 to 100 ms where they are equal, a second where a mask is needed (H100, torch 2.11).
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PLANNED_QUERIES = 4096  # without a mask, from here on the plan is the smaller part
 
