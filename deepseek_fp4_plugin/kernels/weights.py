@@ -45,8 +45,7 @@ class PreparedWeight:
     """A weight in the layout of the backend that will multiply by it; `data` is that backend's own.
 
     dtype: the activations' dtype.  activations: "fp4" rounds the input to NVFP4 with `input_scale` before multiplying,
-    "int8" to 8-bit integers with a scale a block of 16.  then: a weight that the same tokens are multiplied by soon
-    after, so that a backend may bring it nearer.
+    "int8" to 8-bit integers with a scale a block of 16.
     """
 
     backend: "Backend"
@@ -57,7 +56,6 @@ class PreparedWeight:
     activations: Activations
     input_scale: OptionalTensor
     data: Any
-    then: "PreparedWeight | None" = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ and so is what the softmax gives: s goes into the factor of the one and behind t
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,6 @@ class MLA(nn.Module):
         self.kv_b_proj = source.linear(
             [f"{self.name}.kv_b_proj"], [rows], c.kv_lora_rank, Cut(OUT, self.tp), activations="bf16"
         )
-        self.kv_b_proj = replace(self.kv_b_proj, then=self.o_proj.weight)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """x: [T, hidden].  cos, sin: FP32 [T, rope / 2].  cache: this layer's [blocks, block_size, latent + rope].

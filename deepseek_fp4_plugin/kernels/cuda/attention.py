@@ -9,7 +9,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import decoded, reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
-from deepseek_fp4_plugin.kernels.cuda.linear import decode, near
+from deepseek_fp4_plugin.kernels.cuda.linear import decode
 from deepseek_fp4_plugin.kernels.cuda.norm import store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE
@@ -245,7 +245,7 @@ def _absorb(
     y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_nope.device)
     more = () if rope is None else rope
     kv, norm, slots, cache, eps = latents or (y, y, y, y, 0.0)
-    kernel("per_head.cu", "absorb", "7P10i4P2ifPQ", (), y.device.index)(
+    kernel("per_head.cu", "absorb", "7P10i4P2if", (), y.device.index)(
         (latent // 64 + bool(more) + bool(latents), heads, 1),
         256,
         0,
@@ -266,7 +266,6 @@ def _absorb(
         kv.stride(0),
         int(cache.dtype is torch.float8_e4m3fn),
         eps,
-        *near(kv_b.then),
     )
     return y
 

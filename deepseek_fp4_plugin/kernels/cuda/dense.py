@@ -74,11 +74,6 @@ def fp8_blocks(parts: Sequence[WeightTensors]) -> Fp8Blocks | None:
     return Fp8Blocks(weight.view(torch.float8_e4m3fn), torch.cat(scale).contiguous(), rows, columns)
 
 
-def few_row_values(data: Dense) -> Tensor:
-    """What the kernel of few rows reads."""
-    return data.values if data.fp8 is None else data.fp8.weight
-
-
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
     """x: BF16 [rows, in], each row 16 bytes aligned.  Returns BF16 [rows, out]; `expert` picks one of a stack."""
     data: Dense = weight.data
@@ -149,7 +144,7 @@ def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
     columns, sets, stages = (1 if rows <= 8 else 2), -(-out // 16), -(-row_bytes // 128)
     large = sets <= (2 * _MULTIPROCESSORS if columns > 1 or not fp8 else _MULTIPROCESSORS - 1)
     if large:
-        warps, ring = next((w for w in (16, 8, 4) if stages >= 2 * w), 2), 4
+        warps, ring = next((w for w, least in ((16, 32), (6, 24), (8, 16), (4, 8)) if stages >= least), 2), 4
     else:
         warps = 8 if stages >= 48 else 4 if stages >= 12 else 2
         ring = 3 if fp8 or warps == 8 else 6

@@ -22,7 +22,7 @@ try:
 except ImportError:
     driver = None
 
-CARVEOUT = 100  # of 100 parts, shared memory
+_CARVEOUT = 100  # of 100 parts of a multiprocessor's cache: shared memory
 _BLOCK_SHARED = 227 << 10  # bytes of shared memory that a block can have
 MAX_SHARED = _BLOCK_SHARED - 4096  # of them for what a launch asks for, beside what kernels declare
 
@@ -86,7 +86,7 @@ def kernel(file: str, name: str, layout: str, defines: tuple[tuple[str, int], ..
         # A multiprocessor is divided into cache and shared memory anew only when it is idle: where kernels wanted
         # other parts of it, blocks of the next one could not come and fetch weights.
         carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        checked(driver.cuFuncSetAttribute(function, carveout, CARVEOUT))
+        checked(driver.cuFuncSetAttribute(function, carveout, _CARVEOUT))
     return Kernel(function, layout, shared)
 
 

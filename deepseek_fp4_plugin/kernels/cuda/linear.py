@@ -23,7 +23,6 @@ MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
 _RESIDENT = 264  # blocks that run at once: where there would be more, each takes several turns
 _TURNS = 4  # at most, of experts
-_NEAR = 32 << 20  # bytes that are asked for before their turn: more would push each other out of the second cache
 _SLABS = 4096  # to decode; more go several to a warp, fewer would leave multiprocessors idle then
 
 
@@ -64,14 +63,6 @@ def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tup
     """See kernels/ops.py."""
     nvfp4 = WeightFormat.NVFP4 in (first.format, second.format)
     return None if nvfp4 else dense.linear_pair(rounded_input(x, first), first, second)
-
-
-def near(weight: PreparedWeight | None) -> tuple[int, int]:
-    """Address and bytes of what a product of few rows reads of this weight, where it may wait in the second cache."""
-    if weight is None:
-        return 0, 0
-    data = weight.data.data if isinstance(weight.data, Tiles) else dense.few_row_values(weight.data)
-    return (data.data_ptr(), data.nbytes) if data.nbytes <= _NEAR and data.nbytes % 16 == 0 else (0, 0)
 
 
 def gated(x: Tensor, weight: PreparedWeight) -> Tensor:

@@ -110,17 +110,6 @@ __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 
                  : "memory");
 }
 
-// A warp's part of so many bytes (a multiple of 16), asked for into the second cache and not waited for.
-__device__ inline void read_ahead(const void* from, u64 bytes, int part, int parts) {
-    constexpr u64 PIECE = 4096;
-    u64 pieces = (bytes + PIECE - 1) / PIECE, end = pieces * (part + 1) / parts;
-    for (u64 i = pieces * part / parts + (threadIdx.x & 31); i < end; i += 32) {
-        u64 at = i * PIECE, left = bytes - at;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const u8*)from + at), "r"((u32)(left < PIECE ? left : PIECE))
-                     : "memory");
-    }
-}
-
 // 16 bytes of global memory into shared memory, zeros where not `wanted`; a thread waits for its own copies, in groups.
 __device__ inline void copy_quad(u32 shared, const void* global, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0) : "memory");

@@ -103,7 +103,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
     bool wanted = i < p.pieces;
     Quad w = {0, 0, 0, 0};
     if (wanted) w = load_weights(p.weight + i);
-    let_next_kernel_begin();
     wait_for_kernels_before();
     u32 count = m.ranks > 1 ? m.counts[blockIdx.x] + 1 : 0;
     Quad own = {0, 0, 0, 0}, old = {0, 0, 0, 0};
@@ -112,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
         int peer = (m.rank + step) % m.ranks;
         if (wanted || threadIdx.x == 0) send(place(m, peer, m.rank, count), own, count);
     }
+    if (m.ranks > 1) let_next_kernel_begin();  // which asks for its weights while others' parts are under way
     float sums[8] = {-0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
     for (int peer = 0; peer < m.ranks; peer++) {
         Quad q = own;
@@ -132,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
     for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
     if (!(threadIdx.x & 31)) parts[threadIdx.x >> 5] = squares;
     __syncthreads();
+    let_next_kernel_begin();  // not before: behind the weights that it asks for, what is read here would come late
     if (threadIdx.x == 0) {
         float total = 0.0f;
         for (int k = 0; k < (int)blockDim.x / 32; k++) total += parts[k];

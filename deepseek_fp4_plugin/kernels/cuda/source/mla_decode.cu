@@ -82,36 +82,46 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
     }
     __syncthreads();
     let_next_kernel_begin();
-    wait_for_kernels_before();
 
+    // A norm lies between a step's beginning and here, and lets nothing begin before its own wait is over: lengths, tables
+    // and the entries of earlier steps are there, whatever the kernels just before still do.
     int start = (int)load_early(p.starts + request), length = (int)load_early(p.starts + request + 1) - start;
     int context = (int)load_early(p.contexts + request);
     int rows = min(16 * TILES, length * p.heads - first_row);
-    if (rows <= 0) return;
+    if (rows <= 0) {
+        wait_for_kernels_before();  // or what waits for this one would not wait for those
+        return;
+    }
     int chunks = (context + CHUNK - 1) / CHUNK;
     int begin = (int)((long long)split * chunks / p.splits), end = (int)((long long)(split + 1) * chunks / p.splits);
     long long row_offset = (long long)start * p.heads + first_row;  // of the first row in all outputs
     if (CLUSTER == 1 && begin == end) {
-        wait_for_kernels_before();  // done above; here for whoever moves that one behind what can be read early
+        wait_for_kernels_before();
         if ((int)threadIdx.x < rows) p.sums[(long long)split * p.rows + row_offset + threadIdx.x] = NOTHING;
         return;
     }
 
-    auto fetch = [&](int chunk, int stage) {
+    int fresh = context - length;  // entries from here on are written by the kernels before
+    auto fetch = [&](int chunk, int stage, bool of_fresh) {
         int i = threadIdx.x, token = chunk * CHUNK + i, present = min(CHUNK, context - chunk * CHUNK);
         if (i >= CHUNK) return;
         u32 to = shared_address(raw + (stage * CHUNK + i) * RAW_STRIDE);
-        if (i == 0) barrier_expect(barrier + 8 * stage, present * ENTRY);
+        if (i == 0 && of_fresh) barrier_expect(barrier + 8 * stage, present * ENTRY);
         if (i < present) {
+            if ((token >= fresh) != of_fresh) return;
             long long page = load_early(p.tables + (long long)request * p.table_stride + token / p.block_size);
             bulk_copy(to, p.cache + (page * p.block_size + token % p.block_size) * ENTRY, ENTRY, barrier + 8 * stage);
-        } else {  // nothing reads past the context; what lies there may be NaN
+        } else if (of_fresh) {  // nothing reads past the context; what lies there may be NaN
             for (int at = 0; at < ENTRY; at += 16)
                 asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(to + at), "r"(0) : "memory");
         }
     };
-    if (begin < end) fetch(begin, 0);
-    if (begin + 1 < end) fetch(begin + 1, 1);
+    if (begin < end) fetch(begin, 0, false);
+    if (begin + 1 < end) fetch(begin + 1, 1, false);
+    wait_for_kernels_before();
+    if (begin < end) fetch(begin, 0, true);
+    if (begin + 1 < end) fetch(begin + 1, 1, true);
+    fresh = 0;
     for (int i = threadIdx.x; i < 16 * TILES * (WIDTH / 8); i += 32 * WARPS) {
         int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8, token = start + (first_row + row) / p.heads;
         int head = (first_row + row) % p.heads;
@@ -232,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
             }
         }
         __syncthreads();
-        if (chunk + 2 < end) fetch(chunk + 2, stage);
+        if (chunk + 2 < end) fetch(chunk + 2, stage, true);
     }
 
     float* part = (float*)raw;  // [16 * TILES][PART], in place of the entries

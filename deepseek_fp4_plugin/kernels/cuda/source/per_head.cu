@@ -22,8 +22,6 @@ struct AbsorbParameters {
     u8* cache;               // [slots][latent + 2 * pairs]
     int kv_stride, fp8;      // the cache is E4M3, else BF16
     float eps;
-    const u8* ahead;  // what is to be in the second cache soon
-    u64 ahead_bytes;
 };
 
 // The part of a query that is not absorbed: rotated as `rotary` does.
@@ -97,7 +95,6 @@ extern "C" __global__ void __launch_bounds__(256) absorb(const __grid_constant__
 #pragma unroll
     for (int i = 0; i < HELD; i++)
         if (group + 32 * i < p.nope) held[i] = load_weights(weight + (u64)32 * i * p.latent);
-    if (warp == 0) read_ahead(p.ahead, p.ahead_bytes, head * (p.latent / 64) + (int)blockIdx.x, p.heads * (p.latent / 64));
     let_next_kernel_begin();
     wait_for_kernels_before();
     for (int token = 0; token < p.tokens; token++) {

@@ -47,7 +47,6 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
     int first = threadIdx.x * 8, stride = blockDim.x * 8;
     Quad w = {0, 0, 0, 0}, kept = {0, 0, 0, 0};
     if (first < p.n) w = load_quad(p.weight + first);
-    let_next_kernel_begin();
     wait_for_kernels_before();
     const u16* x = p.x + (u64)blockIdx.x * p.stride;
     u16* y = p.y + (u64)blockIdx.x * (p.n + p.rope);
@@ -60,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
         for (int i = 0; i < 8; i++) sum += value(q, i) * value(q, i);
     }
     float factor = rsqrtf(block_sum(sum) / p.n + p.eps);
+    let_next_kernel_begin();  // not before: behind the weights that it asks for, what is read here would come late
     for (int at = first; at < p.n; at += stride) {
         Quad q = kept;
         if (at != first) q = load_quad(x + at), w = load_quad(p.weight + at);
