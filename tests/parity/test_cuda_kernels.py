@@ -355,14 +355,11 @@ def test_two_products_in_a_launch(out, other, width):
     """Outputs that end within a group, NaN beside the rows; more rows have no kernel, nor has FP8."""
     first, second = (random_part(WeightFormat.PLAIN, n, width) for n in (out, other))
     (ours, law), (ours_too, law_too) = both([first]), both([second])
-    for rows in (1, 3, 8, 9, 16):
+    for rows in (1, 3, 8):
         x = poisoned(rows, width)
         y = ops.linear_pair(x, ours, ours_too)
-        if rows > 8 and out + other > 4096:
-            assert y is None
-            continue
         assert error(y[0], ops.linear(x, law)) <= TWO_STEPS and error(y[1], ops.linear(x, law_too)) <= TWO_STEPS, rows
-    assert ops.linear_pair(poisoned(17, width), ours, ours_too) is None
+    assert ops.linear_pair(poisoned(9, width), ours, ours_too) is None
     fp8, _ = both([random_part(WeightFormat.FP8_BLOCK, 16384, 512)])
     assert ops.linear_pair(poisoned(1, 512), fp8, fp8) is None
 

@@ -109,7 +109,7 @@ def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tup
     if not all(isinstance(data, Dense) and data.fp8 is None and data.values.ndim == 2 for data in weights):
         return None
     out, other_out = first.out_features, second.out_features
-    if not served(x.shape[0], out + other_out, first.in_features, False):
+    if x.shape[0] > _FEW_ROWS or not served(x.shape[0], out + other_out, first.in_features, False):
         return None
     y, other = (torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=x.device) for n in (out, other_out))
     sets = -(-out // 16) + -(-other_out // 16)
