@@ -217,6 +217,39 @@ def dense(bench: Bench, rows: list[int]) -> None:
             del weights
         del plain, sides
         torch.cuda.empty_cache()
+    pair(bench, rows)
+
+
+def pair(bench: Bench, rows: list[int]) -> None:
+    """q_a and kv_a in one launch, and the launch that absorbs queries and stores latents: 16 heads, at most 8 rows."""
+    sizes = [DENSE_SHAPES[name] for name in ("q_a", "kv_a")]
+    size = sum(2.0 * out * width for out, width in sizes)
+    weights = [[plain_weight(*shape) for shape in sizes] for _ in range(copies(size))]
+    heads, nope, v, latent, rope = 16, 128, 128, 512, 64
+    absorbed = 2.0 * heads * nope * latent
+    kv_b = [plain_weight(heads * (nope + v), latent) for _ in range(copies(absorbed))]
+    norm, cache = (
+        torch.randn(latent, device=DEVICE, dtype=BF16),
+        torch.zeros(8, 64, latent + rope, device=DEVICE).to(BF16),
+    )
+    for count in (n for n in rows if n <= 8):
+        x = torch.randn(count, 7168, device=DEVICE, dtype=BF16)
+        flops = count * size
+        bench.add(
+            "bf16", "q_a and kv_a in a launch", count, size, flops, [partial(ops.linear_pair, x, *w) for w in weights]
+        )
+        q = torch.randn(count, heads, nope + rope, device=DEVICE, dtype=BF16)
+        kv, angle = (
+            torch.randn(count, latent + rope, device=DEVICE, dtype=BF16),
+            torch.randn(count, rope // 2, device=DEVICE),
+        )
+        latents = cache, torch.arange(count, device=DEVICE), kv, norm, 1e-6
+        calls = [partial(ops.absorb_and_store, q[..., :nope], q[..., nope:], w, angle, angle, *latents) for w in kv_b]
+        bench.add("absorb_and_store", "16 heads", count, absorbed, count * absorbed, calls)
+
+
+def plain_weight(out: int, width: int) -> PreparedWeight:
+    return prepared([WeightTensors(WeightFormat.PLAIN, torch.randn(out, width, device=DEVICE, dtype=BF16))])
 
 
 def experts(bench: Bench, rows: list[int]) -> None:
