@@ -122,7 +122,7 @@ VARIANTS = [
     ),
     (
         "nvfp4_experts_wgmma.cu",
-        {"ROWS": 160, "FIRST": 128, "STEP": 16, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 1, "ONLY": 144},
+        {"ROWS": 160, "FIRST": 96, "STEP": 16, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 1, "ONLY": 112},
     ),
     ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0, "CLUSTER": 2}),
     ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1, "CLUSTER": 1}),

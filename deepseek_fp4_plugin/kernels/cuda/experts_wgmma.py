@@ -14,6 +14,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _GROUPS = 16  # of outputs that a block of threads has
 _WARPS = 8 + 4  # of a block: those that multiply, and those that copy
+_SIZES = 8  # numbers of columns of a block's rows, as in source/experts_work.cu
 _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
 
@@ -36,8 +37,8 @@ class Blocks(NamedTuple):
 
     @property
     def columns(self) -> list[int]:
-        """Of each launch; 0: all that there is code for."""
-        return list(range(self.first, self.rows + 1, self.step)) if self.launches else [0]
+        """Of each launch, the largest first; 0: all that there is code for."""
+        return list(range(self.rows, self.first - 1, -self.step)) if self.launches else [0]
 
     def of(self, columns: int) -> "Blocks":
         """Of the launch for so many columns: with as many slabs as there is room for."""
@@ -53,7 +54,7 @@ MEASURED = {
     24: Blocks(32, 32, 32, 4, 2),
     40: Blocks(48, 48, 48, 3, 2),
     96: Blocks(128, 64, 32, 4, 1),
-    128: Blocks(160, 128, 16, 4, 1, True),
+    128: Blocks(160, 96, 16, 4, 1, True),
 }
 
 
@@ -84,7 +85,7 @@ def _by_blocks(
     most = choices // cut.rows + min(experts, choices)  # blocks; how many there are the device knows
     order = torch.empty(choices, dtype=torch.int32, device=device)
     work = torch.empty(4 + 2 * experts, dtype=torch.int32, device=device)
-    blocks = torch.empty(4 + 4 * most, dtype=torch.int32, device=device)
+    blocks = torch.empty(_SIZES + 4 * most, dtype=torch.int32, device=device)
     sizes = (cut.first, cut.step) if cut.launches else (cut.rows, 1)
     sort_choices(ids, order, work, experts, blocks, cut.rows, *sizes)
     arranged = _arranged(rounded_input(x, gate_up), tiles.slabs, order, blocks, most, ids.shape[1], cut)

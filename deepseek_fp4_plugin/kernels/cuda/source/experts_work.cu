@@ -5,8 +5,8 @@
 // column of its own in the products, whatever the others are.
 //
 // blocks, where wanted: the same cut into blocks of at most `rows` choices of one expert, those of an expert of nearly
-// one size; first those of at most `first` choices, then of `step` more, and so on. [0 .. 3] where those of each size end;
-// from [4] on for each its expert, its first place, how many, and nothing.
+// one size; first those of at most `first` choices, then of `step` more, and so on. [0 .. 7] where those of each size end;
+// from [8] on for each its expert, its first place, how many, and nothing.
 #include "device.cuh"
 
 struct Parameters {
@@ -18,7 +18,7 @@ struct Parameters {
 };
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;  // an expert a thread
-constexpr int SIZES = 4;                            // of blocks
+constexpr int SIZES = 8;                            // of blocks
 constexpr int AT_ONCE = 8;                          // choices that a thread asks for together
 
 // The sum over the threads before this one, and over all.

@@ -9,7 +9,8 @@
 // STAGES: slabs in the ring.  MIN_BLOCKS: that a multiprocessor holds.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 // ONLY: of these numbers of columns the one that this launch is for, or 0. Code for several takes more registers than there
-// are: products would be serialized. So each has a launch of its own, which begins as multiprocessors become free.
+// are: products would be serialized. So each has a launch of its own, the largest first, which begins as multiprocessors
+// become free.
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
@@ -39,7 +40,7 @@ __device__ inline int load_early_int(const int* pointer) {
     return value;
 }
 
-constexpr int SIZES = 4;  // see experts_work.cu
+constexpr int SIZES = 8;  // see experts_work.cu
 
 struct Work {
     const int* blocks;  // where those of each size end; then `Rows` each
@@ -69,33 +70,41 @@ struct ArrangeParameters {
     int width, x_stride, slabs, k;
 };
 
-constexpr int SPAN = 4;  // slabs of a row that a warp has under way together
+constexpr int TOGETHER = 5;  // rows that a warp asks for at once
 
-// Some slabs of a block of rows at a time, a warp a row of them; zeros past the width and the rows.
+// A slab of a block of rows at a time, a warp some rows of it; zeros past the width and the rows.
 extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_constant__ ArrangeParameters p) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, spans = (p.slabs + SPAN - 1) / SPAN;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     wait_for_kernels_before();
     let_next_kernel_begin();
     Work work{p.blocks};
-    int items = work.count() * spans;
+    int items = work.count() * p.slabs;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        int block = item / spans, slab = (item - block * spans) * SPAN;
+        int block = item / p.slabs, slab = item - block * p.slabs, input = slab * SLAB_INPUTS + lane * 2;
         Rows rows = work[block];
         int columns = columns_of(rows.count);
         u8* to = p.arranged + ((u64)block * p.slabs * ROWS + (u64)slab * columns) * 256;
-        for (int row = warp; row < columns; row += 16) {
-            bool present = row < rows.count;
-            const u16* x = p.x + (u64)(present ? p.order[rows.first + row] / p.k : 0) * p.x_stride;
-            u32 words[2 * SPAN];
+        for (int first = warp; first < columns; first += 16 * TOGETHER) {
+            int token[TOGETHER];  // below 0: none
+            u32 words[TOGETHER][2];
 #pragma unroll
-            for (int half = 0; half < 2 * SPAN; half++) {
-                int input = (slab * 2 + half) * 64 + lane * 2;
-                words[half] = present && input < p.width ? *(const u32*)(x + input) : 0;
+            for (int i = 0; i < TOGETHER; i++)
+                token[i] = first + 16 * i < rows.count ? p.order[rows.first + first + 16 * i] / p.k : -1;
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    bool present = token[i] >= 0 && input + half * 64 < p.width;
+                    words[i][half] = present ? *(const u32*)(p.x + (u64)token[i] * p.x_stride + input + half * 64) : 0;
+                }
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                int row = first + 16 * i;
+                if (row >= columns) break;
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    *(u32*)(to + (half * columns + row) * 128 + place_of(lane, row)) = words[i][half];
             }
-            u8* at = to + row * 128 + place_of(lane, row);
-#pragma unroll
-            for (int half = 0; half < 2 * SPAN; half++)
-                if (slab + half / 2 < p.slabs) *(u32*)(at + half * columns * 128) = words[half];
         }
     }
 }
@@ -249,12 +258,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_experts_
         barrier_fence();
     }
     __syncthreads();
-    if (ONLY <= FIRST) wait_for_kernels_before();
+    if (!ONLY || ONLY == ROWS) wait_for_kernels_before();
     let_next_kernel_begin();
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
         if (warp == WARPS) copy(p, ring);
-        if (ONLY > FIRST) wait_for_kernels_before();  // who waits for this launch waits for those of other columns, too
+        if (ONLY && ONLY < ROWS) wait_for_kernels_before();  // who waits for this launch waits for those of other columns, too
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
