@@ -95,9 +95,14 @@ def generate(
 
 
 def load(config: "EngineConfig") -> "LLM":
-    """The model behind its engine, with progress."""
+    """The model behind its engine, with progress.
+
+    Who asks once would wait for a warm-up as well as for a first request: there is none unless it is asked for.
+    """
     from deepseek_fp4_plugin.llm import LLM  # torch comes with it
 
+    if config.warm_up is None:
+        config = config.model_copy(update={"warm_up": False})
     with screen.stages() as report:
 
         def progress(what: str, done: int, parts: int) -> None:

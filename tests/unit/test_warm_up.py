@@ -7,6 +7,7 @@ import torch
 
 from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.cli.app import run
+from deepseek_fp4_plugin.cli.generate import load
 from deepseek_fp4_plugin.config import EngineConfig, SpeculativeConfig
 from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.recorded_steps import Kind, Sizes
@@ -147,7 +148,7 @@ DRAFTS = {"speculative_config": {"num_nextn_predict_layers": 2}}
 
 
 def served(folder, **settings) -> tuple[list, WarmUp | None]:
-    """Answers to three prompts, drawn with seeds of the engine's own, and what the warm-up was."""
+    """Answers to two prompts, drawn with seeds of the engine's own, and what the warm-up was."""
     stages: list[str] = []
     with LLM(
         folder, device="cpu", progress=lambda what, done, total: stages.append(what), **SETTINGS, **settings
@@ -155,14 +156,15 @@ def served(folder, **settings) -> tuple[list, WarmUp | None]:
         stats = llm.get_stats()
         assert (stats.steps, stats.computed_tokens, stats.cache_blocks_used, llm.get_iteration_stats()) == (0, 0, 0, [])
         assert not any(map(any, stats.expert_load.values()))
-        outputs = llm.generate(
-            ["Hello", "Hello, my name", "A long one, " * 9], SamplingParams(max_tokens=16, temperature=1.0)
-        )
+        # The answers to a prompt are begun together, so that steps have the same rows in both engines.
+        params = SamplingParams(max_tokens=16, temperature=1.0, n=3)
+        outputs = [llm.generate(prompt, params) for prompt in ("Hello", "A long one, " * 9)]
         assert ("warming up" in stages) == (llm.warm_up is not None) == bool(settings.get("warm_up"))
         if llm.warm_up:  # else recording a step counts its dummies' tokens
             stats, each = llm.get_stats(), llm.model_config.num_experts_per_tok
             assert sum(stats.expert_load[1]) == stats.computed_tokens * each
-        return [(o.request_id, o.outputs[0].token_ids, o.metrics.cached_tokens) for o in outputs], llm.warm_up
+        told = [(o.request_id, [c.token_ids for c in o.outputs], o.metrics.cached_tokens) for o in outputs]
+        return told, llm.warm_up
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,10 @@ def test_a_warm_engine_answers_as_a_cold_one(tiny_with_tokenizer, ranks):
 
 
 def test_the_flag(tiny_with_tokenizer, capsys):
-    assert EngineConfig().warm_up is None
+    """Of `generate`, which without it has no warm-up on a GPU either."""
+    for given, expected in ((None, False), (True, True)):
+        with load(EngineConfig(model=str(tiny_with_tokenizer), device="cpu", max_batch_size=1, warm_up=given)) as llm:
+            assert llm.config.warm_up is expected
     told = []
     for flag in ("--warm_up", "--no_warm_up"):
         arguments = ["generate", str(tiny_with_tokenizer), "x", "--max-tokens", "2", "--max-batch-size", "1", flag]
