@@ -23,30 +23,36 @@ INLINED inline void decode_codes(const uint8_t* p, __m256i (&w)[4]) {
   }
 }
 
-// The sums of 8 blocks' products. A pair's is at most 24 * 127 * 2, a half of a block's fits 16 bits.
-INLINED inline __m256 code_sums(const __m256i (&w)[4], const uint8_t* x, const uint8_t* start) {
-  __m256i total = load_bytes(start);
-#if defined(__AVXVNNI__)
-  UNROLL for (int i = 0; i < 4; i++) total = _mm256_dpbusd_avx_epi32(total, w[i], load_bytes(x + i * 32));
-#else
-  __m256i pairs[4];
-  UNROLL for (int i = 0; i < 4; i++) pairs[i] = _mm256_maddubs_epi16(w[i], load_bytes(x + i * 32));
-  const __m256i four = _mm256_add_epi16(_mm256_add_epi16(pairs[0], pairs[1]), _mm256_add_epi16(pairs[2], pairs[3]));
-  total = _mm256_add_epi32(total, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
-#endif
-  return _mm256_cvtepi32_ps(total);
-}
-
 // total[r] += 128 inputs of a weight row, the H-th half of a chunk, by R rows of activations whose chunk is at x[r].
 template <int R, int H>
 INLINED inline void multiply_codes(const uint8_t* p, __m256 scale, const uint8_t* const (&x)[R], __m256 (&total)[R]) {
   __m256i w[4];
   decode_codes(p, w);
   UNROLL for (int r = 0; r < R; r++) {
-    const __m256 sums = code_sums(w, x[r] + H * 128, x[r] + CODES_SUM + H * 32);
+    const __m256i sums = byte_products(w, x[r] + H * 128, load_bytes(x[r] + CODES_SUM + H * 32));
     const __m256 x_scale = _mm256_loadu_ps(reinterpret_cast<const float*>(x[r] + CODES_SCALE) + H * 8);
-    total[r] = _mm256_fmadd_ps(sums, _mm256_mul_ps(scale, x_scale), total[r]);
+    total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_mul_ps(scale, x_scale), total[r]);
   }
+}
+
+// The same where a half is digits, which begin at x[r].
+template <int R>
+INLINED inline void multiply_digits(const uint8_t* p, __m256 scale, const uint8_t* const (&x)[R], __m256 (&total)[R]) {
+  __m256i w[4];
+  decode_codes(p, w);
+  UNROLL for (int r = 0; r < R; r++) {
+    if (R > 1) asm volatile("" ::: "memory");  // GCC would mix the rows until registers run out
+    const __m256i sums = digit_products(w, x[r], load_bytes(x[r] + DIGITS_SUM));
+    const __m256 x_scale = _mm256_loadu_ps(reinterpret_cast<const float*>(x[r] + DIGITS_SCALE));
+    total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_mul_ps(scale, x_scale), total[r]);
+  }
+}
+
+__attribute__((noinline)) inline __m256 one_row_of_digits(const uint8_t* p, __m256 scale, const uint8_t* x, __m256 total) {
+  const uint8_t* const only[1] = {x};
+  __m256 totals[1] = {total};
+  multiply_digits(p, scale, only, totals);
+  return totals[0];
 }
 
 }  // namespace

@@ -8,10 +8,6 @@
 namespace ISA {
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
-
-INLINED inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
 // Even and odd elements of 16 BF16.
 INLINED inline __m256 even_halves(__m256i x) { return (__m256)_mm256_slli_epi32(x, 16); }
 INLINED inline __m256 odd_halves(__m256i x) {
@@ -44,10 +40,10 @@ INLINED inline __m128i some_scales(const uint8_t* p, int64_t count) {
   return count < 8 ? others : _mm_unpacklo_epi64(eight, others);
 }
 
-// The scales of blocks 4 I + H and 4 I + H + 2, four lanes each.
+// Of 8 blocks' scales those of 4 I + H and 4 I + H + 2, four lanes each.
 template <int I, int H>
-INLINED inline __m256 two_scales(const __m256 (&scales)[2]) {
-  return _mm256_permute_ps(scales[I / 2], (I % 2 * 2 + H) * 0x55);
+INLINED inline __m256 two_scales(__m256 scales) {
+  return _mm256_permute_ps(scales, (I * 2 + H) * 0x55);
 }
 
 // 64 values of NVFP4 in QUARTERS, without their scales: two table look-ups give their BF16's upper and lower bytes.
@@ -118,7 +114,7 @@ INLINED inline void decode_plain(const uint8_t* p, __m256 (&w)[4]) {
 }
 
 inline Layout dot_layout(const Weight& weight) {
-  return weight.format != NVFP4 ? PAIRS : weight.activations == AS_BF16 ? QUARTERS : CODES;
+  return weight.format != NVFP4 ? PAIRS : weight.activations == AS_BF16 ? DIGITS : CODES;
 }
 
 // Weights at the end of a row, or between scale blocks that share a step, among zeros.
@@ -140,7 +136,7 @@ inline void decode_nvfp4_chunk(const uint8_t* p, const uint8_t* scale, float* ou
     decode_nvfp4(p + i * 32, w);
     each<2>([&](auto h) INLINED {
       UNROLL for (int j = 0; j < 4; j++)
-        _mm256_storeu_ps(out + i * 64 + h * 32 + j * 8, _mm256_mul_ps(w[h][j], two_scales<i, h>(scales)));
+        _mm256_storeu_ps(out + i * 64 + h * 32 + j * 8, _mm256_mul_ps(w[h][j], two_scales<i % 2, h>(scales[i / 2])));
     });
   });
 }

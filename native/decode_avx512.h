@@ -5,8 +5,6 @@
 namespace ISA {
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
-
 constexpr int64_t GROUP = 8;   // outputs that take turns at a block of inputs
 constexpr int64_t BATCH = 16;  // rows of activations at a time
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t GROUP = 8;     // outputs that take turns
 constexpr int64_t BATCH = 16;    // rows of activations whose sums wait meanwhile
-constexpr int64_t NEAR = 16384;  // bytes of activations that stay near
+constexpr int64_t NEAR = 22528;  // bytes of activations that stay near
 
 // Weight rows [row, stop), chunks [begin, end) of each.
 struct Turn {
@@ -23,21 +23,23 @@ struct Turn {
 // R rows of activations at a chunk.
 template <int R>
 struct Near {
-  const float* x[R];
+  const uint8_t* bytes[R];
+  explicit Near(const uint8_t* only) : bytes{only} {}
   Near(const Rows& rows, int64_t r, int64_t chunk) {
-    UNROLL for (int i = 0; i < R; i++) x[i] = reinterpret_cast<const float*>(rows.at(r + i) + chunk * rows.step);
+    UNROLL for (int i = 0; i < R; i++) bytes[i] = rows.at(r + i) + chunk * rows.step;
   }
   INLINED void advance(int64_t step) {
-    UNROLL for (int i = 0; i < R; i++) x[i] += step / 4;
+    UNROLL for (int i = 0; i < R; i++) bytes[i] += step;
   }
+  INLINED __m256 values(int r, int64_t at) const { return _mm256_loadu_ps(reinterpret_cast<const float*>(bytes[r]) + at); }
 };
 
 // sum[r] = w times 32 activations of row r.
 template <int R>
 INLINED inline void products(const __m256 (&w)[4], const Near<R>& near, int64_t at, __m256 (&sum)[R]) {
   UNROLL for (int r = 0; r < R; r++) {
-    sum[r] = _mm256_mul_ps(w[0], _mm256_loadu_ps(near.x[r] + at));
-    UNROLL for (int i = 1; i < 4; i++) sum[r] = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(near.x[r] + at + i * 8), sum[r]);
+    sum[r] = _mm256_mul_ps(w[0], near.values(r, at));
+    UNROLL for (int i = 1; i < 4; i++) sum[r] = _mm256_fmadd_ps(w[i], near.values(r, at + i * 8), sum[r]);
   }
 }
 template <int R>
@@ -47,10 +49,72 @@ INLINED inline void add_products(const __m256 (&w)[4], const Near<R>& near, int6
   UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_add_ps(total[r], sum[r]);
 }
 
+// 128 inputs by activations in QUARTERS. The sums of a block are scaled before they join the row's.
+__attribute__((noinline)) inline __m256 one_row_of_quarters(const uint8_t* p, __m256 scales, const uint8_t* x, __m256 total) {
+  const Near<1> near(x);
+  each<2>([&](auto i) INLINED {
+    __m256 w[2][4];
+    decode_nvfp4(p + i * 32, w);
+    each<2>([&](auto h) INLINED {
+      __m256 sum[1];
+      products(w[h], near, i * 64 + h * 32, sum);
+      total = _mm256_fmadd_ps(sum[0], two_scales<i, h>(scales), total);
+    });
+  });
+  return total;
+}
+
+// What NVFP4 is multiplied by: total[r] += a chunk, or the H-th half of it, of a weight row by the r-th chunk of x.
+struct Codes {
+  template <int H, int R>
+  INLINED static void half(const uint8_t* p, __m256 scales, const uint8_t* const (&x)[R], __m256 (&total)[R]) {
+    multiply_codes<R, H>(p, scales, x, total);
+  }
+  template <int R>
+  INLINED static void chunk(
+      const uint8_t* p, const __m256 (&scales)[2], const uint8_t* const (&x)[R], __m256 (&total)[R]) {
+    each<2>([&](auto h) INLINED { half<h>(p + h * 64, scales[h], x, total); });
+  }
+};
+struct Digits {
+  template <int H, int R>
+  INLINED static void half(const uint8_t* p, __m256 scales, const uint8_t* const (&x)[R], __m256 (&total)[R]) {
+    const uint8_t* at[R];
+    int32_t kind[R], all = -1;
+    UNROLL for (int r = 0; r < R; r++) {
+      at[r] = x[r] + H * HALF_BYTES;
+      __builtin_memcpy(&kind[r], x[r] + DIGITS_KIND + H * 4, 4);
+      all &= kind[r];
+    }
+    if (all) return multiply_digits(p, scales, at, total);
+    for (int r = 0; r < R; r++)
+      total[r] = kind[r] ? one_row_of_digits(p, scales, at[r], total[r]) : one_row_of_quarters(p, scales, at[r], total[r]);
+  }
+  template <int R>
+  INLINED static void chunk(
+      const uint8_t* p, const __m256 (&scales)[2], const uint8_t* const (&x)[R], __m256 (&total)[R]) {
+    int64_t all = -1;
+    UNROLL for (int r = 0; r < R; r++) {
+      int64_t kinds;
+      __builtin_memcpy(&kinds, x[r] + DIGITS_KIND, 8);
+      all &= kinds;
+    }
+    each<2>([&](auto h) INLINED {
+      if (__builtin_expect(all == -1, 1)) {
+        const uint8_t* at[R];
+        UNROLL for (int r = 0; r < R; r++) at[r] = x[r] + h * HALF_BYTES;
+        multiply_digits(p + h * 64, scales[h], at, total);
+      } else {
+        half<h>(p + h * 64, scales[h], x, total);
+      }
+    });
+  }
+};
+
 // Weight rows one after the other, in each of them chunks from the turn's first one on.
 //
-// Of NVFP4: the sums of a block are scaled before they join the row's.
-template <int R>
+// Of NVFP4.
+template <int R, class Activations>
 struct Nvfp4Rows {
   static constexpr int64_t CHUNK_BYTES = CHUNK / 2;
   static constexpr bool BLOCK_SCALES = true;
@@ -66,65 +130,28 @@ struct Nvfp4Rows {
     next += row_bytes, next_scale += scale_cols;
   }
 
-  // 64 inputs, the I-th of a chunk's four pieces.
-  template <int I>
-  INLINED static void piece(const uint8_t* p, const __m256 (&scales)[2], const Near<R>& near, __m256 (&total)[R]) {
-    __m256 w[2][4];
-    decode_nvfp4(p, w);
-    each<2>([&](auto h) INLINED {
-      __m256 sum[R];
-      products(w[h], near, I * 64 + h * 32, sum);
-      const __m256 factor = two_scales<I, h>(scales);
-      UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_fmadd_ps(sum[r], factor, total[r]);
-    });
-  }
   INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
     __m256 scales[2];
     decode_scales(scale, scales);
-    each<4>([&](auto i) INLINED { piece<i>(p + i * 32, scales, near, total); });
+    Activations::chunk(p, scales, near.bytes, total);
     p += CHUNK_BYTES;
     scale += 16;
   }
   void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
     __m256 scales[2];
     decode_scales(some_scales(scale, n / 16), scales);
-    each<4>([&](auto i) INLINED {
-      const int64_t left = n - i * 64;
-      if (left >= 64) piece<i>(p + i * 32, scales, near, total);
-      else if (left > 0) piece<i>(Padded(p + i * 32, left / 2).bytes, scales, near, total);
-    });
-  }
-};
-
-// Of NVFP4, by activations in CODES.
-template <int R>
-struct CodedRows : Nvfp4Rows<R> {
-  using Nvfp4Rows<R>::Nvfp4Rows;
-
-  // 128 inputs, the H-th of a chunk's halves.
-  template <int H>
-  INLINED static void half(const uint8_t* p, const __m256 (&scales)[2], const Near<R>& near, __m256 (&total)[R]) {
-    const uint8_t* x[R];
-    UNROLL for (int r = 0; r < R; r++) x[r] = reinterpret_cast<const uint8_t*>(near.x[r]);
-    multiply_codes<R, H>(p, scales[H], x, total);
-  }
-  INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
-    __m256 scales[2];
-    decode_scales(this->scale, scales);
-    each<2>([&](auto h) INLINED { half<h>(this->p + h * 64, scales, near, total); });
-    this->p += this->CHUNK_BYTES;
-    this->scale += 16;
-  }
-  void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
-    __m256 scales[2];
-    decode_scales(some_scales(this->scale, n / 16), scales);
     each<2>([&](auto h) INLINED {
       const int64_t left = n - h * 128;
-      if (left >= 128) half<h>(this->p + h * 64, scales, near, total);
-      else if (left > 0) half<h>(Padded(this->p + h * 64, left / 2).bytes, scales, near, total);
+      const uint8_t* from = p + h * 64;
+      if (left >= 128) Activations::template half<h>(from, scales[h], near.bytes, total);
+      else if (left > 0) Activations::template half<h>(Padded(from, left / 2).bytes, scales[h], near.bytes, total);
     });
   }
 };
+template <int R>
+using CodedRows = Nvfp4Rows<R, Codes>;
+template <int R>
+using ExactRows = Nvfp4Rows<R, Digits>;
 
 template <int R>
 struct PlainRows {
@@ -292,7 +319,7 @@ inline void few_rows_product(const View& v, int64_t first, int64_t last, const R
 // out[r * stride + o - first], o in [first, last). A row's results do not depend on the number of rows.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   if (v.activations != AS_BF16) few_rows_product<CodedRows>(v, first, last, rows, out, stride);
-  else if (v.format == NVFP4) few_rows_product<Nvfp4Rows>(v, first, last, rows, out, stride);
+  else if (v.format == NVFP4) few_rows_product<ExactRows>(v, first, last, rows, out, stride);
   else if (v.format == PLAIN) few_rows_product<PlainRows>(v, first, last, rows, out, stride);
   else few_rows_product<Fp8Rows>(v, first, last, rows, out, stride);
 }

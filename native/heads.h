@@ -147,7 +147,7 @@ inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* 
         if (n % 2 == i % 2) fetch(next + n * v.row_bytes + i / 2 * 64);
         decode_nvfp4(p + n * v.row_bytes + i * 32, w);
         each<2>([&](auto h) INLINED {
-          const __m256 factor = two_scales<i, h>(factors[n]);
+          const __m256 factor = two_scales<i % 2, h>(factors[n][i / 2]);
           UNROLL for (int j = 0; j < 4; j++) sum[h][j] = _mm256_fmadd_ps(w[h][j], factor, sum[h][j]);
         });
       }

@@ -1,6 +1,9 @@
 // Weights as a dot product sees them, and activations in the order that its decoder yields weights in.
 #pragma once
 #include "rounding.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "digits_avx2.h"
+#endif
 
 namespace ISA {
 namespace {
@@ -87,11 +90,17 @@ inline float code_factor(const View& v) {
 //            i = 8 .. 11 the same
 //   UNPACKED BF16; of each 64 elements: the low, then the high 8 of each 16
 //   CODES    (AVX-512, AVX2) integers, see rounding.h
+//   DIGITS   (AVX2) integers of 24 bits, halves of chunks that these do not hold in QUARTERS, see digits_avx2.h
 //   In QUADS block b of a chunk is lane lane_of(b), where two shuffles of a weight's 128 bytes put it.
-enum Layout { FLOATS, PAIRS, QUARTERS, HALVES, QUADS, UNPACKED, CODES };
+enum Layout { FLOATS, PAIRS, QUARTERS, HALVES, QUADS, UNPACKED, CODES, DIGITS };
 
 inline bool is_fp32(Layout layout) { return layout == FLOATS || layout == PAIRS || layout == QUARTERS; }
-inline int64_t chunk_bytes(Layout layout) { return layout == CODES ? CODES_BYTES : is_fp32(layout) ? 1024 : 512; }
+inline int64_t chunk_bytes(Layout layout) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (layout == DIGITS) return DIGITS_BYTES;
+#endif
+  return layout == CODES ? CODES_BYTES : is_fp32(layout) ? 1024 : 512;
+}
 
 // Prepared activations, chunk after chunk of 256 elements, in each chunk row after row: a product reads them in this
 // order. Row r's part of chunk c at at(r) + c * step.
@@ -123,7 +132,7 @@ inline void split_quads(const uint16_t* x, uint16_t* out) {
 #endif
 
 #if defined(__AVX2__)
-// A chunk of FP32 from its natural order.
+// FP32 from its natural order.
 inline void split_pairs(const float* x, float* out) {
   for (int64_t i = 0; i < CHUNK; i += 16) {
     const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
@@ -133,13 +142,23 @@ inline void split_pairs(const float* x, float* out) {
   }
 }
 
-inline void split_quarters(const float* x, float* out) {
-  for (int64_t block = 0; block < CHUNK / 16; block++) {
+inline void split_quarters(const float* x, int64_t n, float* out) {
+  for (int64_t block = 0; block < n / 16; block++) {
     __m128 r[4];
     for (int i = 0; i < 4; i++) r[i] = _mm_loadu_ps(x + block * 16 + i * 4);
     _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
     float* to = out + block / 4 * 64 + block % 2 * 32 + block % 4 / 2 * 4;
     for (int i = 0; i < 4; i++) _mm_storeu_ps(to + (i % 2 * 2 + i / 2) * 8, r[i]);
+  }
+}
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void prepare_digits(const float* x, uint8_t* out) {
+  for (int64_t h = 0; h < 2; h++) {
+    const int32_t held = half_digits(x + h * 128, out + h * HALF_BYTES) ? -1 : 0;
+    if (!held) split_quarters(x + h * 128, 128, reinterpret_cast<float*>(out + h * HALF_BYTES));
+    __builtin_memcpy(out + DIGITS_KIND + h * 4, &held, 4);
   }
 }
 #endif
@@ -153,7 +172,7 @@ inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, La
     x = padded;
   }
   uint16_t* o = reinterpret_cast<uint16_t*>(out);
-  if (is_fp32(layout) || layout == CODES) {
+  if (is_fp32(layout) || layout == CODES || layout == DIGITS) {
     float values[CHUNK];
     for (int64_t i = 0; i < CHUNK; i += W) store(values + i, load_bf16(x + i));
     if (layout == FLOATS) __builtin_memcpy(out, values, sizeof(values));
@@ -162,7 +181,10 @@ inline void prepare_chunk(const uint16_t* x, int64_t n, const Weight& weight, La
     if (layout == CODES && n < CHUNK) __builtin_memset(out, 0, CODES_BYTES);
     if (layout == CODES) prepare_codes(values, n, weight, out);
     if (layout == PAIRS) split_pairs(values, reinterpret_cast<float*>(out));
-    if (layout == QUARTERS) split_quarters(values, reinterpret_cast<float*>(out));
+    if (layout == QUARTERS) split_quarters(values, CHUNK, reinterpret_cast<float*>(out));
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (layout == DIGITS) prepare_digits(values, out);
 #endif
   } else if (layout == QUADS) {
 #if defined(__AVX512VNNI__)

@@ -112,7 +112,10 @@ inline void panel_product(const View& v, int64_t first, int64_t last, const Rows
       for (int64_t o = 0; o < width; o += W) store(out + r * stride + o, load(out + r * stride + o) * factor);
 }
 
-inline Layout layout_for(const Weight& weight, int64_t) { return dot_layout(weight); }
+inline Layout layout_for(const Weight& weight, int64_t rows) {
+  const Layout layout = dot_layout(weight);
+  return rows > FEW_ROWS && layout == DIGITS ? QUARTERS : layout;
+}
 
 }  // namespace
 }  // namespace ISA

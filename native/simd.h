@@ -193,6 +193,7 @@ inline uint8_t to_e4m3(float x) {
 }
 
 #define INLINED __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // arrays of vectors must become registers
 
 template <int N>
 struct Number {

@@ -146,6 +146,41 @@ def test_w4a4_integers_are_exact(path):
         assert torch.equal(cpu.linear(x.to(BF16), native), (exact.double() / 4).float().to(BF16))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 33])
+def test_w4a16_activations_are_exact(path, rows):
+    """A weight of 1 gives back its activation, whatever lies beside it. Rows are held in one way or another by what they
+    contain (AVX2 takes 24 bits a block where they are enough), so one row has blocks of every kind.
+    """
+    width = 656
+    ones = torch.ones(width, width // 16).to(torch.float8_e4m3fn)
+    unit = e2m1.pack(2 * torch.eye(width, dtype=torch.uint8))  # the code of 1 is 2
+    native, _ = both([WeightTensors(WeightFormat.NVFP4, unit, ones, torch.tensor(1.0))], "bf16")
+    x = torch.randn(rows, width)
+    x[:, 128:256] *= 2.0 ** torch.randint(-60, 60, (rows, 128))
+    x[0, :16], x[0, 16:32] = torch.arange(16.0) * 255, torch.arange(16.0) * -255  # 255: all significant bits
+    x[0, 32:48], x[0, 64], x[0, 300] = 0, 2.0**-15, 1e-30
+    x[-1, 384:512], x[-1, 520], x[-1, 640:] = 1e30, 1e38, 1e-30
+    assert torch.equal(cpu.linear(x.to(BF16), native), x.to(BF16))
+
+
+@pytest.mark.parametrize("width", [144, 4112])
+def test_w4a16_of_any_spread(path, width):
+    """Activations of which 24 bits a block hold all, some or none; alone and with others that are held otherwise."""
+    native, law = both([random_part(WeightFormat.NVFP4, 70, width)], "bf16")
+    x = torch.randn(12, width)
+    x[3:6] *= 2.0 ** torch.randint(-30, 30, (3, width))
+    x[6:, ::200] *= 2.0**-20
+    x[8, 5], x[9, width - 1], x[10, 128] = float("inf"), float("nan"), float("-inf")
+    x = x.to(BF16)
+    whole = cpu.linear(x, native)
+    assert whole[8:11].isfinite().sum() == 0
+    finite = [0, 1, 2, 3, 4, 5, 6, 7, 11]
+    for row in finite:
+        assert error(whole[row : row + 1], reference.linear(x[row : row + 1], law)) <= TWO_STEPS
+        assert torch.equal(cpu.linear(x[row : row + 1], native), whole[row : row + 1])
+    assert torch.equal(cpu.linear(x[2:6], native), whole[2:6])
+
+
 @pytest.mark.parametrize("rows", [1, 4, 33])
 def test_w4a8_activations_are_bit_equal(path, rows):
     """Each block's products with a single weight of 1 are its integers times its scale, which BF16 keeps apart."""
