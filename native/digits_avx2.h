@@ -48,18 +48,20 @@ INLINED inline __m256i digit_products(const __m256i (&w)[4], const uint8_t* x, _
   return _mm256_add_epi32(byte_products(w, x, start), _mm256_slli_epi32(byte_products(w, x + 128, first), 8));
 }
 
-// One block of 16 FP32 values, BF16 ones, whose lane's first digits are at `out`. Returns half its power of
-// two, since weights are taken twice, or NaN where digits do not hold it.
+// One block of 16 FP32 values, BF16 ones, whose lane's last digits are at `out`. Returns half its power of two, since weights
+// are taken twice, or NaN where digits do not hold it.
 inline float block_digits(const float* x, uint8_t* out) {
   const __m256 values[2] = {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  const vi largest = (vi)_mm256_max_epi32(
+  const __m256i eight = _mm256_max_epi32(
       _mm256_and_si256((__m256i)values[0], magnitude), _mm256_and_si256((__m256i)values[1], magnitude));
-  int32_t bits = 0;
-  for (int i = 0; i < 8; i++) bits = largest[i] > bits ? largest[i] : bits;
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  const int32_t bits = _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
   if (bits == 0) return 0.0f;
-  const int32_t exponent = (bits + 0x10000) >> 23;  // of what is above the largest, so that 127 is enough for its first digit
-  if (exponent < 64 || exponent == 255) return __builtin_nanf("");
+  // Of the BF16 above the largest, so that its first digit is at most 127.
+  const int32_t exponent = static_cast<int32_t>((static_cast<uint32_t>(bits) + 0x10000) >> 23);
+  if (exponent < 64 || exponent > 254) return __builtin_nanf("");
   const __m256 factor = (__m256)_mm256_set1_epi32((276 - exponent) << 23);
   const __m256 scale = (__m256)_mm256_set1_epi32((exponent - 22) << 23);
   const __m256i bias = _mm256_set1_epi32(0x808080);
