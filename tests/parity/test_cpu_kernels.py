@@ -148,8 +148,8 @@ def test_w4a4_integers_are_exact(path):
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 33])
 def test_w4a16_activations_are_exact(path, rows):
-    """A weight of 1 gives back its activation, whatever lies beside it. AVX2 takes 24 bits a block where they are enough, so
-    one row has blocks of every kind.
+    """A weight of 1 gives back its activation, whatever lies beside it. AVX2 takes 24 bits a block where they are
+    enough, so one row has blocks of every kind.
     """
     width = 656
     ones = torch.ones(width, width // 16).to(torch.float8_e4m3fn)
