@@ -144,7 +144,8 @@ def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
     columns, sets, stages = (1 if rows <= 8 else 2), -(-out // 16), -(-row_bytes // 128)
     large = sets <= (2 * _MULTIPROCESSORS if columns > 1 or not fp8 else _MULTIPROCESSORS - 1)
     if large:
-        warps, ring = next((w for w, least in ((16, 32), (6, 24), (8, 16), (4, 8)) if stages >= least), 2), 4
+        warps = next((w for w, least in ((16, 32), (6, 24), (8, 16), (4, 8)) if stages >= least), 2)
+        ring = 5 if warps == 16 else 4
     else:
         warps = 8 if stages >= 48 else 4 if stages >= 12 else 2
         ring = 3 if fp8 or warps == 8 else 6
