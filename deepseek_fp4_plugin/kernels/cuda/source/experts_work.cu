@@ -21,20 +21,25 @@ constexpr int THREADS = 512, WARPS = THREADS / 32;  // an expert a thread
 constexpr int SIZES = 8;                            // of blocks
 constexpr int AT_ONCE = 8;                          // choices that a thread asks for together
 
-// The sum over the threads before this one, and over all.
-__device__ inline int sum_before(int value, int (&sums)[WARPS], int& all) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, before = value;
+// The sum over the warp's threads before this one; the warp's goes into `sums`, for `of_warps` behind a barrier.
+__device__ inline int sum_before(int value, int (&sums)[WARPS]) {
+    int lane = threadIdx.x & 31, before = value;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         int left = __shfl_up_sync(~0u, before, step);
         if (lane >= step) before += left;
     }
-    if (lane == 31) sums[warp] = before;
-    __syncthreads();
-    before -= value, all = 0;
+    if (lane == 31) sums[threadIdx.x >> 5] = before;
+    return before - value;
+}
+
+// The sum over the warps before this one, and over all.
+__device__ inline int of_warps(const int (&sums)[WARPS], int& all) {
+    int before = 0;
+    all = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-        if (w < warp) before += sums[w];
+        if (w < (int)(threadIdx.x >> 5)) before += sums[w];
         all += sums[w];
     }
     return before;
@@ -66,22 +71,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_
         own += theirs;
         if (r < rank) before += theirs;
     }
-    int place = sum_before(own, sums[0], all_rows), slot = sum_before(own > 0, sums[1], all_used);
+    // Of the parts of a size all but the last, and whether the last.
+    int parts = p.blocks ? (own + p.rows - 1) / p.rows : 0, each = parts ? (own + parts - 1) / parts : 0;
+    auto size_of = [&](int count) { return count <= p.first ? 0 : (count - p.first + p.step - 1) / p.step; };
+    int full_size = size_of(each), last_size = size_of(own - (parts - 1) * each), part[SIZES];
+    auto full = [&](int size) { return parts && full_size == size ? parts - 1 : 0; };
+    auto last = [&](int size) { return parts && last_size == size; };
+    int place = sum_before(own, sums[0]), slot = sum_before(own > 0, sums[1]);
+#pragma unroll
+    for (int size = 0; size < SIZES; size++) part[size] = sum_before(full(size) + last(size), sums[2 + size]);
+    __syncthreads();
+    place += of_warps(sums[0], all_rows), slot += of_warps(sums[1], all_used);
     next[thread] = place + before;
     if (rank == 0) {
         if (own) p.work[2 + 2 * slot] = thread, p.work[3 + 2 * slot] = place;
         if (thread == 0) p.work[0] = all_used, p.work[1] = all_rows, p.work[3 + 2 * all_used] = all_rows;
     }
     if (p.blocks && rank == 0) {
-        int parts = (own + p.rows - 1) / p.rows, each = parts ? (own + parts - 1) / parts : 0, end = 0;
-        auto size_of = [&](int count) { return count <= p.first ? 0 : (count - p.first + p.step - 1) / p.step; };
+        int end = 0;
+#pragma unroll
         for (int size = 0; size < SIZES; size++) {
-            int full = size_of(each) == size ? parts - 1 : 0, all;  // all but the last part
-            int last = parts && size_of(own - (parts - 1) * each) == size;
-            int part = end + sum_before(max(full, 0) + last, sums[2 + size], all);
-            for (int n = 0; n < full + last; n++) {
-                int index = n < full ? n : parts - 1, count = n < full ? each : own - index * each;
-                *(Quad*)(p.blocks + SIZES + 4 * (part + n)) = Quad{(u32)thread, (u32)(place + index * each), (u32)count, 0};
+            int all, first = end + part[size] + of_warps(sums[2 + size], all);
+            for (int n = 0; n < full(size) + last(size); n++) {
+                int index = n < full(size) ? n : parts - 1, count = n < full(size) ? each : own - index * each;
+                *(Quad*)(p.blocks + SIZES + 4 * (first + n)) = Quad{(u32)thread, (u32)(place + index * each), (u32)count, 0};
             }
             end += all;
             if (thread == 0) p.blocks[size] = end;

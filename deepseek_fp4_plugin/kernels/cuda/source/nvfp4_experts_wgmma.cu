@@ -178,6 +178,15 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, own = (warp >> 2) * (4 * OUTS) + (warp & 3);
     float sums[OUTS][COLUMNS / 2] = {};
     u32 a[2][4][4], before = 0;
+    // What the end needs is asked for here: an expert has one scale, or one of gate and one of up.
+    const float* scales = p.row_scale + (u64)rows.expert * p.groups * 16;
+    float factor[2] = {load_float(scales), load_float(scales + 8)};
+#if !GATED
+    int places[(COLUMNS + 31) / 32];  // of row 32 i + lane
+#pragma unroll
+    for (int i = 0; i < (COLUMNS + 31) / 32; i++)
+        places[i] = 32 * i + lane < rows.count ? load_early_int(p.order + rows.first + 32 * i + lane) : -1;
+#endif
     for (int slab = 0; slab < p.slabs; slab++) {
         barrier_wait(ring.full(), ring.parity);
 #pragma unroll
@@ -207,8 +216,6 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
 #pragma unroll
     for (int m = 0; m < OUTS; m++) {
         int group = first_group + own + 4 * m;
-        const float* scales = p.row_scale + ((u64)rows.expert * p.groups + min(group, p.groups - 1)) * 16 + (lane >> 2);
-        float factor[2] = {load_float(scales), load_float(scales + 8)};
 #if GATED
         // Eight hidden values of each row; 64 of them are a row's 128 bytes. Zeros in what is filled up.
         u8* to = p.y + (u64)block * ((p.groups + GROUPS - 1) / GROUPS) * ROWS * 256 + (u64)(group >> 3) * COLUMNS * 128;
@@ -226,13 +233,13 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
         u16* to = (u16*)p.y + group * 16 + 2 * quarter;
 #pragma unroll
         for (int c = 0; c < COLUMNS / 8; c++) {
-            int row = 8 * c + (lane >> 2);
-            u16* at = to + (u64)(row < rows.count ? load_early_int(p.order + rows.first + row) : 0) * p.out;
+            int place = __shfl_sync(~0u, places[c / 4], 8 * (c % 4) + (lane >> 2));
+            u16* at = to + (u64)max(place, 0) * p.out;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float* sum = &sums[m][4 * c + 2 * half];
                 u32 word = transposed(pack_bf16(sum[0] * factor[half], sum[1] * factor[half]));
-                if (row < rows.count && group * 16 + 8 * half < p.out) *(u32*)(at + 8 * half) = word;
+                if (place >= 0 && group * 16 + 8 * half < p.out) *(u32*)(at + 8 * half) = word;
             }
         }
 #endif
