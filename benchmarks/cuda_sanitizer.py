@@ -16,6 +16,8 @@ from deepseek_fp4_plugin.kernels import cuda, ops
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
+# Contexts, queries of each, heads, widths: by two kernels, several blocks of rows in the last case.
+ATTENTION = (((70, 300), 2, 16, 512, 64), ((640,), 4, 16, 128, 32), ((70, 520), 4, 20, 512, 64))
 
 
 def prepared(*sizes: int, parts: int = 1) -> PreparedWeight:
@@ -77,7 +79,7 @@ def experts() -> None:
 
 def attention() -> None:
     for dtype in (BF16, torch.float8_e4m3fn):
-        for contexts, query, heads, latent, rope in (((70, 300), 2, 16, 512, 64), ((640,), 4, 16, 128, 32)):
+        for contexts, query, heads, latent, rope in ATTENTION:
             requests, blocks = len(contexts), 20
             q = values(requests * query, heads, latent + rope)
             cache = values(requests * blocks, 32, latent + rope).to(dtype)

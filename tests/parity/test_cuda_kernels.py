@@ -293,6 +293,9 @@ def test_per_head_products(heads, nope, v, latent, weight_format):
         ((4, 1, 2), (9, 1600, 2), 16, 512, 64),
         ((1,) * 40, tuple(range(1, 401, 10)), 16, 512, 64),
         ((8, 3), (2025, 70), 128, 512, 64),
+        ((4,) * 5, (4, 64, 65, 129, 700), 16, 512, 64),
+        ((1, 1), (1, 1513), 128, 512, 64),
+        ((3, 1, 2), (700, 70, 130), 17, 512, 64),  # rows that are no multiple of a block's
         ((2, 3), (65, 64), 5, 256, 32),
         ((2, 3), (25, 700), 4, 32, 16),  # no kernel for this width
     ],
@@ -306,7 +309,10 @@ def test_absorbed_attention(cache_dtype, queries, contexts, heads, latent, rope)
     *tensors, max_query, max_context, scale = arguments
     assert error(ops.absorbed_attention(*tensors, max_query, 20 * max_context, scale), expected) <= 2 * TWO_STEPS
     if latent >= 128:
-        for cut in ((1, 1), (2, 2), (4, 4), (8, 8), (3, 1), (8, 2), (12, 4), (16, 8), (64, 8)):
+        cuts = [(1, 1), (2, 2), (4, 4), (8, 8), (3, 1), (8, 2), (12, 4), (16, 8), (64, 8)]
+        if attention.on_matrix_unit(latent, rope, 0):
+            cuts += [(splits, 1, True) for splits in (1, 2, 3, 7, 64)]
+        for cut in cuts:
             own = attention.launch(*tensors, max_query, max_context, scale, attention.Cut(*cut))
             assert error(own, expected) <= 2 * TWO_STEPS, cut
 

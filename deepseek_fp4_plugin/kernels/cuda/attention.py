@@ -1,5 +1,6 @@
 """Absorbed latent attention over the paged cache, split over the context, and the per-head products around it."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _CHUNK = 64  # cached entries that a block has at a time
+_ROWS = 64  # (query, head) of a block on Hopper's matrix unit
+_CHUNK_TIME, _MERGE_TIME = 2.2, 1.65e-3  # microseconds there, of a chunk and of a row of a part, measured on an H200
 _BLOCKS = 132  # as many splits as give every multiprocessor a block
 _FEW_TOKENS, _NOPE = 8, 256  # of the products by head; values that absorb takes
 _LATENTS, _ROPES = (128, 256, 384, 512), (32, 64)
@@ -58,16 +61,25 @@ def absorbed_attention(
 
 
 class Cut(NamedTuple):
-    """splits: blocks of a context.  cluster: those that merge their parts in shared memory; divides splits."""
+    """splits: blocks of a context.  cluster: those that merge their parts in shared memory; divides splits.  wide: by
+    mla_wgmma.cu, whose clusters are single blocks."""
 
     splits: int
     cluster: int
+    wide: bool = False
 
 
 def choose(chunks: int, others: int) -> Cut:
     """The cut of a context of at most so many chunks where `others` blocks would run at once unsplit."""
     splits = max(1, min(chunks, _BLOCKS // others))
     return Cut(splits, 2 if splits == 2 else 1)  # larger clusters were measured to be slower than a second launch
+
+
+@functools.cache
+def choose_wide(chunks: int, others: int, rows: int) -> Cut:
+    """The same for mla_wgmma.cu, where a part of all these rows is dear to write and to merge."""
+    most = max(1, min(chunks, _BLOCKS // others))
+    return Cut(min(range(1, most + 1), key=lambda n: -(-chunks // n) * _CHUNK_TIME + n * rows * _MERGE_TIME), 1, True)
 
 
 def launch(
@@ -87,10 +99,14 @@ def launch(
     y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_latent.device)
     if not (tokens and requests):
         return y
-    fp8 = cache.dtype is torch.float8_e4m3fn
+    fp8, index = cache.dtype is torch.float8_e4m3fn, y.device.index
     tiles = 1 if max_query * heads <= 16 else 2
-    blocks = -(-max_query * heads // (16 * tiles))
-    splits, cluster = cut or choose(-(-max_context // _CHUNK), requests * blocks)
+    chunks, blocks = -(-max_context // _CHUNK), -(-max_query * heads // (16 * tiles))
+    wide_blocks = -(-max_query * heads // _ROWS)
+    if cut is None:
+        wide = on_matrix_unit(latent, rope, index)
+        cut = choose_wide(chunks, requests * wide_blocks, tokens * heads) if wide else choose(chunks, requests * blocks)
+    splits, cluster, wide = cut
     merged = splits // cluster
     parts = torch.empty(merged if merged > 1 else 0, tokens * heads, latent, dtype=torch.float32, device=y.device)
     sums = torch.empty(merged, tokens * heads, dtype=torch.float32, device=y.device)
@@ -113,13 +129,24 @@ def launch(
         tokens * heads,
         scale * math.log2(math.e),
     )
-    defines = (("LATENT", latent), ("ROPE", rope), ("TILES", tiles), ("FP8", int(fp8)), ("CLUSTER", cluster))
-    own = kernel("mla_decode.cu", "mla_decode", _LAYOUT, defines, y.device.index)
-    own((splits, blocks, requests), 256, _shared(latent + rope, tiles, fp8), *arguments, cluster=cluster)
+    widths, grid = (("LATENT", latent), ("ROPE", rope)), (splits, wide_blocks if wide else blocks, requests)
+    if wide:
+        own = kernel("mla_wgmma.cu", "mla_wgmma", _LAYOUT, (*widths, ("FP8", int(fp8))), index)
+        own(grid, 384, _WIDE_SHARED, *arguments)
+    else:
+        defines = (*widths, ("TILES", tiles), ("FP8", int(fp8)), ("CLUSTER", cluster))
+        own = kernel("mla_decode.cu", "mla_decode", _LAYOUT, defines, index)
+        own(grid, 256, _shared(latent + rope, tiles, fp8), *arguments, cluster=cluster)
     if merged > 1:
-        merge = kernel("mla_decode.cu", "mla_merge", _LAYOUT, defines, y.device.index)
+        merge = kernel("mla_merge.cu", "mla_merge", _LAYOUT, (*widths, ("CLUSTER", cluster)), index)
         merge((tokens * heads, 1, 1), latent, 0, *arguments)
     return y
+
+
+@functools.cache
+def on_matrix_unit(latent: int, rope: int, device: int) -> bool:
+    """Whether mla_wgmma.cu serves these widths there: R1's, on Hopper."""
+    return (latent, rope) == (512, 64) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
@@ -143,6 +170,7 @@ def store_entries(cache: Tensor, slots: Tensor, entries: Tensor) -> None:
 
 
 _LAYOUT = "9P9if"
+_WIDE_SHARED = (3 * 9 + 1) * 64 * 128 + 1024  # queries, two chunks, probabilities; largest and sums, barriers
 
 
 def _shared(width: int, tiles: int, fp8: bool) -> int:

@@ -6,24 +6,9 @@
 // parts of a context are merged by a cluster in its own memory, and those of several clusters by `mla_merge`; in their order.
 //
 // LATENT, ROPE: widths.  TILES.  FP8: entries are E4M3, else BF16.  CLUSTER: blocks whose parts are merged at once.
-#include "device.cuh"
+#include "mla.cuh"
 
-struct Parameters {
-    const u16* q_latent;         // [tokens][heads][LATENT], strides in values
-    const u16* q_rope;           // [tokens][heads][ROPE]
-    const u8* cache;             // [blocks][block_size][WIDTH]
-    const long long* tables;     // [requests][table_stride]
-    const long long* starts;     // [requests + 1], first token of each
-    const long long* contexts;   // [requests]
-    u16* y;                      // [tokens][heads][LATENT]
-    float* parts;                // [clusters][tokens * heads][LATENT], each normalised; unused where there is one
-    float* sums;                 // [clusters][tokens * heads], base-2 logarithm of each part's sum of exponentials
-    int latent_token, latent_head, rope_token, rope_head;
-    int heads, block_size, table_stride, splits, rows;  // splits: blocks of a context, a multiple of CLUSTER.  rows: tokens * heads
-    float scale;  // times log2(e)
-};
-
-constexpr int WIDTH = LATENT + ROPE, STEPS = WIDTH / 16, CHUNK = 64, WARPS = 8, COLUMNS = LATENT / WARPS;
+constexpr int STEPS = WIDTH / 16, CHUNK = 64, WARPS = 8, COLUMNS = LATENT / WARPS;
 constexpr int STRIDE = WIDTH * 2 + 16;  // bytes of a row in shared memory: rows 16 bytes apart modulo 128 meet no bank twice
 constexpr int ENTRY = FP8 ? WIDTH : WIDTH * 2, RAW_STRIDE = FP8 ? WIDTH + 16 : STRIDE, SCORES = CHUNK + 4;
 constexpr int PART = LATENT + 8;  // values of a row of a part where a cluster merges it
@@ -41,29 +26,6 @@ __device__ inline void load_matrices_transposed(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
-}
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Four E4M3 values to BF16.
-__device__ inline void decode_fp8(u32 word, u32& low, u32& high) {
-    u32 halves[2];
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}"
-        : "=r"(halves[0]), "=r"(halves[1])
-        : "r"(word));
-    u32 result[2];
-    for (int i = 0; i < 2; i++) {
-        float a, b;
-        asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
-            : "=f"(a), "=f"(b)
-            : "r"(halves[i]));
-        result[i] = pack_bf16(a, b);
-    }
-    low = result[0], high = result[1];
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid_constant__ Parameters p) {
@@ -307,47 +269,4 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
     }
     cluster_barrier();  // others may still read this block's part
 #endif
-}
-
-// A row of the output from its parts: threads (column / 4, part modulo MERGERS).
-constexpr int MERGERS = 4, MAX_SPLITS = 256;
-
-extern "C" __global__ void __launch_bounds__(MERGERS * LATENT / 4) mla_merge(const __grid_constant__ Parameters p) {
-    __shared__ float weights[MAX_SPLITS], gathered[MERGERS][LATENT];
-    let_next_kernel_begin();
-    wait_for_kernels_before();
-    long long row = blockIdx.x;
-    int parts = p.splits / CLUSTER;
-    int column = (int)threadIdx.x % (LATENT / 4) * 4, merger = (int)threadIdx.x / (LATENT / 4);
-    if (threadIdx.x < 32) {
-        float most = NOTHING, total = 0.0f;
-        for (int split = threadIdx.x; split < parts; split += 32) {
-            weights[split] = p.sums[(long long)split * p.rows + row];
-            most = fmaxf(most, weights[split]);
-        }
-        for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-        for (int split = threadIdx.x; split < parts; split += 32) {
-            weights[split] = exp2_fast(weights[split] - most);
-            total += weights[split];
-        }
-        for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
-        for (int split = threadIdx.x; split < parts; split += 32) weights[split] /= total;
-    }
-    __syncthreads();
-    float sum[4] = {};
-#pragma unroll 8
-    for (int split = merger; split < parts; split += MERGERS) {
-        float weight = weights[split];
-        Quad q = {0, 0, 0, 0};  // an empty part was not written
-        load_quad_if(q, p.parts + ((long long)split * p.rows + row) * LATENT + column, weight > 0.0f);
-        sum[0] += weight * __uint_as_float(q.x), sum[1] += weight * __uint_as_float(q.y);
-        sum[2] += weight * __uint_as_float(q.z), sum[3] += weight * __uint_as_float(q.w);
-    }
-    *(float4*)&gathered[merger][column] = float4{sum[0], sum[1], sum[2], sum[3]};
-    __syncthreads();
-    for (int i = threadIdx.x; i < LATENT / 2; i += MERGERS * LATENT / 4) {
-        float low = 0.0f, high = 0.0f;
-        for (int m = 0; m < MERGERS; m++) low += gathered[m][2 * i], high += gathered[m][2 * i + 1];
-        ((u32*)(p.y + row * LATENT))[i] = pack_bf16(low, high);
-    }
 }

@@ -15,6 +15,11 @@ __device__ inline u64 swizzled_rows(u32 address) {
     return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (u64)((address & 0x3FFFF) >> 4);
 }
 
+// The same memory where rows are along the sum: 64 columns, the next 64 `step` bytes further on.
+__device__ inline u64 swizzled_columns(u32 address, u32 step) {
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(step >> 4) << 16 | (u64)((address & 0x3FFFF) >> 4);
+}
+
 // The instruction for N columns: N / 2 sums a thread, named by PTX numbers and by constraints, then the operands behind them.
 #define WGMMA(N, NUMBERS, SUMS, A0, A1, A2, A3, B)                                                                     \
     __device__ inline void wgmma(float (&s)[N / 2], const u32 (&a)[4], u64 b) {                                        \
@@ -45,3 +50,27 @@ WGMMA(32, N16, S16(0), 16, 17, 18, 19, 20)
 WGMMA(64, N32, S32, 32, 33, 34, 35, 36)
 WGMMA(112, N56, S56, 56, 57, 58, 59, 60)
 WGMMA(128, N64, S64, 64, 65, 66, 67, 68)
+
+// Both operands in shared memory, by swizzled_rows(). The first product replaces the sums where not `more`.
+__device__ inline void wgmma_rows(float (&s)[32], u64 a, u64 b, bool more) {
+    asm volatile("{\n.reg .pred more;\nsetp.ne.u32 more, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, more, 1, 1, 0, 0;\n}"
+                 : S32
+                 : "l"(a), "l"(b), "r"((u32)more));
+}
+
+#define N96 N64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define N128 N96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define S128 S64, S16(64), S16(80), S16(96), S16(112)
+
+// b by swizzled_columns(), a in registers or in shared memory.
+__device__ inline void wgmma_columns(float (&s)[128], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" N128 "}, {%128,%129,%130,%131}, %132, 1, 1, 1, 1;"
+                 : S128
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ inline void wgmma_columns(float (&s)[128], u64 a, u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" N128 "}, %128, %129, 1, 1, 1, 0, 1;"
+                 : S128
+                 : "l"(a), "l"(b));
+}
