@@ -363,7 +363,7 @@ def dry(rows: list[int]) -> Iterator[str]:
                 yield f"experts of {name}, {tokens} tokens: {blocks}, {blocks.shared} bytes of shared memory"
                 continue
             fit, teams = residence(tokens, 8, count), [team_of(-(-width // 128)) for width in (7168, inner)]
-            assert fit.shared * fit.blocks <= MAX_SHARED
+            assert all(fit.shared(team) * fit.blocks <= MAX_SHARED for team in teams)
             yield f"experts of {name}, {tokens} tokens: {fit}, teams of {teams} warps"
     for name, (out, width) in DENSE_SHAPES.items():
         for bits in (16, 8):

@@ -68,7 +68,7 @@ def dense() -> None:
 
 def experts() -> None:
     """A few tokens, lists with one and with several columns of rows, and all decoded at once."""
-    for count, hidden, inner, k in ((8, 512, 256, 4), (4, 272, 144, 2)):
+    for count, hidden, inner, k in ((8, 512, 256, 4), (4, 272, 144, 2), (6, 2304, 640, 2)):
         gate_up, down = prepared(count, inner, hidden, parts=2), prepared(count, hidden, inner)
         for tokens in (1, 12, 100, 2100):
             ids = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)])

@@ -180,7 +180,8 @@ def test_fp4_integers_are_exact():
 
 @pytest.mark.parametrize("activations", ["bf16", "fp4"])
 @pytest.mark.parametrize(
-    ("experts", "hidden", "inner", "k"), [(6, 272, 144, 3), (32, 256, 128, 4), (16, 1024, 256, 8), (12, 512, 2048, 8)]
+    ("experts", "hidden", "inner", "k"),
+    [(6, 272, 144, 3), (32, 256, 128, 4), (16, 1024, 256, 8), (12, 512, 2048, 8), (9, 2320, 656, 4)],
 )
 def test_experts(experts, hidden, inner, k, activations):
     gate_up = [random_part(WeightFormat.NVFP4, inner, hidden, experts) for _ in range(2)]

@@ -114,8 +114,14 @@ VARIANTS = [
     ("router.cu", {"SLOTS": 1}),
     ("combine.cu", {}),
     ("experts_work.cu", {}),
-    ("nvfp4_experts.cu", {"ROWS8": 2, "GROUPS": 2, "GATED": 1, "HELD": 0, "STAGES": 4, "BLOCKS": 2, "EARLY": 0}),
-    ("nvfp4_experts.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 0, "HELD": 8, "STAGES": 2, "BLOCKS": 3, "EARLY": 1}),
+    (
+        "nvfp4_experts.cu",
+        {"ROWS8": 2, "GROUPS": 4, "GATED": 1, "HELD": 0, "RING": 8, "WARPS": 8, "BLOCKS": 2, "EARLY": 0},
+    ),
+    (
+        "nvfp4_experts.cu",
+        {"ROWS8": 4, "GROUPS": 2, "GATED": 0, "HELD": 8, "RING": 8, "WARPS": 8, "BLOCKS": 1, "EARLY": 1},
+    ),
     (
         "nvfp4_experts_wgmma.cu",
         {"ROWS": 128, "FIRST": 64, "STEP": 32, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0, "ONLY": 0},
@@ -170,8 +176,7 @@ def test_the_benchmark_s_shapes_have_cuts():
     assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
     assert "shared down of TP8 7168 x 256, 8192 rows: decoded once" in result.stdout
     assert (
-        "experts of TP8/EP2, 64 tokens: Residence(columns=2, stages=4, blocks=2), teams of [8, 1] warps"
-        in result.stdout
+        "experts of TP8/EP2, 64 tokens: Residence(columns=2, warps=8, blocks=2), teams of [8, 1] warps" in result.stdout
     )
 
 

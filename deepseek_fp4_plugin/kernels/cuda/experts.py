@@ -11,7 +11,7 @@ from deepseek_fp4_plugin.kernels.cuda.linear import decode, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
-_GROUPS, _WARPS = 2, 8  # groups of outputs of an item, warps of a block
+_RING = 8  # slabs of a warp's ring
 _ONE_BLOCK, _CLUSTER = 4096, 8  # choices that one block sorts at most, blocks that sort more
 _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
@@ -77,20 +77,21 @@ def _products(
     early: the kernel ahead waited for `work` before it let this one begin.
     """
     team, fit = team_of(tiles.slabs), residence(shape[0], shape[1], tiles.data.shape[0])
-    held = 2 * tiles.slabs if tiles.slabs <= (2 if fit.blocks > 2 else 4) else 0  # as registers allow
+    alone = team == 1  # its activations stay in registers; a team of many reads them again for each item
     defines = (
         ("ROWS8", fit.columns),
-        ("GROUPS", _GROUPS),
+        ("GROUPS", _groups(team)),
         ("GATED", int(gated)),
-        ("HELD", held),
-        ("STAGES", fit.stages),
+        ("HELD", 2 * tiles.slabs if alone else 0),
+        ("RING", _RING),
+        ("WARPS", fit.warps),
         ("BLOCKS", fit.blocks),
         ("EARLY", int(early)),
     )
     kernel("nvfp4_experts.cu", "nvfp4_experts", "6P8i", defines, x.device.index)(
         (multiprocessors(x.device.index) * fit.blocks, 1, 1),
-        32 * _WARPS,
-        fit.shared,
+        32 * fit.warps,
+        fit.shared(team),
         tiles.data.data_ptr(),
         tiles.row_scale.data_ptr(),
         x.data_ptr(),
@@ -113,24 +114,30 @@ def team_of(slabs: int) -> int:
     return next(team for team in (1, 2, 4, 8) if slabs <= 4 * team or team == 8)
 
 
+def _groups(team: int) -> int:
+    """Groups of outputs that are multiplied by the same activations, at most: a warp alone keeps those, others ask for
+    them again."""
+    return 2 if team == 1 else 4
+
+
 class Residence(NamedTuple):
-    """columns: of 8 rows that a warp multiplies at a time, at most.  stages: slabs in its ring.  blocks: that a
-    multiprocessor holds."""
+    """columns: of 8 rows that a warp multiplies at a time, at most.  warps: of a block.  blocks: that a multiprocessor
+    holds."""
 
     columns: int
-    stages: int
+    warps: int
     blocks: int
 
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory of a block: the warps' rings, and two sets of sums each."""
-        return _WARPS * _GROUPS * (self.stages * SLAB_BYTES + 2 * 16 * (8 * self.columns + 1) * 4)
+    def shared(self, team: int) -> int:
+        """Bytes of shared memory of a block: the warps' rings, and their sums where they share a product."""
+        sums = 0 if team == 1 else _groups(team) * 16 * (8 * self.columns + 1) * 4
+        return self.warps * (_RING * SLAB_BYTES + sums)
 
 
 def residence(tokens: int, k: int, experts: int) -> Residence:
     """What fits the rows of an expert, about as many as it has; the kernel takes fewer columns where they are fewer."""
     rows = expected_rows(tokens, k, experts)
-    return Residence(2, 4, 2) if rows <= 12 else Residence(4, 4, 1)
+    return Residence(2, 8, 2) if rows <= 12 else Residence(4, 8, 1)
 
 
 def expected_rows(tokens: int, k: int, experts: int) -> float:

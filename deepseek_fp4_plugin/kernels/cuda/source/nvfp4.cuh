@@ -42,8 +42,8 @@ __device__ inline u32 block_scale(u32 word, int index) {
 template <int COLUMNS>
 constexpr int CHAINS = COLUMNS <= 2 ? 2 : 1;
 
-template <int COLUMNS>
-__device__ inline void multiply_tile(float (&sums)[CHAINS<COLUMNS>][COLUMNS][4], Quad weights, u32 scales, int tile,
+template <int COLUMNS, int SUMS>
+__device__ inline void multiply_tile(float (&sums)[SUMS][COLUMNS][4], Quad weights, u32 scales, int tile,
                                      const Quad (&x)[COLUMNS][2]) {
     u32 upper[8], lower[8];
     decode_block(upper, weights.x, weights.y, block_scale(scales, 2 * tile));
@@ -54,7 +54,7 @@ __device__ inline void multiply_tile(float (&sums)[CHAINS<COLUMNS>][COLUMNS][4],
 #pragma unroll
         for (int column = 0; column < COLUMNS; column++) {
             const Quad& q = x[column][step >> 1];
-            mma(sums[step % CHAINS<COLUMNS>][column], a, step & 1 ? q.z : q.x, step & 1 ? q.w : q.y);
+            mma(sums[step % SUMS][column], a, step & 1 ? q.z : q.x, step & 1 ? q.w : q.y);
         }
     }
 }

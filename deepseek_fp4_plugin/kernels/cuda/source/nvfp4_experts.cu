@@ -1,13 +1,15 @@
 // Each expert's NVFP4 weights times the rows that chose it, for more than a few tokens.
 //
-// Work is a list of items, expert by expert: one expert, some of its groups of outputs. Teams of warps take equal runs
-// of it, whatever was chosen; a team's warps share the inputs. A warp has a ring of slabs that bulk copies fill, on
-// into its team's next items. What `experts_work` wrote is read once; rows of an expert are found once.
+// Work is the groups of 16 outputs of all chosen experts in a row. Teams of warps take equal runs of it, whatever was
+// chosen; a team's warps share the inputs. An item is some groups of a run, of one expert, that are multiplied by the
+// same activations. A warp has a ring of units, each of up to two slabs of one group and one bulk copy, on into its
+// team's next items. What `experts_work` wrote is read once; rows of an expert are found once.
 //
 // ROWS8: at most so many columns of 8 rows a warp multiplies at a time; fewer where experts have few rows.
-// GROUPS: groups of 16 outputs of an item.  GATED: gate and up take turns of 8, silu(gate) * up is stored.
-// HELD: of teams of one warp, tiles of activations that stay in registers from item to item.
-// STAGES: slabs of the ring.  BLOCKS: that a multiprocessor is to hold.
+// GROUPS: of an item, at most.  GATED: gate and up take turns of 8, silu(gate) * up is stored.
+// HELD: where not 0, a team is one warp, which has so many tiles of inputs and stores its own sums. It keeps the
+// activations from item to item where registers allow.
+// RING: slabs of a warp's ring.  WARPS: of a block.  BLOCKS: that a multiprocessor is to hold.
 // EARLY: the kernel before waited for the work, so that weights are asked for before it ends.
 #include "nvfp4.cuh"
 
@@ -22,8 +24,7 @@ struct Parameters {
     int groups, slabs, team, out, k;
 };
 
-constexpr int WARPS = 8, OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
-constexpr int STAGE_BYTES = GROUPS * SLAB_BYTES;
+constexpr int OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
 
 __device__ inline int load_early_int(const int* pointer) {
     int value;
@@ -32,65 +33,104 @@ __device__ inline int load_early_int(const int* pointer) {
 }
 
 struct Team {
-    int team, index, lane, lo, hi;  // its warps, this one's place among them; its items
-    u32 ring, barrier;
-    float* sums;  // two sets of [team][OUTPUTS][columns + 1]
-    int* places;  // two sets of [columns]
+    int team, index, lane, lo, hi;  // its warps, this one's place among them; its groups
+    u32 ring, barrier, taken;  // taken: barrier of the team's warps that have read the sums
+    float* sums;  // [team][OUTPUTS][columns + 1]
+    int* places;  // [columns]
     __device__ void meet() const {
         if (team == 1) __syncwarp();
         else asm volatile("bar.sync %0, %1;" ::"r"(1 + (int)(threadIdx.x >> 5) / team), "r"(32 * team) : "memory");
     }
 };
 
+// Some groups of one expert, item by item through a team's run.
+struct Item {
+    int slot, group, present, left;  // place in the table; its first group, how many; groups from there to the run's end
+    __device__ Item(const Team& t, int groups) : slot(t.lo / groups), group(t.lo - slot * groups), left(t.hi - t.lo) {
+        present = min(min(GROUPS, left), groups - group);
+    }
+    __device__ bool next(int groups) {  // whether of another expert
+        group += present, left -= present;
+        bool other = group == groups;
+        if (other) group = 0, slot++;
+        present = min(min(GROUPS, left), groups - group);
+        return other;
+    }
+};
+
 template <int COLUMNS>
 __device__ void products(const Parameters& p, const Team& t, const int* table) {
-    constexpr int DEPTH = COLUMNS == 1 ? 4 : 2, STRIDE = 8 * COLUMNS + 1;
-    constexpr bool HOLDS = HELD > 0 && COLUMNS == 1;
+    // Slabs of a unit, and their tiles; units of the ring. Sums of an output: one where registers are short.
+    constexpr int SPAN = COLUMNS == 1 ? 2 : 1, TILES = 2 * SPAN, STAGES = RING / SPAN, UNIT_BYTES = SPAN * SLAB_BYTES;
+    constexpr int SUMS = GROUPS > 2 || COLUMNS > 1 ? 1 : 2, STRIDE = 8 * COLUMNS + 1;
+    // Two groups at a time, so that one's decoding fills the other's waits, where the registers suffice.
+    constexpr int STEP = HELD ? 1 : 2;
+    constexpr bool HOLDS = HELD > 0 && HELD * COLUMNS <= 8;
     int lane = t.lane, g = lane >> 2, quarter = lane & 3;
     int begin = t.index * p.slabs / t.team, count = (t.index + 1) * p.slabs / t.team - begin;
-    int sets = (p.groups + GROUPS - 1) / GROUPS;
+    int spans = (count + SPAN - 1) / SPAN, group_bytes = p.slabs * SLAB_BYTES;
 
-    int ask_item = t.lo, ask_slab = 0, ask_chunks = 0, ask_present = 0, ask_stage = 0;
-    const u8* ask_from = nullptr;
-    auto aim = [&]() {
-        if (ask_item >= t.hi) return;
-        int slot = ask_item / sets, group = (ask_item - slot * sets) * GROUPS;
-        ask_from = p.tiles + (((u64)table[2 * slot] * p.groups + group) * p.slabs + begin) * SLAB_BYTES;
-        ask_present = min(GROUPS, p.groups - group);
-        ask_chunks = (table[2 * slot + 3] - table[2 * slot + 1] + 8 * COLUMNS - 1) / (8 * COLUMNS);
+    Item asked(t, p.groups);
+    int ask_index = 0, ask_span = 0, ask_chunk = 0, ask_chunks = 0, ask_stage = 0;
+    const u8 *item_from = nullptr, *ask_from = nullptr;
+    auto enter = [&]() {
+        if (asked.left <= 0) return;
+        const int* entry = table + 2 * asked.slot;
+        item_from = p.tiles + ((u64)entry[0] * p.groups + asked.group) * group_bytes + begin * SLAB_BYTES;
+        ask_chunks = (entry[3] - entry[1] + 8 * COLUMNS - 1) / (8 * COLUMNS);
     };
     auto fill = [&]() {
-        if (ask_item >= t.hi) return;
+        if (asked.left <= 0) return;
         if (lane == 0) {
-            u32 at = t.ring + ask_stage * STAGE_BYTES, barrier = t.barrier + 8 * ask_stage;
-            barrier_expect(barrier, ask_present * SLAB_BYTES);
-            for (int i = 0; i < ask_present; i++)
-                bulk_copy(at + i * SLAB_BYTES, ask_from + ((u64)i * p.slabs + ask_slab) * SLAB_BYTES, SLAB_BYTES, barrier);
+            u32 barrier = t.barrier + 8 * ask_stage, bytes = min(SPAN, count - ask_span * SPAN) * SLAB_BYTES;
+            barrier_expect(barrier, bytes);
+            bulk_copy(t.ring + ask_stage * UNIT_BYTES, ask_from, bytes, barrier);
         }
         if (++ask_stage == STAGES) ask_stage = 0;
-        if (++ask_slab == count) {
-            ask_slab = 0;
-            if (--ask_chunks == 0) ask_item++, aim();
+        ask_from += group_bytes;
+        if (++ask_index < asked.present) return;
+        ask_index = 0;
+        if (++ask_span == spans) {
+            ask_span = 0;
+            if (++ask_chunk == ask_chunks) {
+                ask_chunk = 0;
+                item_from += asked.present * group_bytes;
+                if (asked.next(p.groups)) enter();
+            }
         }
+        ask_from = item_from + ask_span * UNIT_BYTES;
     };
-    aim();
+    enter();
+    ask_from = item_from;
     for (int stage = 0; stage < STAGES; stage++) fill();
 #if EARLY
     let_next_kernel_begin();
     wait_for_kernels_before();
 #endif
 
-    u32 stage = 0, parity = 0;
-    float scale = 0.0f;  // of output `lane`: one number for each of an expert's parts
-    int turn = 0, known = -1, found = -1;  // the expert of `scale`; the place in `order` whose rows are below
-    const u16* row[COLUMNS];   // a lane's first activation of each of its rows, and how many lie from it to the last
+    u32 stage = 0, parity = 0, turn = 0;
+    int known = -1, found = -1;  // the expert's place whose scales are below, the place in `order` whose rows are
+    float scale = 0.0f, up_scale = 0.0f;  // one number for each of an expert's parts
+    int first = 0, end = 0;               // its rows
+    const u16* row[COLUMNS];  // a lane's first activation of each of its rows, and how many lie from it to the last
     int last[COLUMNS], choice[COLUMNS];
-    Quad held[HOLDS ? HELD : 1][1][2] = {};
-    for (int item = t.lo; item < t.hi; item++) {
-        int slot = item / sets, group = (item - slot * sets) * GROUPS;
-        int expert = table[2 * slot], first = table[2 * slot + 1], end = table[2 * slot + 3];
-        if (expert != known) known = expert, scale = p.row_scale[(u64)expert * p.groups * 16 + (lane & 15)];
-        for (int row0 = first; row0 < end; row0 += 8 * COLUMNS, turn ^= 1) {
+    u16* to[COLUMNS][2];  // of a warp alone: outputs of the rows whose sums a lane has
+    Quad x[HOLDS ? (HELD + TILES - 1) / TILES * TILES : TILES][COLUMNS][2] = {};
+    auto ask = [&](int d, int offset) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            load_quad_if(x[d][c][0], row[c] + offset, offset < last[c]);
+            load_quad_if(x[d][c][1], row[c] + offset + 8, offset < last[c]);
+        }
+    };
+    for (Item item(t, p.groups); item.left > 0; item.next(p.groups)) {
+        if (item.slot != known) {
+            known = item.slot, first = table[2 * known + 1], end = table[2 * known + 3];
+            const float* scales = p.row_scale + (u64)table[2 * known] * p.groups * 16;
+            scale = HELD ? scales[0] : scales[lane & 15], up_scale = HELD && GATED ? scales[8] : 0.0f;
+        }
+        int absent = GROUPS - item.present, group = item.group - absent;  // the last ones are there
+        for (int row0 = first; row0 < end; row0 += 8 * COLUMNS) {
             if (found != row0) {
                 found = row0;
                 int input = begin * SLAB_INPUTS + quarter * 16;
@@ -100,97 +140,123 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
                     choice[c] = r < end ? load_early_int(p.order + r) : 0;
                     last[c] = r < end ? min(p.width - input, count * SLAB_INPUTS) : 0;
                     row[c] = p.x + (u64)(choice[c] / p.k) * p.x_stride + input;
-                }
-                if (HOLDS) {
+                    if (HELD)
 #pragma unroll
-                    for (int d = 0; d < (HOLDS ? HELD : 1); d++) {
-                        held[d][0][0] = held[d][0][1] = Quad{0, 0, 0, 0};
-                        load_quad_if(held[d][0][0], row[0] + d * 64, d * 64 < last[0]);
-                        load_quad_if(held[d][0][1], row[0] + d * 64 + 8, d * 64 < last[0]);
-                    }
+                        for (int j = 0; j < 2; j++)
+                            to[c][j] = p.y + (u64)__shfl_sync(~0u, choice[c], 4 * (2 * quarter + j)) * p.y_stride;
+                }
+#pragma unroll
+                for (int d = 0; d < (HOLDS ? HELD : TILES); d++) {
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) x[d][c][0] = x[d][c][1] = Quad{0, 0, 0, 0};
+                    ask(d, d * 64);
                 }
             }
-            float acc[GROUPS][CHAINS<COLUMNS>][COLUMNS][4] = {};
-            auto multiply = [&](int d, const Quad (&x)[COLUMNS][2]) {
-#pragma unroll
-                for (int i = 0; i < GROUPS; i++) {
-                    u32 here = t.ring + stage * STAGE_BYTES + i * SLAB_BYTES;
-                    multiply_tile<COLUMNS>(acc[i], shared_quad(here + d * TILE_BYTES + lane * 16),
-                                           shared_word(here + SCALES_OFFSET + lane * 4), d, x);
-                }
-            };
-            auto used = [&]() {
-                __syncwarp();
-                fill();
+            float acc[GROUPS][SUMS][COLUMNS][4] = {};
+            auto take = [&]() {  // the ring's next unit
+                barrier_wait(t.barrier + 8 * stage, parity);
+                u32 unit = t.ring + stage * UNIT_BYTES;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
+                return unit;
+            };
+            // Units of one span, group by group. The activations of the next are asked for when the last has used these.
+            auto multiply = [&](int at, int slabs, int next) {
+#pragma unroll
+                for (int i = 0; i < GROUPS; i += STEP) {
+                    if (i + STEP <= absent) continue;
+                    u32 unit[STEP];
+#pragma unroll
+                    for (int n = 0; n < STEP; n++) unit[n] = i + n < absent ? 0 : take();
+                    if (STEP > 1 && i < absent) unit[0] = unit[STEP - 1];  // its products are not used
+                    auto slab = [&](int s) {
+#pragma unroll
+                        for (int d = 2 * s; d < 2 * s + 2; d++) {
+#pragma unroll
+                            for (int n = 0; n < STEP; n++) {
+                                u32 here = unit[n] + s * SLAB_BYTES;
+                                multiply_tile<COLUMNS>(acc[i + n], shared_quad(here + d % 2 * TILE_BYTES + lane * 16),
+                                                       shared_word(here + SCALES_OFFSET + lane * 4), d & 1, x[at + d]);
+                            }
+                            if (!HOLDS && i + STEP == GROUPS) ask(d, next + d * 64);
+                        }
+                    };
+                    slab(0);
+                    if (SPAN > 1 && slabs > 1) slab(SPAN - 1);
+                    else if (SPAN > 1 && !HOLDS && i + STEP == GROUPS) ask(2, next + 128), ask(3, next + 192);
+                    __syncwarp();
+                    fill();
+                    if (STEP > 1 && i >= absent) fill();
+                }
             };
             if constexpr (HOLDS) {
 #pragma unroll
-                for (int d = 0; d < HELD; d++) {
-                    if (d / 2 >= count) break;
-                    if (!(d & 1)) barrier_wait(t.barrier + 8 * stage, parity);
-                    multiply(d & 1, held[d]);
-                    if (d & 1) used();
-                }
+                for (int d = 0; d < HELD; d += TILES) multiply(d, (HELD - d + 1) / 2, 0);
             } else {
-                // Activations are asked for some tiles ahead. Inputs past the width meet zero weights.
-                Quad x[DEPTH][COLUMNS][2] = {};
-                auto ask = [&](Quad (&to)[COLUMNS][2], int offset) {
-#pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) {
-                        load_quad_if(to[c][0], row[c] + offset, offset < last[c]);
-                        load_quad_if(to[c][1], row[c] + offset + 8, offset < last[c]);
-                    }
-                };
-#pragma unroll
-                for (int d = 0; d < DEPTH; d++) ask(x[d], d * 64);
-                int offset = DEPTH * 64;
-                for (int slab = 0; slab < count; slab += DEPTH / 2) {
-#pragma unroll
-                    for (int d = 0; d < DEPTH; d++) {
-                        if (slab + d / 2 >= count) break;
-                        if (!(d & 1)) barrier_wait(t.barrier + 8 * stage, parity);
-                        multiply(d & 1, x[d]);
-                        if (d & 1) used();
-                        ask(x[d], offset);
-                        offset += 64;
-                    }
+                for (int slab = 0; slab < count; slab += SPAN) {
+                    int next = slab + SPAN < count ? slab + SPAN : 0;  // at last the first ones, for the next item
+                    multiply(0, count - slab, next * SLAB_INPUTS);
                 }
             }
 
-            // Sums of the team's warps, in order. Two sets, so that one is added up while the next is multiplied.
-            float* here = t.sums + turn * t.team * OUTPUTS * STRIDE;
-            int* places = t.places + turn * 8 * COLUMNS;
+            auto sum = [&](int i, int c, int n) {
+                return acc[i][0][c][n] + (SUMS > 1 ? acc[i][SUMS - 1][c][n] : 0.0f);
+            };
+#if HELD
 #pragma unroll
-            for (int i = 0; i < GROUPS; i++) {
-                float* own = here + ((t.index * GROUPS + i) * 16 + g) * STRIDE + 2 * quarter;
+            for (int i = 0; i < GROUPS; i++)
 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++)
 #pragma unroll
-                    for (int n = 0; n < 4; n++)
-                        own[(n >> 1) * 8 * STRIDE + 8 * c + (n & 1)] =
-                            acc[i][0][c][n] + (CHAINS<COLUMNS> > 1 ? acc[i][CHAINS<COLUMNS> - 1][c][n] : 0.0f);
+                    for (int j = 0; j < 2; j++) {
+                        if (i < absent || row0 + 8 * c + 2 * quarter + j >= end) continue;
+                        float upper = sum(i, c, j) * scale;
+#if GATED
+                        // Rounded where the reference rounds.
+                        int n = (group + i) * 8 + g;
+                        float gate = round_bf16(silu(round_bf16(upper))), up = round_bf16(sum(i, c, 2 + j) * up_scale);
+                        if (n < p.out) to[c][j][n] = to_bf16(gate * up);
+#else
+                        int n = (group + i) * 16 + g;
+                        if (n < p.out) to[c][j][n] = to_bf16(upper);
+                        if (n + 8 < p.out) to[c][j][n + 8] = to_bf16(sum(i, c, 2 + j) * scale);
+#endif
+                    }
+#else
+            barrier_wait(t.taken, turn ^ 1);  // the sums before have been read
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++) {
+                float* own = t.sums + ((t.index * GROUPS + i) * 16 + g) * STRIDE + 2 * quarter;
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++) own[(n >> 1) * 8 * STRIDE + 8 * c + (n & 1)] = sum(i, c, n);
             }
             if (t.index == 0 && quarter == 0)
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++) places[8 * c + g] = choice[c];
+                for (int c = 0; c < COLUMNS; c++) t.places[8 * c + g] = choice[c];
             t.meet();
-            // A warp takes every so many-th column, a lane an output: 32 of an item, 16 where gated.
-            int present = min(end - row0, 8 * COLUMNS);
-            for (int column = t.index; column < present; column += t.team) {
-                float sum = 0.0f;
-                for (int w = 0; w < t.team; w++) sum += here[(w * OUTPUTS + lane) * STRIDE + column];
-                sum *= scale;
-                u16* y = p.y + (u64)places[column] * p.y_stride;
+            // Warps take turns with 32 outputs of a column, a lane one of them; sums of the team's warps in order.
+            int parts = min(end - row0, 8 * COLUMNS) * (GROUPS / 2);
+            for (int part = t.index; part < parts; part += t.team) {
+                int column = part / (GROUPS / 2), output = part % (GROUPS / 2) * 32 + lane;
+                float total = 0.0f;
+                for (int w = 0; w < t.team; w++) total += t.sums[(w * OUTPUTS + output) * STRIDE + column];
+                total *= scale;
+                u16* y = p.y + (u64)t.places[column] * p.y_stride;
+                bool there = output >= 16 * absent;
 #if GATED
                 // Rounded where the reference rounds. Lanes 8 to 15 and 24 to 31 have up.
-                float gate = round_bf16(sum), up = __shfl_down_sync(~0u, gate, 8);
-                int n = group * 8 + (lane >> 4) * 8 + (lane & 7);
-                if (!(lane & 8) && n < p.out) y[n] = to_bf16(round_bf16(silu(gate)) * up);
+                float gate = round_bf16(total), up = __shfl_down_sync(~0u, gate, 8);
+                int n = group * 8 + (output >> 4) * 8 + (lane & 7);
+                if (there && !(lane & 8) && n < p.out) y[n] = to_bf16(round_bf16(silu(gate)) * up);
 #else
-                if (group * 16 + lane < p.out) y[group * 16 + lane] = to_bf16(sum);
+                int n = group * 16 + output;
+                if (there && n < p.out) y[n] = to_bf16(total);
 #endif
             }
+            barrier_arrive_if(t.taken, true);  // each lane for itself, so that racecheck can follow
+            turn ^= 1;
+#endif
         }
     }
 }
@@ -198,17 +264,21 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     nvfp4_experts(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ __align__(8) u64 barriers[WARPS * STAGES];
-    __shared__ int table[2 * (MAX_EXPERTS + 1) + 2], places[WARPS * 2 * 8 * ROWS8];
+    __shared__ __align__(8) u64 barriers[WARPS * RING], taken[WARPS];
+    __shared__ int table[2 * (MAX_EXPERTS + 1) + 2], places[WARPS * 8 * ROWS8];
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
     Team t;
     t.team = p.team, t.index = warp % p.team, t.lane = threadIdx.x & 31;
-    t.ring = shared_address(memory) + warp * STAGES * STAGE_BYTES;
-    t.barrier = shared_address(barriers + warp * STAGES);
-    t.sums = (float*)(memory + WARPS * STAGES * STAGE_BYTES) + warp / p.team * p.team * 2 * OUTPUTS * (8 * ROWS8 + 1);
-    t.places = places + warp / p.team * 2 * 8 * ROWS8;
+    t.ring = shared_address(memory) + warp * RING * SLAB_BYTES;
+    t.barrier = shared_address(barriers + warp * RING);
+    t.taken = shared_address(taken + warp / p.team);
+    t.sums = (float*)(memory + WARPS * RING * SLAB_BYTES) + warp / p.team * p.team * OUTPUTS * (8 * ROWS8 + 1);
+    t.places = places + warp / p.team * 8 * ROWS8;
     if (t.lane == 0) {
-        for (int stage = 0; stage < STAGES; stage++) barrier_init(t.barrier + 8 * stage, 1);
+        for (int stage = 0; stage < RING; stage++) barrier_init(t.barrier + 8 * stage, 1);
+#if !HELD
+        if (t.index == 0) barrier_init(t.taken, 32 * p.team);
+#endif
         barrier_fence();
     }
 #if !EARLY
@@ -218,9 +288,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     int active = load_early_int(p.work), rows = load_early_int(p.work + 1);
     for (int i = threadIdx.x; i < 2 * active + 2; i += 32 * WARPS) table[i] = load_early_int(p.work + 2 + i);
     __syncthreads();
-    int items = active * ((p.groups + GROUPS - 1) / GROUPS), teams = WARPS / p.team;
+    int groups = active * p.groups, teams = WARPS / p.team;
     int own = (int)blockIdx.x * teams + warp / p.team, all = (int)gridDim.x * teams;
-    t.lo = (int)((u64)items * own / all), t.hi = (int)((u64)items * (own + 1) / all);
+    t.lo = (int)((u64)groups * own / all), t.hi = (int)((u64)groups * (own + 1) / all);
     if (ROWS8 == 1 || rows <= 4 * active) products<1>(p, t, table);
     else if (ROWS8 == 2 || rows <= 12 * active) products<(ROWS8 < 2 ? ROWS8 : 2)>(p, t, table);
     else products<ROWS8>(p, t, table);
