@@ -28,7 +28,7 @@ from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
-from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER
+from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER, few_tokens
 from deepseek_fp4_plugin.kernels.weights import Case, PreparedRouter, PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
@@ -361,6 +361,11 @@ def dry(rows: list[int]) -> Iterator[str]:
                 blocks = experts_wgmma.blocks_for(each)
                 assert all(blocks.of(columns).shared * blocks.resident <= MAX_SHARED for columns in blocks.columns)
                 yield f"experts of {name}, {tokens} tokens: {blocks}, {blocks.shared} bytes of shared memory"
+                continue
+            if few_tokens(tokens, 8, -(-inner // 128)):
+                first = matvec.choose_experts(inner // 8, 7168 // 128, max(2, round(each * count)))
+                assert first.shared * first.resident <= MAX_SHARED
+                yield f"experts of {name}, {tokens} tokens: {first}, {first.shared} bytes of shared memory"
                 continue
             fit, teams = residence(tokens, 8, count), [team_of(-(-width // 128)) for width in (7168, inner)]
             assert all(fit.shared(team) * fit.blocks <= MAX_SHARED for team in teams)

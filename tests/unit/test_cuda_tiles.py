@@ -98,18 +98,17 @@ def test_a_router_s_weight_is_the_sum_of_the_fewest_parts():
 
 
 VARIANTS = [
-    ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 1, "GATED": 0, "EXPERTS": 0}),
-    ("nvfp4_linear.cu", {"ROWS8": 8, "GROUPS": 2, "GATED": 0, "EXPERTS": 0}),
-    ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 1, "EXPERTS": 1}),
+    ("nvfp4_linear.cu", {"ROWS8": 1, "GROUPS": 2, "GATED": 1}),
+    ("nvfp4_linear.cu", {"ROWS8": 8, "GROUPS": 2, "GATED": 0}),
     (
         "nvfp4_matvec.cu",
-        {"ROWS8": 1, "GROUPS": 2, "WARPS": 8, "STAGES": 3, "DEPTH": 2, "MIN_BLOCKS": 3, "GATED": 0},
+        {"ROWS8": 1, "GROUPS": 2, "WARPS": 8, "STAGES": 3, "DEPTH": 2, "MIN_BLOCKS": 3, "GATED": 0, "EXPERTS": 0},
     ),
     (
         "nvfp4_matvec.cu",
-        {"ROWS8": 1, "GROUPS": 1, "WARPS": 16, "STAGES": 4, "DEPTH": 2, "MIN_BLOCKS": 2, "GATED": 1},
+        {"ROWS8": 1, "GROUPS": 1, "WARPS": 8, "STAGES": 3, "DEPTH": 4, "MIN_BLOCKS": 2, "GATED": 1, "EXPERTS": 1},
     ),
-    ("nvfp4_experts_down.cu", {"GROUPS": 2}),
+    ("nvfp4_experts_down.cu", {"GROUPS": 2, "WARPS": 8, "MIN_BLOCKS": 3}),
     ("router.cu", {"SLOTS": 8}),
     ("router.cu", {"SLOTS": 1}),
     ("combine.cu", {}),

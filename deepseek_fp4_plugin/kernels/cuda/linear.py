@@ -22,7 +22,6 @@ from deepseek_fp4_plugin.numerics import nvfp4
 MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
 _RESIDENT = 264  # blocks that run at once: where there would be more, each takes several turns
-_TURNS = 4  # at most, of experts
 _SLABS = 4096  # to decode; more go several to a warp, fewer would leave multiprocessors idle then
 
 
@@ -120,7 +119,7 @@ def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
 
 class Geometry(NamedTuple):
     """How a product is cut. columns: of 8 rows a warp multiplies at a time.  groups: of 16 outputs a warp has.
-    warps_m, warps_k: warps over outputs and inputs.  cluster: blocks that share inputs.  blocks: of each expert."""
+    warps_m, warps_k: warps over outputs and inputs.  cluster: blocks that share inputs.  blocks: clusters of them."""
 
     columns: int
     groups: int
@@ -139,26 +138,24 @@ class Geometry(NamedTuple):
 
 
 @functools.cache
-def geometry(groups: int, slabs: int, rows: int, experts: int = 1) -> Geometry:
-    """The cut for `rows` rows by `groups` groups of outputs and `slabs` of inputs, times so many experts at once."""
+def geometry(groups: int, slabs: int, rows: int) -> Geometry:
+    """The cut for `rows` rows by `groups` groups of outputs and `slabs` of inputs."""
     columns = next(c for c in (1, 2, 4, 8) if rows <= 8 * c or c == 8)
     each, warps_m, warps_k = 2, 1, 8
-    if columns == 1 and slabs > 16 and groups * experts <= _RESIDENT:
+    if columns == 1 and slabs > 16 and groups <= _RESIDENT:
         each = 1
     elif columns == 4 and groups > _RESIDENT:
         each, warps_m, warps_k = 1, 2, 4
     elif columns == 8 and groups > _RESIDENT:
         warps_k = 4
     if slabs < 4:  # few inputs: warps share outputs instead
-        each, warps_m, warps_k = (1, 4, min(slabs, 2)) if experts == 1 else (each, 4, 1)
+        each, warps_m, warps_k = 1, 4, min(slabs, 2)
     sets = -(-groups // (each * warps_m))
     cluster = 1
-    while cluster < 8 and cluster * 4 <= slabs and sets * experts * cluster < _BLOCKS:
+    while cluster < 8 and cluster * 4 <= slabs and sets * cluster < _BLOCKS:
         cluster *= 2
     warps_k = min(warps_k, -(-slabs // cluster))
     turns = -(-sets * cluster // _RESIDENT)
-    if experts > 1:  # choices of the same expert end at once, so that more blocks than fit do no harm
-        turns = min(_TURNS, max(1, round(sets * experts * cluster / _RESIDENT)))
     return Geometry(columns, each, warps_m, warps_k, cluster, -(-sets // turns))
 
 
@@ -169,34 +166,22 @@ def launch(
     y: Tensor,
     out: int,
     gated: bool,
-    ids: Tensor | None = None,
-    cut: Geometry | None = None,
 ) -> None:
-    """Few rows: y = x W^T of one expert, or with ids int64 [tokens, k] of each choice's expert, a row of y each.
-
-    With ids x has a row for each token.
-    """
+    """Few rows: y = x W^T of one expert."""
     together(x, tiles.data)
     rows, width = x.shape
     if rows == 0:
         return
-    choices = 0 if ids is None else ids.numel()
-    cut = cut or geometry(tiles.groups, tiles.slabs, rows if ids is None else 1, max(1, choices))
-    experts = int(ids is not None)
-    defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("GATED", int(gated)), ("EXPERTS", experts))
-    data, row_scale = tiles.data, tiles.row_scale
-    if ids is None:
-        data, row_scale = data[expert], row_scale[expert]
-    grid = (cut.blocks * cut.cluster, max(1, choices), 1)
-    kernel("nvfp4_linear.cu", "nvfp4_linear", "5P12i", defines, x.device.index)(
-        grid,
+    cut = geometry(tiles.groups, tiles.slabs, rows)
+    defines = (("ROWS8", cut.columns), ("GROUPS", cut.groups), ("GATED", int(gated)))
+    kernel("nvfp4_linear.cu", "nvfp4_linear", "4P10i", defines, x.device.index)(
+        (cut.blocks * cut.cluster, 1, 1),
         32 * cut.warps_m * cut.warps_k,
         cut.shared,
-        data.data_ptr(),
-        row_scale.data_ptr(),
+        tiles.data[expert].data_ptr(),
+        tiles.row_scale[expert].data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
-        0 if ids is None else ids.data_ptr(),
         rows,
         width,
         x.stride(0),
@@ -207,8 +192,6 @@ def launch(
         cut.warps_k,
         out,
         tiles.half,
-        choices,
-        max(1, choices // rows),
         cluster=cut.cluster,
     )
 

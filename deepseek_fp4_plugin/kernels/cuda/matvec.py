@@ -1,4 +1,4 @@
-"""One to eight rows times NVFP4 tiles: how a product is cut, and the launch."""
+"""One to eight rows times NVFP4 tiles, or a few tokens' times their experts': how a product is cut, and the launch."""
 
 import functools
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
 
 _MULTIPROCESSORS = 132
 _ROWS, _WARPS = 8, 8
+_BLOCKS = 2 * _MULTIPROCESSORS  # of experts' products, that run at once
+_TURNS = 4  # of such a block, at most
 
 
 class Cut(NamedTuple):
@@ -49,8 +51,27 @@ def choose(groups: int, slabs: int, rows: int) -> Cut | None:
     return Cut(1, _WARPS, 5, 2, 3, cluster, groups)
 
 
-def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: bool, cut: Cut) -> None:
-    """y = x W^T of one expert's tiles and 1 to 8 rows; gated: silu(gate x) * up x."""
+@functools.cache
+def choose_experts(groups: int, slabs: int, choices: int) -> Cut:
+    """The cut for each of about so many choices by tiles of `groups` by `slabs`; its blocks are one choice's."""
+    each, warps = 1 if groups * choices <= _BLOCKS else 2, min(_WARPS, slabs)
+    sets, cluster = -(-groups // each), 1
+    while cluster < 4 and 2 * cluster * sets * choices <= _BLOCKS and 2 * cluster * warps <= slabs:
+        cluster *= 2
+    turns = min(_TURNS, max(1, round(sets * choices * cluster / _BLOCKS)))
+    return Cut(each, warps, 3, 4, 2, cluster, -(-sets // turns))
+
+
+def launch(
+    x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: bool, cut: Cut, ids: Tensor | None = None
+) -> None:
+    """y = x W^T of one expert's tiles and 1 to 8 rows; gated: silu(gate x) * up x.
+
+    With ids int64 [tokens, k], 64 at most, row i of y is a product of choice i's expert, not written where none is here:
+    gated with row i / k of x; else with row i, and it must follow the kernel that made x and waited for the ids.
+    """
+    choices = 1 if ids is None else ids.numel()
+    more = () if ids is None else (ids.data_ptr(), choices, choices // x.shape[0])
     together(x, tiles.data)
     defines = (
         ("ROWS8", 1),
@@ -60,9 +81,10 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         ("DEPTH", cut.depth),
         ("MIN_BLOCKS", cut.resident),
         ("GATED", int(gated)),
+        ("EXPERTS", int(ids is not None)),
     )
-    kernel("nvfp4_matvec.cu", "nvfp4_matvec", "4P8i", defines, x.device.index)(
-        (cut.blocks * cut.cluster, 1, 1),
+    kernel("nvfp4_matvec.cu", "nvfp4_matvec", "4P8i" if ids is None else "4P8iP2i", defines, x.device.index)(
+        (cut.blocks * cut.cluster, choices, 1),
         32 * cut.warps,
         cut.shared,
         tiles.data[expert].data_ptr(),
@@ -76,5 +98,6 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         tiles.slabs,
         out,
         tiles.half,
+        *more,
         cluster=cut.cluster,
     )

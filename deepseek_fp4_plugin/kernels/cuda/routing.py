@@ -15,10 +15,10 @@ _MAX_EXPERTS, _MAX_GROUPS, _MAX_K = 512, 32, 32
 
 class RouterWeight(NamedTuple):
     """parts: BF16 [n, experts, hidden], whose sum the weight is; one where it is BF16 in the checkpoint, as R1's is.
-    arrived: int32 [1], what blocks of one launch count by."""
+    scores: FP32 [4, experts], where blocks of one launch leave them for the first; below zero between launches."""
 
     parts: Tensor
-    arrived: Tensor
+    scores: Tensor
 
 
 def prepare_router(weight: Tensor) -> RouterWeight:
@@ -28,7 +28,7 @@ def prepare_router(weight: Tensor) -> RouterWeight:
     while not parts or (len(parts) < 3 and bool(rest.any())):
         parts.append(rest.bfloat16())
         rest = rest - parts[-1].float()
-    return RouterWeight(torch.stack(parts[::-1]), torch.zeros(1, dtype=torch.int32, device=weight.device))
+    return RouterWeight(torch.stack(parts[::-1]), torch.full((_FEW_ROWS, weight.shape[0]), -1.0, device=weight.device))
 
 
 def router(
@@ -47,16 +47,14 @@ def router(
         return route(scores(x, weight), bias, k, n_group, topk_group, normalize, scaling)
     together(x, weight.parts, bias)
     bias, (ids, weights) = bias.contiguous(), _chosen(x, k)
-    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
     n, _, width = weight.parts.shape
-    kernel("router.cu", "router", "4P5i3P4if", _slots(experts), x.device.index)(
+    kernel("router.cu", "router", "3P5i3P4if", _slots(experts), x.device.index)(
         (experts, 1, 1),
         256,
         0,
         x.data_ptr(),
         weight.parts.data_ptr(),
-        logits.data_ptr(),
-        weight.arrived.data_ptr(),
+        weight.scores.data_ptr(),
         width,
         x.stride(0),
         n,

@@ -28,6 +28,12 @@ __device__ inline long long load_early(const long long* pointer) {
     return value;
 }
 
+__device__ inline float load_early(const float* pointer) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
 // Of what nothing writes, asked for here and not where it is used.
 __device__ inline float load_float(const float* pointer) {
     float value;
@@ -49,10 +55,10 @@ __device__ inline void load_quad_if(Quad& q, const void* pointer, bool wanted) {
                  : "l"(pointer), "r"((u32)wanted));
 }
 
-// Weights: read once, so that they need not stay.
+// Weights: read once, so that they need not stay. Not `.nc`: such loads were moved behind a wait that follows them.
 __device__ inline Quad load_weights(const void* pointer) {
     Quad q;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
                  : "l"(pointer));
     return q;

@@ -1,10 +1,10 @@
 // The experts' second product and their weighted sum: y[t] = sum over k of weight[t, k] * down_e h[t, k].
 //
 // A block has some groups of 16 outputs of one token; each of its warps takes one of the token's experts, and the sum
-// over warps, in order, is the weighted sum. Which experts were chosen is known before the hidden values are: two
-// kernels ago, so weights are asked for while the kernel before still runs.
+// over warps, in order, is the weighted sum. Which experts were chosen, and their weights, are known before the hidden
+// values are: two kernels ago, so all but these is asked for while the kernel before still runs.
 //
-// GROUPS: groups of outputs a block has.
+// GROUPS: groups of outputs a block has.  WARPS: of a block.  MIN_BLOCKS: that a multiprocessor holds.
 #include "nvfp4.cuh"
 
 constexpr int DEPTH = 4;  // tiles of hidden values under way
@@ -19,10 +19,10 @@ struct Parameters {
     int width, h_stride, y_stride, groups, slabs, out, k;
 };
 
-extern "C" __global__ void __launch_bounds__(512) nvfp4_experts_down(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) nvfp4_experts_down(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ __align__(8) u64 barriers[16];
-    __shared__ float sums[16][GROUPS * 16];
+    __shared__ __align__(8) u64 barriers[WARPS];
+    __shared__ float sums[WARPS][GROUPS * 16];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
     int first_group = (int)blockIdx.x * GROUPS, token = (int)blockIdx.y, choice = token * p.k + warp;
     int groups = min(GROUPS, p.groups - first_group);
@@ -36,6 +36,15 @@ extern "C" __global__ void __launch_bounds__(512) nvfp4_experts_down(const __gri
         bulk_copy(weights, p.tiles + ((u64)expert * p.groups + first_group) * p.slabs * SLAB_BYTES, bytes, barrier);
     }
     __syncwarp();
+    float weight = 0.0f, scale[GROUPS][2] = {};
+    if (quarter == 0 && expert >= 0) {
+        weight = load_early(p.weights + choice);
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                if (i < groups) scale[i][half] = load_float(p.row_scale + (expert * p.groups + first_group + i) * 16 + half * 8 + g);
+    }
     let_next_kernel_begin();
     wait_for_kernels_before();
     float acc[GROUPS][2][1][4] = {};
@@ -66,24 +75,19 @@ extern "C" __global__ void __launch_bounds__(512) nvfp4_experts_down(const __gri
             }
         }
     }
-    if (quarter == 0) {
-        float weight = expert >= 0 ? p.weights[choice] : 0.0f;
+    if (quarter == 0)
 #pragma unroll
         for (int i = 0; i < GROUPS; i++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int output = i * 16 + half * 8 + g;
-                float scale = expert >= 0 && i < groups ? p.row_scale[(expert * p.groups + first_group) * 16 + output] : 0.0f;
-                sums[warp][output] = 
-                    round_bf16((acc[i][0][0][2 * half] + acc[i][1][0][2 * half]) * scale) * weight;
-            }
-    }
+            for (int half = 0; half < 2; half++)
+                sums[warp][i * 16 + half * 8 + g] =
+                    round_bf16((acc[i][0][0][2 * half] + acc[i][1][0][2 * half]) * scale[i][half]) * weight;
     __syncthreads();
-    for (int output = threadIdx.x; output < GROUPS * 16; output += blockDim.x) {
+    for (int output = threadIdx.x; output < GROUPS * 16; output += 32 * WARPS) {
         int n = first_group * 16 + output;
         if (n >= p.out) continue;
         float total = 0.0f;
-        for (int w = 0; w < p.k; w++) total += sums[w][output];
+        for (int w = 0; w < WARPS; w++) total += sums[w][output];
         p.y[(u64)token * p.y_stride + n] = to_bf16(total);
     }
 }

@@ -1,4 +1,4 @@
-// Few activation rows times NVFP4 weights: dense, or each expert's with the rows that chose it.
+// Few activation rows times NVFP4 weights.
 //
 // A block takes one set of outputs after the other; its warps share the inputs, and so do the blocks of a cluster. Every
 // warp has a ring of slabs that bulk copies fill: it asks for the first ones before it waits for the kernel that makes
@@ -7,49 +7,24 @@
 //
 // ROWS8: columns of 8 activation rows a warp multiplies at a time.  GROUPS: groups of 16 outputs a warp has.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
-// EXPERTS: the second axis of the grid is a choice (token, expert); one block does all rows of an expert.
 #include "nvfp4.cuh"
 
 struct Parameters {
-    const u8* tiles;         // [experts][groups][slabs][1152]
-    const float* row_scale;  // [experts][groups * 16], in the order of the tiles
-    const u16* x;            // [rows][x_stride]; of EXPERTS choice i takes row i / k
-    u16* y;                  // [rows][y_stride]; of EXPERTS [choices][y_stride]
-    const long long* ids;    // of EXPERTS [choices], below 0: not here
+    const u8* tiles;         // [groups][slabs][1152]
+    const float* row_scale;  // [groups * 16], in the order of the tiles
+    const u16* x;            // [rows][x_stride]
+    u16* y;                  // [rows][y_stride]
     int rows, width, x_stride, y_stride;
     int groups, slabs, warps_m, warps_k;
     int out;      // outputs, both of gate and up
     int half;     // 0, or outputs of gate where gate and up take turns
-    int choices, k;  // of EXPERTS
 };
 
 constexpr int STAGES = GROUPS == 1 ? 6 : 4;  // slabs of a warp that are under way
 constexpr int STAGE_BYTES = GROUPS * SLAB_BYTES;
 constexpr int MAX_WARPS = ROWS8 <= 2 ? 16 : 8;
-constexpr int MAX_ROWS = 512;
 constexpr int STRIDE = 8 * ROWS8 + 1;
 constexpr int DEPTH = ROWS8 == 1 ? 4 : 2;  // tiles of activations under way
-
-#if EXPERTS
-// The choices that took this expert, in order; false where an earlier choice has it.
-__device__ bool find_rows(const Parameters& p, int expert, int choice, u16* list, int* count) {
-    int lane = threadIdx.x & 31;
-    bool earlier = false;
-    for (int i = lane; i < choice; i += 32) earlier |= load_early(p.ids + i) == expert;
-    if (__any_sync(~0u, earlier)) return false;
-    if (threadIdx.x < 32) {
-        int found = 0;
-        for (int base = choice; base < p.choices; base += 32) {
-            bool mine = base + lane < p.choices && load_early(p.ids + base + lane) == expert;
-            u32 all = __ballot_sync(~0u, mine);
-            if (mine) list[found + __popc(all & ((1u << lane) - 1))] = (u16)(base + lane);
-            found += __popc(all);
-        }
-        if (lane == 0) *count = found;
-    }
-    return true;
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
@@ -63,23 +38,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
     int count = slab_begin + (warp_k + 1) * block_slabs / p.warps_k - begin;
     int block = (int)blockIdx.x / cluster, blocks = (int)gridDim.x / cluster;
     int sets = (p.groups + block_groups - 1) / block_groups, items = (sets - block + blocks - 1) / blocks;
-    const u8* tiles = p.tiles;
-    const float* row_scale = p.row_scale;
     int rows = p.rows;
-
-#if EXPERTS
-    __shared__ u16 list[MAX_ROWS];
-    __shared__ int chosen;
-    wait_for_kernels_before();
-    let_next_kernel_begin();  // only now: the next kernel may then read the choices before it waits
-    int choice = (int)blockIdx.y;
-    long long expert = load_early(p.ids + choice);
-    if (expert < 0 || !find_rows(p, (int)expert, choice, list, &chosen)) return;
-    tiles += (u64)expert * p.groups * p.slabs * SLAB_BYTES;
-    row_scale += expert * p.groups * 16;
-    __syncthreads();
-    rows = chosen;
-#endif
     int chunks = (rows + 8 * ROWS8 - 1) / (8 * ROWS8);
 
     // Two sets of sums and scales, so that a set is added up while the next one is multiplied.
@@ -93,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
         if (asked == total) return;
         u32 slot = asked % STAGES;
         int group = (block + ask_item * blocks) * block_groups + warp_m * GROUPS;
-        const u8* from = tiles + ((u64)group * p.slabs + begin + ask_slab) * SLAB_BYTES;
+        const u8* from = p.tiles + ((u64)group * p.slabs + begin + ask_slab) * SLAB_BYTES;
         int present = min(GROUPS, p.groups - group);
         if (lane == 0) {
             barrier_expect(barrier + 8 * slot, present > 0 ? present * SLAB_BYTES : 0);
@@ -113,17 +72,15 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
     }
     __syncwarp();
     for (int stage = 0; stage < STAGES; stage++) fill();
-#if !EXPERTS
     let_next_kernel_begin();
     wait_for_kernels_before();
-#endif
 
     u32 slot = 0, parity = 0;
     int turn = 0;
     for (int item = 0; item < items; item++) {
         int first_group = (block + item * blocks) * block_groups;
         float scale = (int)threadIdx.x < block_rows && first_group * 16 + (int)threadIdx.x < p.groups * 16
-                          ? row_scale[first_group * 16 + threadIdx.x]
+                          ? p.row_scale[first_group * 16 + threadIdx.x]
                           : 0.0f;
         for (int row0 = 0; row0 < rows; row0 += 8 * ROWS8, turn ^= 1) {
             float acc[GROUPS][CHAINS<ROWS8>][ROWS8][4] = {};
@@ -133,11 +90,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
             for (int c = 0; c < ROWS8; c++) {
                 int r = row0 + 8 * c + g;
                 last[c] = r < rows ? min(p.width - input, count * SLAB_INPUTS) : 0;
-#if EXPERTS
-                row[c] = p.x + (u64)(r < rows ? list[r] / p.k : 0) * p.x_stride + input;
-#else
                 row[c] = p.x + (u64)r * p.x_stride + input;
-#endif
             }
             // Activations are asked for some tiles ahead: their way from the second cache is longer than a tile's products.
             // Inputs past the width meet zero weights, so that they may be any finite numbers.
@@ -212,11 +165,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
             for (int i = threadIdx.x + rank * 32 * warps; i < outputs * present; i += 32 * warps * cluster) {
                 int output = i % outputs, column = i / outputs;
                 if (first_group + output / (GATED ? 8 : 16) >= p.groups) continue;
-#if EXPERTS
-                u16* y = p.y + (u64)list[row0 + column] * p.y_stride;
-#else
                 u16* y = p.y + (u64)(row0 + column) * p.y_stride;
-#endif
 #if GATED
                 // Rounded where the reference rounds.
                 int at = (output >> 3) * 16 + (output & 7), n = first_group * 8 + output;

@@ -14,103 +14,134 @@ struct Choice {
     float scaling;
 };
 
-__device__ inline float load_score(const float* pointer) {  // not from the first cache: another block may have written it
-    float value;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(pointer) : "memory");
-    return value;
-}
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// A warp's tokens: `first`, `first` + `step`, ...  of: [32 * SLOTS] in shared memory, the warp's own.
-__device__ inline void choose(const Choice& p, int first, int step, float* of) {
-    int lane = threadIdx.x & 31, size = p.experts / p.n_group;
+// A warp that chooses. A lane has experts lane, 32 + lane, ...; some lanes share a group's experts.
+struct Chooser {
+    struct Memory {
+        float score[32 * SLOTS], choice[32 * SLOTS];
+        int picked[32];
+    };
     float bias[SLOTS];
-    int group[SLOTS];
-#pragma unroll
-    for (int s = 0; s < SLOTS; s++) {
-        int expert = 32 * s + lane;
-        bias[s] = expert < p.experts ? p.bias[expert] : 0.0f, group[s] = expert / size;
-    }
-    for (int token = first; token < p.tokens; token += step) {
-        float score[SLOTS], choice[SLOTS];
-#pragma unroll
-        for (int s = 0; s < SLOTS; s++)
-            score[s] = 32 * s + lane < p.experts ? load_score(p.logits + (u64)token * p.experts + 32 * s + lane) : 0.0f;
+    int group_at[SLOTS];  // the first lane of an expert's group
+    int lane, size, lanes;  // experts and lanes of a group
+
+    __device__ inline explicit Chooser(const Choice& p) {
+        lane = threadIdx.x & 31, size = p.experts / p.n_group, lanes = 1 << (31 - __clz(32 / p.n_group));
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
-            score[s] = 1.0f / (1.0f + expf(-score[s]));
+            int expert = 32 * s + lane;
+            bias[s] = expert < p.experts ? p.bias[expert] : 0.0f, group_at[s] = expert / size * lanes;
+        }
+    }
+
+    // Bits of the first lanes of the groups that are kept, those with the largest sums of their two best.
+    __device__ inline u32 kept_groups(const Choice& p, const float* choice) const {
+        int group = lane / lanes, part = lane % lanes;
+        float best = NOTHING, second = NOTHING;
+        if (group < p.n_group) {
+            int turns = (size + lanes - 1) / lanes, turn = group % turns;  // groups begin at different banks
+#pragma unroll 8
+            for (int i = 0; i < turns; i++) {
+                int at = turn * lanes + part;
+                float value = at < size ? choice[group * size + at] : NOTHING;
+                second = fmaxf(second, fminf(best, value)), best = fmaxf(best, value);
+                if (++turn == turns) turn = 0;
+            }
+        }
+        for (int step = lanes / 2; step; step /= 2) {
+            float other = __shfl_xor_sync(~0u, best, step), next = __shfl_xor_sync(~0u, second, step);
+            second = fmaxf(fminf(best, other), fmaxf(second, next)), best = fmaxf(best, other);
+        }
+        float sum = best + second;
+        int rank = 0;
+#pragma unroll 8
+        for (int other = 0; other < p.n_group; other++) {
+            float theirs = __shfl_sync(~0u, sum, other * lanes);
+            rank += theirs > sum || (theirs == sum && other < group);
+        }
+        return __ballot_sync(~0u, group < p.n_group && rank < p.topk_group);
+    }
+
+    __device__ inline void choose(const Choice& p, int token, const float (&score)[SLOTS], Memory& memory) const {
+        float choice[SLOTS];
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
             choice[s] = score[s] + bias[s];
             if (!(choice[s] > NOTHING)) choice[s] = -3.4e38f;  // NaN: behind all others, but there
-            of[32 * s + lane] = choice[s];
+            memory.score[32 * s + lane] = score[s], memory.choice[32 * s + lane] = choice[s];
         }
-        u32 kept = ~0u;
         __syncwarp();
-        if (p.n_group > 1) {  // a lane a group
-            float best = NOTHING, second = NOTHING;
-            if (lane < p.n_group) {
-                int at = lane % size;  // lanes begin at different banks
-                for (int i = 0; i < size; i++) {
-                    float value = of[lane * size + at];
-                    second = fmaxf(second, fminf(best, value)), best = fmaxf(best, value);
-                    if (++at == size) at = 0;
-                }
-            }
-            float sum = best + second;
-            int rank = 0;
-            for (int other = 0; other < p.n_group; other++) {
-                float theirs = __shfl_sync(~0u, sum, other);
-                rank += theirs > sum || (theirs == sum && other < lane);
-            }
-            kept = __ballot_sync(~0u, lane < p.n_group && rank < p.topk_group);
-        }
-        // Numbers in the order of the floats; 0 for what cannot be chosen.
+        u32 kept = p.n_group > 1 ? kept_groups(p, memory.choice) : ~0u;
+        // Numbers in the order of the floats, 0 for what cannot be chosen; then a lane's largest first.
         u32 key[SLOTS];
+        int slot[SLOTS];
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
             u32 bits = __float_as_uint(choice[s]);
-            bool possible = 32 * s + lane < p.experts && (kept >> (group[s] & 31) & 1);
-            key[s] = possible ? bits ^ ((u32)((int)bits >> 31) | 0x80000000u) : 0;
+            bool possible = 32 * s + lane < p.experts && (p.n_group == 1 || kept >> (group_at[s] & 31) & 1);
+            key[s] = possible ? bits ^ ((u32)((int)bits >> 31) | 0x80000000u) : 0, slot[s] = s;
         }
-        float total = 0.0f, own_score = 0.0f;
-        int own = 0;
-        for (int r = 0; r < p.k; r++) {  // lane r keeps the r-th
-            u32 best = key[0];
-            int slot = 0;
 #pragma unroll
-            for (int s = 1; s < SLOTS; s++)
-                if (key[s] > best) best = key[s], slot = s;
-            u32 most = __reduce_max_sync(~0u, best);
-            int expert = (int)__reduce_min_sync(~0u, best == most ? (u32)(32 * slot + lane) : ~0u);  // of equals the first
-            float picked = 0.0f;
+        for (int round = 0; round < SLOTS; round++)
 #pragma unroll
-            for (int s = 0; s < SLOTS; s++)
-                if (32 * s + lane == expert) picked = score[s], key[s] = 0;
-            picked = __shfl_sync(~0u, picked, expert & 31);
-            total += picked;
-            if (lane == r) own = expert, own_score = picked;
+            for (int s = round & 1; s + 1 < SLOTS; s += 2) {
+                bool swap = key[s] < key[s + 1];
+                u32 more = swap ? key[s + 1] : key[s], less = swap ? key[s] : key[s + 1];
+                int first = swap ? slot[s + 1] : slot[s], next = swap ? slot[s] : slot[s + 1];
+                key[s] = more, key[s + 1] = less, slot[s] = first, slot[s + 1] = next;
+            }
+        for (int r = 0; r < p.k; r++) {
+            u32 most = __reduce_max_sync(~0u, key[0]), best = __ballot_sync(~0u, key[0] == most);
+            int winner = __ffs(best) - 1;
+            if (best & (best - 1))  // of equals the first expert
+                winner = (int)__reduce_min_sync(~0u, key[0] == most ? (u32)(32 * slot[0] + lane) : ~0u) & 31;
+            if (lane == winner) {
+                memory.picked[r] = 32 * slot[0] + lane;
+#pragma unroll
+                for (int s = 0; s + 1 < SLOTS; s++) key[s] = key[s + 1], slot[s] = slot[s + 1];
+                key[SLOTS - 1] = 0;
+            }
         }
+        __syncwarp();
+        int own = lane < p.k ? memory.picked[lane] : 0;
+        float own_score = memory.score[own], total = 0.0f;
+#pragma unroll 8
+        for (int r = 0; r < p.k; r++) total += __shfl_sync(~0u, own_score, r);
         if (lane < p.k) {
             p.ids[(u64)token * p.k + lane] = own;
             p.weights[(u64)token * p.k + lane] = (p.normalize ? own_score / (total + 1e-20f) : own_score) * p.scaling;
         }
         __syncwarp();
     }
-}
+};
 
 constexpr int CHOOSERS = 4;  // warps of a block
 
 extern "C" __global__ void __launch_bounds__(32 * CHOOSERS) route(const __grid_constant__ Choice p) {
-    __shared__ float choices[CHOOSERS][32 * SLOTS];
+    __shared__ Chooser::Memory memory[CHOOSERS];
     int warp = threadIdx.x >> 5;
     let_next_kernel_begin();
     wait_for_kernels_before();
-    choose(p, (int)blockIdx.x * CHOOSERS + warp, (int)gridDim.x * CHOOSERS, choices[warp]);
+    Chooser chooser(p);
+    for (int token = (int)blockIdx.x * CHOOSERS + warp; token < p.tokens; token += (int)gridDim.x * CHOOSERS) {
+        const float* logits = p.logits + (u64)token * p.experts + chooser.lane;
+        float score[SLOTS];
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) score[s] = 32 * s + chooser.lane < p.experts ? logits[32 * s] : 0.0f;
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) score[s] = sigmoid(score[s]);
+        chooser.choose(p, token, score, memory[warp]);
+    }
 }
+
+constexpr int FEW = 4;         // tokens
+constexpr float NONE = -1.0f;  // no score yet: scores are not below zero
 
 struct Parameters {
     const u16* x;       // [tokens][stride], stride a multiple of 8
     const u16* weight;  // width a multiple of 8
-    float* logits;      // [tokens][experts]
-    int* arrived;       // blocks of this launch; zero before and after
+    float* scores;      // [FEW][experts]; NONE before and after
     int width, stride, parts, tokens, experts;
     long long* ids;  // the rest of `Choice`
     float* weights;
@@ -119,67 +150,91 @@ struct Parameters {
     float scaling;
 };
 
-constexpr int FEW = 4;  // tokens
+__device__ inline void store_score(float* pointer, float value) {
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
+}
 
-// Few tokens: a block an expert. The block that is done last chooses.
-extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__ Parameters p) {
-    constexpr int HELD = 4;  // pieces of a thread's weights that are asked for before the activations exist
-    __shared__ float sums[FEW][8], choices[FEW][32 * SLOTS];
-    __shared__ bool last;
-    int thread = threadIdx.x, warp = thread >> 5, pieces = p.width / 8;
-    const u16* weight = p.weight + (u64)blockIdx.x * p.width;
-    Quad held[HELD];
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        held[i] = Quad{0, 0, 0, 0};
-        if (i * 256 + thread < pieces) held[i] = load_weights(weight + (i * 256 + thread) * 8);
-    }
-    wait_for_kernels_before();
-    let_next_kernel_begin();
-    auto product = [](const Quad& w, const Quad& x) {
+constexpr int HELD = 4;  // pieces of a thread's weights that are asked for before the activations exist
+
+// A thread's sums for TOKENS tokens at most.
+template <int TOKENS>
+__device__ inline void products(const Parameters& p, const u16* weight, const Quad (&held)[HELD], float (&sums)[FEW]) {
+    int thread = threadIdx.x, pieces = p.width / 8;
+    auto add_product = [](float& sum, const Quad& w, const Quad& x) {
         const u32 a[4] = {w.x, w.y, w.z, w.w}, b[4] = {x.x, x.y, x.z, x.w};
-        float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             sum += from_bf16((u16)a[i]) * from_bf16((u16)b[i]);
             sum += from_bf16((u16)(a[i] >> 16)) * from_bf16((u16)(b[i] >> 16));
         }
-        return sum;
     };
-    for (int token = 0; token < p.tokens; token++) {
-        const u16* x = p.x + (u64)token * p.stride;
-        Quad own[HELD] = {};
-        float sum = 0.0f;
+    Quad x[HELD][TOKENS] = {};
 #pragma unroll
-        for (int i = 0; i < HELD; i++) load_quad_if(own[i], x + (i * 256 + thread) * 8, i * 256 + thread < pieces);
+    for (int i = 0; i < HELD; i++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++) sum += product(held[i], own[i]);
-        for (int i = min(pieces, HELD * 256) + thread; i < pieces * p.parts; i += 256) {  // long rows, further parts
-            int part = i / pieces, piece = i - part * pieces;
-            sum += product(load_weights(weight + (u64)part * p.experts * p.width + piece * 8), load_quad(x + piece * 8));
-        }
+        for (int t = 0; t < TOKENS; t++)
+            load_quad_if(x[i][t], p.x + (u64)t * p.stride + (i * 256 + thread) * 8, i * 256 + thread < pieces && t < p.tokens);
 #pragma unroll
-        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-        if (!(thread & 31)) sums[token][warp] = sum;
+    for (int i = 0; i < HELD; i++)
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) add_product(sums[t], held[i], x[i][t]);
+    for (int i = min(pieces, HELD * 256) + thread; i < pieces * p.parts; i += 256) {  // long rows, further parts
+        int part = i / pieces, piece = i - part * pieces;
+        Quad w = load_weights(weight + (u64)part * p.experts * p.width + piece * 8);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+            if (t < p.tokens) add_product(sums[t], w, load_quad(p.x + (u64)t * p.stride + piece * 8));
     }
+#pragma unroll
+    for (int step = 16; step; step >>= 1)
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) sums[t] += __shfl_xor_sync(~0u, sums[t], step);
+}
+
+// Few tokens: a block an expert. The first block's warps wait for a token's scores each, which are their own messages,
+// and choose.
+extern "C" __global__ void __launch_bounds__(256, 2) router(const __grid_constant__ Parameters p) {
+    __shared__ float parts[FEW][8];
+    __shared__ Chooser::Memory memory[FEW];
+    int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+    const u16* weight = p.weight + (u64)blockIdx.x * p.width;
+    Quad held[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        held[i] = Quad{0, 0, 0, 0};
+        if (i * 256 + thread < p.width / 8) held[i] = load_weights(weight + (i * 256 + thread) * 8);
+    }
+    wait_for_kernels_before();
+    let_next_kernel_begin();
+    float sums[FEW] = {};
+    if (p.tokens == 1) products<1>(p, weight, held, sums);
+    else products<FEW>(p, weight, held, sums);
+    if (lane == 0)
+#pragma unroll
+        for (int t = 0; t < FEW; t++) parts[t][warp] = sums[t];
     __syncthreads();
     if (thread < p.tokens) {
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < 8; w++) sum += sums[thread][w];
-        p.logits[thread * p.experts + blockIdx.x] = sum;
-        __threadfence();
+        for (int w = 0; w < 8; w++) sum += parts[thread][w];
+        store_score(p.scores + thread * p.experts + blockIdx.x, sigmoid(sum));
     }
-    __syncthreads();
-    if (thread == 0) {
-        last = atomicAdd(p.arrived, 1) == (int)gridDim.x - 1;
-        if (last) *p.arrived = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!last || warp >= FEW) return;
-    Choice choice{p.logits, p.bias, p.ids, p.weights, p.tokens, p.experts, p.k, p.n_group, p.topk_group, p.normalize, p.scaling};
-    choose(choice, warp, FEW, choices[warp]);
+    if (blockIdx.x || warp >= p.tokens) return;
+    Choice choice{nullptr, p.bias, p.ids, p.weights, p.tokens, p.experts, p.k, p.n_group, p.topk_group, p.normalize, p.scaling};
+    Chooser chooser(choice);
+    float score[SLOTS], *scores = p.scores + warp * p.experts + lane;
+    bool missing;
+    do {
+        missing = false;
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) score[s] = 32 * s + lane < p.experts ? load_early(scores + 32 * s) : 0.0f;
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) missing |= score[s] == NONE;
+    } while (__any_sync(~0u, missing));
+#pragma unroll
+    for (int s = 0; s < SLOTS; s++)
+        if (32 * s + lane < p.experts) scores[32 * s] = NONE;
+    chooser.choose(choice, warp, score, memory[warp]);
 }
 
 // ---- where a rank holds experts
