@@ -67,7 +67,7 @@ def launch(
 ) -> None:
     """y = x W^T of one expert's tiles and 1 to 8 rows; gated: silu(gate x) * up x.
 
-    With ids int64 [tokens, k], 64 at most, row i of y is a product of choice i's expert, not written where none is here:
+    With ids int64 [tokens, k], 64 at most, row i of y is a product of choice i's expert, unwritten where none is here:
     gated with row i / k of x; else with row i, and it must follow the kernel that made x and waited for the ids.
     """
     choices = 1 if ids is None else ids.numel()
