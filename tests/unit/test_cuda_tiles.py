@@ -106,7 +106,7 @@ VARIANTS = [
     ),
     (
         "nvfp4_matvec.cu",
-        {"ROWS8": 1, "GROUPS": 1, "WARPS": 8, "STAGES": 3, "DEPTH": 4, "MIN_BLOCKS": 2, "GATED": 1, "EXPERTS": 1},
+        {"ROWS8": 1, "GROUPS": 1, "WARPS": 8, "STAGES": 5, "DEPTH": 4, "MIN_BLOCKS": 2, "GATED": 1, "EXPERTS": 1},
     ),
     ("nvfp4_experts_down.cu", {"GROUPS": 2, "WARPS": 8, "MIN_BLOCKS": 3}),
     ("router.cu", {"SLOTS": 8}),

@@ -59,7 +59,7 @@ def choose_experts(groups: int, slabs: int, choices: int) -> Cut:
     while cluster < 4 and 2 * cluster * sets * choices <= _BLOCKS and 2 * cluster * warps <= slabs:
         cluster *= 2
     turns = min(_TURNS, max(1, round(sets * choices * cluster / _BLOCKS)))
-    return Cut(each, warps, 3, 4, 2, cluster, -(-sets // turns))
+    return Cut(each, warps, 5 if each == 1 else 3, 4, 2, cluster, -(-sets // turns))
 
 
 def launch(
