@@ -1,4 +1,4 @@
-// Absorbed latent attention of many query rows of each request over the paged cache, on Hopper's matrix unit.
+// Absorbed latent attention of R1's widths over the paged cache, on Hopper's matrix unit.
 //
 // Rows (query, head) of one request are the rows of a matrix; a block has 64 of them and a part of the context, 64 cached
 // entries at a time. Entries lie in shared memory as nine columns of rows of 128 bytes, which the matrix unit reads both
