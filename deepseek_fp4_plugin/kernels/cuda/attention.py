@@ -75,7 +75,7 @@ def choose(chunks: int, others: int) -> Cut:
     return Cut(splits, 2 if splits == 2 else 1)  # larger clusters were measured to be slower than a second launch
 
 
-@functools.cache
+@functools.lru_cache(4096)  # contexts and requests are of many sizes
 def choose_wide(chunks: int, others: int, rows: int) -> Cut:
     """The same for mla_wgmma.cu, where a part of all these rows is dear to write and to merge."""
     most = max(1, min(chunks, _BLOCKS // others))

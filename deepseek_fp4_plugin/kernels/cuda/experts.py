@@ -11,7 +11,7 @@ from deepseek_fp4_plugin.kernels.cuda.linear import decode, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
-_RING = 8  # slabs of a warp's ring
+_WARPS, _RING = 8, 8  # of a block, slabs of a warp's ring
 _ONE_BLOCK, _CLUSTER = 4096, 8  # choices that one block sorts at most, blocks that sort more
 _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
@@ -84,13 +84,13 @@ def _products(
         ("GATED", int(gated)),
         ("HELD", 2 * tiles.slabs if alone else 0),
         ("RING", _RING),
-        ("WARPS", fit.warps),
+        ("WARPS", _WARPS),
         ("BLOCKS", fit.blocks),
         ("EARLY", int(early)),
     )
     kernel("nvfp4_experts.cu", "nvfp4_experts", "6P8i", defines, x.device.index)(
         (multiprocessors(x.device.index) * fit.blocks, 1, 1),
-        32 * fit.warps,
+        32 * _WARPS,
         fit.shared(team),
         tiles.data.data_ptr(),
         tiles.row_scale.data_ptr(),
@@ -121,23 +121,21 @@ def _groups(team: int) -> int:
 
 
 class Residence(NamedTuple):
-    """columns: of 8 rows that a warp multiplies at a time, at most.  warps: of a block.  blocks: that a multiprocessor
-    holds."""
+    """columns: of 8 rows that a warp multiplies at a time, at most.  blocks: that a multiprocessor holds."""
 
     columns: int
-    warps: int
     blocks: int
 
     def shared(self, team: int) -> int:
         """Bytes of shared memory of a block: the warps' rings, and their sums where they share a product."""
         sums = 0 if team == 1 else _groups(team) * 16 * (8 * self.columns + 1) * 4
-        return self.warps * (_RING * SLAB_BYTES + sums)
+        return _WARPS * (_RING * SLAB_BYTES + sums)
 
 
 def residence(tokens: int, k: int, experts: int) -> Residence:
     """What fits the rows of an expert, about as many as it has; the kernel takes fewer columns where they are fewer."""
     rows = expected_rows(tokens, k, experts)
-    return Residence(2, 8, 2) if rows <= 12 else Residence(4, 8, 1)
+    return Residence(2, 2) if rows <= 12 else Residence(4, 1)
 
 
 def expected_rows(tokens: int, k: int, experts: int) -> float:

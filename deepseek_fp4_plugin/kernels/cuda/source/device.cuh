@@ -28,6 +28,12 @@ __device__ inline long long load_early(const long long* pointer) {
     return value;
 }
 
+__device__ inline int load_early(const int* pointer) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
 __device__ inline float load_early(const float* pointer) {
     float value;
     asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(pointer) : "memory");

@@ -26,12 +26,6 @@ struct Parameters {
 
 constexpr int OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
 
-__device__ inline int load_early_int(const int* pointer) {
-    int value;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
-    return value;
-}
-
 struct Team {
     int team, index, lane, lo, hi;  // its warps, this one's place among them; its groups
     u32 ring, barrier, taken;  // taken: barrier of the team's warps that have read the sums
@@ -137,7 +131,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++) {
                     int r = row0 + 8 * c + g;
-                    choice[c] = r < end ? load_early_int(p.order + r) : 0;
+                    choice[c] = r < end ? load_early(p.order + r) : 0;
                     last[c] = r < end ? min(p.width - input, count * SLAB_INPUTS) : 0;
                     row[c] = p.x + (u64)(choice[c] / p.k) * p.x_stride + input;
                     if (HELD)
@@ -285,8 +279,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     wait_for_kernels_before();
     let_next_kernel_begin();  // only now: the next kernel may then read the work before it waits
 #endif
-    int active = load_early_int(p.work), rows = load_early_int(p.work + 1);
-    for (int i = threadIdx.x; i < 2 * active + 2; i += 32 * WARPS) table[i] = load_early_int(p.work + 2 + i);
+    int active = load_early(p.work), rows = load_early(p.work + 1);
+    for (int i = threadIdx.x; i < 2 * active + 2; i += 32 * WARPS) table[i] = load_early(p.work + 2 + i);
     __syncthreads();
     int groups = active * p.groups, teams = WARPS / p.team;
     int own = (int)blockIdx.x * teams + warp / p.team, all = (int)gridDim.x * teams;

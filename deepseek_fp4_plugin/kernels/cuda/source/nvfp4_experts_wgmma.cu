@@ -34,22 +34,16 @@ struct Rows {  // a block of rows
 };
 
 // What the first launch after the sorting has waited for, later ones read before they wait: not from the first cache.
-__device__ inline int load_early_int(const int* pointer) {
-    int value;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
-    return value;
-}
-
 constexpr int SIZES = 8;  // see experts_work.cu
 
 struct Work {
     const int* blocks;  // where those of each size end; then `Rows` each
-    __device__ int count() const { return load_early_int(blocks + SIZES - 1); }
-    __device__ int begin() const { return ONLY > FIRST ? load_early_int(blocks + (ONLY - FIRST) / STEP - 1) : 0; }
-    __device__ int end() const { return ONLY ? load_early_int(blocks + (ONLY - FIRST) / STEP) : count(); }
+    __device__ int count() const { return load_early(blocks + SIZES - 1); }
+    __device__ int begin() const { return ONLY > FIRST ? load_early(blocks + (ONLY - FIRST) / STEP - 1) : 0; }
+    __device__ int end() const { return ONLY ? load_early(blocks + (ONLY - FIRST) / STEP) : count(); }
     __device__ Rows operator[](int i) const {
         const int* at = blocks + SIZES + 4 * i;
-        return Rows{load_early_int(at), load_early_int(at + 1), load_early_int(at + 2), 0};
+        return Rows{load_early(at), load_early(at + 1), load_early(at + 2), 0};
     }
 };
 
@@ -185,7 +179,7 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
     int places[(COLUMNS + 31) / 32];  // of row 32 i + lane
 #pragma unroll
     for (int i = 0; i < (COLUMNS + 31) / 32; i++)
-        places[i] = 32 * i + lane < rows.count ? load_early_int(p.order + rows.first + 32 * i + lane) : -1;
+        places[i] = 32 * i + lane < rows.count ? load_early(p.order + rows.first + 32 * i + lane) : -1;
 #endif
     for (int slab = 0; slab < p.slabs; slab++) {
         barrier_wait(ring.full(), ring.parity);
