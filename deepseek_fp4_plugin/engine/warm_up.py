@@ -16,7 +16,7 @@ from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.recorded_steps import Kind
 from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup, StepPlan
 
-Progress = Callable[[int, int], None]
+WarmUpProgress = Callable[[int, int], None]
 
 _PROMPTS = tuple(2**n for n in range(3, 13))  # tokens: kernels differ by powers of two, and not above
 _SHORT = (1, 8)  # tokens of chunks that attend in absorbed form, whose kernels differ by the context
@@ -50,7 +50,7 @@ def warm_up(
     sizes: Sequence[int],
     kinds: Sequence[Kind],
     prompts: Sequence[int],
-    progress: Progress | None = None,
+    progress: WarmUpProgress | None = None,
 ) -> None:
     """Uniform steps of each size and kind, then prompts of so many tokens, and chunks behind others.
 

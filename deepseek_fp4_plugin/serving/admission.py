@@ -4,9 +4,9 @@ import collections
 import math
 import time
 
+from deepseek_fp4_plugin.serving.api_errors import ApiError, bad_request
 from deepseek_fp4_plugin.serving.generation import Job
 from deepseek_fp4_plugin.serving.metrics import Metrics
-from deepseek_fp4_plugin.serving.protocol import ApiError, bad_request
 
 
 class Admission:

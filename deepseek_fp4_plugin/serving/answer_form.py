@@ -5,16 +5,15 @@ from typing import Any
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams
 from deepseek_fp4_plugin.engine.grammar import WHITESPACE
-from deepseek_fp4_plugin.serving.protocol import (
-    ChatCompletionRequest,
+from deepseek_fp4_plugin.serving.api_errors import bad_request
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.request_parts import (
     ChoiceFormat,
-    CompletionRequest,
     EbnfFormat,
     JsonFormat,
     JsonObjectFormat,
     JsonSchemaFormat,
     RegexFormat,
-    bad_request,
 )
 
 Request = ChatCompletionRequest | CompletionRequest

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from deepseek_fp4_plugin import __version__
 from deepseek_fp4_plugin.llm import LLM
 from deepseek_fp4_plugin.serving import protocol
+from deepseek_fp4_plugin.serving.api_errors import ApiError, describe_validation
 from deepseek_fp4_plugin.serving.aside import Aside
 from deepseek_fp4_plugin.serving.bodies import RefusedBody, body_route
 from deepseek_fp4_plugin.serving.json_bytes import to_json
@@ -20,7 +21,7 @@ from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, Me
 from deepseek_fp4_plugin.serving.middleware import AccessLog, ApiKeys, BodyLimits
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.pages import page
-from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest
 from deepseek_fp4_plugin.serving.reader_process import ReaderProcess
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 from deepseek_fp4_plugin.serving.service import Service
@@ -124,7 +125,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        message, param = protocol.describe_validation(error)
+        message, param = describe_validation(error)
         return error_response(request, ApiError(400, message, param=param))
 
     @app.exception_handler(HTTPException)

@@ -9,8 +9,9 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from deepseek_fp4_plugin.serving.api_errors import ApiError, bad_request, describe_validation
 from deepseek_fp4_plugin.serving.aside import Aside
-from deepseek_fp4_plugin.serving.protocol import ALL_TEXT, ApiError, bad_request, describe_validation
+from deepseek_fp4_plugin.serving.request_parts import ALL_TEXT
 
 SHORT_BODY = 16 << 10  # bytes; these are read sooner than another thread takes over
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema_rs
 
-from deepseek_fp4_plugin.serving.protocol import Tool
+from deepseek_fp4_plugin.serving.request_parts import Tool
 
 
 class CallCheck:

@@ -6,20 +6,20 @@ from typing import Any
 from deepseek_fp4_plugin.engine.closed_objects import closed_objects
 from deepseek_fp4_plugin.engine.grammar import WHITESPACE
 from deepseek_fp4_plugin.engine.schema_check import without_endless_parts
+from deepseek_fp4_plugin.serving.api_errors import bad_request
 from deepseek_fp4_plugin.serving.options import template_variables
-from deepseek_fp4_plugin.serving.protocol import (
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest
+from deepseek_fp4_plugin.serving.reasoning import END_THINK, THINK
+from deepseek_fp4_plugin.serving.request_parts import (
     AllowedToolsChoice,
     AssistantMessage,
-    ChatCompletionRequest,
     Message,
     NamedToolChoice,
     SystemMessage,
     TextPart,
     Tool,
     ToolMessage,
-    bad_request,
 )
-from deepseek_fp4_plugin.serving.reasoning import END_THINK, THINK
 from deepseek_fp4_plugin.serving.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from deepseek_fp4_plugin.tokenizer import Tokenizer
 

@@ -11,12 +11,13 @@ from typing import Any
 from starlette.responses import Response
 
 from deepseek_fp4_plugin.llm import CompletionOutput, EngineDeadError, GenerationError, RequestHandle, RequestOutput
+from deepseek_fp4_plugin.serving.api_errors import ApiError
 from deepseek_fp4_plugin.serving.aside import Aside
 from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.logprobs import DraftedTokens, TokenTexts
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.middleware import send_error
-from deepseek_fp4_plugin.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest
 from deepseek_fp4_plugin.serving.streaming import DONE, ChoiceParser, Delta, event, merge, until_disconnect
 
 logger = logging.getLogger(__name__)

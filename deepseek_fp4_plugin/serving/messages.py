@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from deepseek_fp4_plugin.llm import CompletionOutput, RequestOutput
+from deepseek_fp4_plugin.serving.api_errors import ApiError
 from deepseek_fp4_plugin.serving.blocks import Block, Blocks, Change
 from deepseek_fp4_plugin.serving.generation import Answer
 from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.messages_protocol import error_body
-from deepseek_fp4_plugin.serving.protocol import ApiError
 from deepseek_fp4_plugin.serving.streaming import ChoiceParser
 
 

@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deepseek_fp4_plugin.serving.protocol import FAIL_FAST, ApiError, Int, _Body, _Strict, bad_request
+from deepseek_fp4_plugin.serving.api_errors import ApiError, bad_request
+from deepseek_fp4_plugin.serving.request_parts import FAIL_FAST, Body, Int, Strict
 
 # ---------------------------------------------------------------------------- blocks
 
 
-class _Block(_Strict):
+class _Block(Strict):
     """`cache_control` changes nothing: every prompt is cached by what it says."""
 
     cache_control: dict[str, Any] | None = None
@@ -60,7 +61,7 @@ Block = Annotated[
 ]
 
 
-class InputMessage(_Strict):
+class InputMessage(Strict):
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[Block], FAIL_FAST]
 
@@ -80,13 +81,13 @@ class MessagesTool(_Block):
     allowed_callers: list[Literal["direct"]] | None = None
 
 
-class MessagesToolChoice(_Strict):
+class MessagesToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """`disabled` answers at once. The budget is a wish: `max_tokens` alone is held."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -94,34 +95,34 @@ class Thinking(_Strict):
     display: str | None = None
 
 
-class OutputFormat(_Strict):
+class OutputFormat(Strict):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(_Strict):
+class OutputConfig(Strict):
     """`effort`: the model has no levels."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
-class Metadata(_Strict):
+class Metadata(Strict):
     user_id: str | None = None
 
 
-class ContextEdit(_Strict):
+class ContextEdit(Strict):
     """Thinking is never sent to the model again, whichever turns were to be kept."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Any = None
 
 
-class ContextManagement(_Strict):
+class ContextManagement(Strict):
     edits: list[ContextEdit] | None = None
 
 
-class CountTokensRequest(_Body):
+class CountTokensRequest(Body):
     """Body of POST /v1/messages/count_tokens."""
 
     model: str

@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from deepseek_fp4_plugin.serving.api_errors import ApiError
 from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.messages_protocol import error_form
 from deepseek_fp4_plugin.serving.metrics import Metrics
-from deepseek_fp4_plugin.serving.protocol import ApiError
 from deepseek_fp4_plugin.serving.streaming import event
 
 access_log = logging.getLogger("deepseek_fp4_plugin.access")

@@ -8,16 +8,11 @@ from typing import Any
 
 from deepseek_fp4_plugin.engine.request import RequestError, check_length
 from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_protocol
+from deepseek_fp4_plugin.serving.api_errors import ApiError, bad_request
 from deepseek_fp4_plugin.serving.chat_prompt import ChatPrompt, tools_of
 from deepseek_fp4_plugin.serving.logprobs import TokenTexts
 from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest
-from deepseek_fp4_plugin.serving.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    CompletionRequest,
-    as_chat,
-    bad_request,
-)
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest, as_chat
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest, as_messages
 from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer, Tokenizer
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from deepseek_fp4_plugin.serving.api_errors import ApiError
 from deepseek_fp4_plugin.serving.bodies import read_body, read_json, validated
 from deepseek_fp4_plugin.serving.json_bytes import to_json
 from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest
 from deepseek_fp4_plugin.serving.preparation import Preparation
 from deepseek_fp4_plugin.serving.protocol import (
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_fp4_plugin.llm import CompletionOutput, RequestOutput
+from deepseek_fp4_plugin.serving.api_errors import ApiError
 from deepseek_fp4_plugin.serving.blocks import Block, Blocks, Change
 from deepseek_fp4_plugin.serving.generation import Answer
 from deepseek_fp4_plugin.serving.json_bytes import to_json
-from deepseek_fp4_plugin.serving.protocol import ApiError
 from deepseek_fp4_plugin.serving.responses_protocol import FunctionTool, ResponsesRequest
 
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
-from deepseek_fp4_plugin.serving.protocol import FAIL_FAST, Int, _Body, _Strict, bad_request
+from deepseek_fp4_plugin.serving.api_errors import bad_request
+from deepseek_fp4_plugin.serving.request_parts import FAIL_FAST, Body, Int, Strict
 
 # ---------------------------------------------------------------------------- items
 
 
-class InputText(_Strict):
+class InputText(Strict):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: list[Any] | None = None
@@ -25,7 +26,7 @@ class InputText(_Strict):
 Text = str | Annotated[list[InputText], FAIL_FAST]
 
 
-class _Item(_Strict):
+class _Item(Strict):
     id: str | None = None
     status: str | None = None
 
@@ -80,7 +81,7 @@ Item = Annotated[
 # ---------------------------------------------------------------------------- the request
 
 
-class FunctionTool(_Strict):
+class FunctionTool(Strict):
     type: Literal["function"]
     name: str
     description: str | None = None
@@ -92,25 +93,25 @@ class FunctionTool(_Strict):
     async_: Literal[False] | None = Field(None, alias="async")
 
 
-class HostedTool(_Strict):
+class HostedTool(Strict):
     """What OpenAI runs itself. Agents always offer them, so they are let pass; the model is not shown them."""
 
     model_config = ConfigDict(extra="allow")
     type: Literal["web_search", "web_search_2025_08_26", "web_search_preview", "image_generation", "tool_search"]
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     type: Literal["function"]
     name: str
 
 
-class AllowedToolsOf(_Strict):
+class AllowedToolsOf(Strict):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[NamedTool] = Field(min_length=1)
 
 
-class TextFormatOf(_Strict):
+class TextFormatOf(Strict):
     """`format` of `text`: what `response_format` is to a chat, one level flatter."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -120,12 +121,12 @@ class TextFormatOf(_Strict):
     strict: bool | None = None
 
 
-class TextOptions(_Strict):
+class TextOptions(Strict):
     format: TextFormatOf | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ReasoningOptions(_Strict):
+class ReasoningOptions(Strict):
     """`summary`: reasoning is given whole, never summed up."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -135,7 +136,7 @@ class ReasoningOptions(_Strict):
     mode: Literal["standard"] | None = None
 
 
-class ResponsesStreamOptions(_Strict):
+class ResponsesStreamOptions(Strict):
     include_obfuscation: bool = False
 
 
@@ -146,7 +147,7 @@ Includable = Literal[
 ]  # fmt: skip
 
 
-class ResponsesRequest(_Body):
+class ResponsesRequest(Body):
     """Body of POST /v1/responses. `_conversation`: where another process has read it, all its messages as JSON."""
 
     _conversation: bytes = PrivateAttr(b"[]")

@@ -5,7 +5,8 @@ from typing import Any
 
 from deepseek_fp4_plugin.config import GuidedDecodingParams, SamplingParams
 from deepseek_fp4_plugin.serving.answer_form import asked_form
-from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest, bad_request
+from deepseek_fp4_plugin.serving.api_errors import bad_request
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest
 
 
 @dataclass(frozen=True)

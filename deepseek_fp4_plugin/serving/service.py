@@ -16,6 +16,7 @@ from deepseek_fp4_plugin.llm import LLM, RequestHandle
 from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_protocol
 from deepseek_fp4_plugin.serving.admission import Admission
 from deepseek_fp4_plugin.serving.answer_form import asked_form, lark_rule
+from deepseek_fp4_plugin.serving.api_errors import ApiError, bad_request
 from deepseek_fp4_plugin.serving.aside import Aside
 from deepseek_fp4_plugin.serving.bodies import SHORT_BODY, Reader
 from deepseek_fp4_plugin.serving.call_check import CallCheck
@@ -28,15 +29,9 @@ from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, Me
 from deepseek_fp4_plugin.serving.metrics import Metrics
 from deepseek_fp4_plugin.serving.options import ServerOptions
 from deepseek_fp4_plugin.serving.preparation import Preparation
-from deepseek_fp4_plugin.serving.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    CompletionRequest,
-    Tool,
-    as_chat,
-    bad_request,
-)
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest, as_chat
 from deepseek_fp4_plugin.serving.reasoning import REASONING_PARSERS
+from deepseek_fp4_plugin.serving.request_parts import Tool
 from deepseek_fp4_plugin.serving.responses import ResponsesAnswer, ResponseStore
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest, as_messages
 from deepseek_fp4_plugin.serving.sampling import SamplingDefaults, sampling_params

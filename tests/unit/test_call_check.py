@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_fp4_plugin.serving.call_check import CallCheck
-from deepseek_fp4_plugin.serving.protocol import Tool
+from deepseek_fp4_plugin.serving.request_parts import Tool
 
 
 def check(parameters: dict | None, arguments: str) -> str | None:

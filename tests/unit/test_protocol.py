@@ -7,14 +7,10 @@ import typing
 import pytest
 from pydantic import ValidationError
 
-from deepseek_fp4_plugin.serving import messages_protocol, protocol, responses_protocol
+from deepseek_fp4_plugin.serving import messages_protocol, request_parts, responses_protocol
+from deepseek_fp4_plugin.serving.api_errors import ApiError, describe_validation
 from deepseek_fp4_plugin.serving.messages_protocol import CountTokensRequest, MessagesRequest
-from deepseek_fp4_plugin.serving.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    CompletionRequest,
-    describe_validation,
-)
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -137,10 +133,10 @@ def test_every_parameter_of_the_official_clients_is_known():
         (responses.response_create_params.ResponseCreateParamsStreaming, ResponsesRequest),
         (anthropic.message_create_params.MessageCreateParamsStreaming, MessagesRequest),
         (anthropic.MessageCountTokensParams, CountTokensRequest),
-        (chats.ChatCompletionContentPartTextParam, protocol.TextPart),
-        (chats.ChatCompletionAssistantMessageParam, protocol.AssistantMessage),
-        (chats.ChatCompletionFunctionToolParam, protocol.Tool),
-        (chats.ChatCompletionStreamOptionsParam, protocol.StreamOptions),
+        (chats.ChatCompletionContentPartTextParam, request_parts.TextPart),
+        (chats.ChatCompletionAssistantMessageParam, request_parts.AssistantMessage),
+        (chats.ChatCompletionFunctionToolParam, request_parts.Tool),
+        (chats.ChatCompletionStreamOptionsParam, request_parts.StreamOptions),
         (responses.ResponseInputTextParam, responses_protocol.InputText),
         (responses.ResponseOutputTextParam, responses_protocol.InputText),
         (responses.EasyInputMessageParam, responses_protocol.MessageItem),

@@ -7,15 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from deepseek_fp4_plugin.serving import messages_protocol, responses_protocol
+from deepseek_fp4_plugin.serving.api_errors import ApiError, bad_request
 from deepseek_fp4_plugin.serving.bodies import read_body
 from deepseek_fp4_plugin.serving.messages_protocol import MessagesRequest
-from deepseek_fp4_plugin.serving.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    bad_request,
-)
+from deepseek_fp4_plugin.serving.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest
 from deepseek_fp4_plugin.serving.responses_protocol import ResponsesRequest
 
 USER = {"role": "user", "content": "hi"}
