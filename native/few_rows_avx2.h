@@ -184,7 +184,72 @@ struct PlainRows {
   }
 };
 
-// Of FP8: the sums of a scale block, at most a chunk, are scaled before they join the row's.
+// total[r] += 32 of FP8 times activations.
+template <bool NORMAL, int R>
+INLINED inline void add_fp8(const uint8_t* p, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
+  __m256 w[4];
+  decode_fp8<NORMAL>(p, w);
+  add_products(w, near, at, total);
+}
+template <int R>
+INLINED inline void add_any_fp8(const uint8_t* p, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
+  if (__builtin_expect(are_normal<32>(p), 1)) add_fp8<true>(p, near, at, total);
+  else add_fp8<false>(p, near, at, total);
+}
+
+// Of FP8 with a scale for every 128 inputs, whose sums are scaled before they join the row's.
+template <int R>
+struct Fp8BlockRows {
+  static constexpr int64_t CHUNK_BYTES = CHUNK;
+  static constexpr bool BLOCK_SCALES = false;
+  const uint8_t *p = nullptr, *next;
+  const float *scale = nullptr, *row_scale;  // of a row's first scale block in this turn, for so many rows more:
+  int64_t rows_left;
+  const int64_t row_bytes, height, scale_cols;
+
+  Fp8BlockRows(const View& v, const Turn& turn)
+      : next(v.values + turn.row * v.row_bytes + turn.begin * CHUNK_BYTES),
+        row_scale(reinterpret_cast<const float*>(v.scale) + turn.row / v.block_rows * v.scale_cols + turn.begin * 2),
+        rows_left(v.block_rows - turn.row % v.block_rows), row_bytes(v.row_bytes), height(v.block_rows),
+        scale_cols(v.scale_cols) {}
+
+  INLINED void next_row() {
+    if (rows_left-- == 0) rows_left = height - 1, row_scale += scale_cols;
+    p = next, scale = row_scale;
+    next += row_bytes;
+  }
+  INLINED static void scaled(const __m256 (&part)[R], float scale, __m256 (&total)[R]) {
+    UNROLL for (int r = 0; r < R; r++) total[r] = _mm256_fmadd_ps(part[r], _mm256_set1_ps(scale), total[r]);
+  }
+  template <bool NORMAL>
+  INLINED static void block_products(const uint8_t* p, const Near<R>& near, int64_t at, __m256 (&part)[R]) {
+    __m256 w[4];
+    decode_fp8<NORMAL>(p, w);
+    products(w, near, at, part);
+    UNROLL for (int64_t k = 32; k < 128; k += 32) add_fp8<NORMAL>(p + k, near, at + k, part);
+  }
+  INLINED static void block(const uint8_t* p, float scale, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
+    __m256 part[R];
+    if (__builtin_expect(are_normal<128>(p), 1)) block_products<true>(p, near, at, part);
+    else block_products<false>(p, near, at, part);
+    scaled(part, scale, total);
+  }
+  INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) {
+    UNROLL for (int b = 0; b < 2; b++) block(p + b * 128, scale[b], near, b * 128, total);
+    p += CHUNK, scale += 2;
+  }
+  INLINED void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
+    int64_t k = 0;
+    if (n >= 128) block(p, *scale++, near, 0, total), k = 128;
+    if (k == n) return;
+    __m256 part[R] = {};
+    for (; n - k >= 32; k += 32) add_any_fp8(p + k, near, k, part);
+    if (k < n) add_any_fp8(Padded(p + k, n - k).bytes, near, k, part);
+    scaled(part, *scale, total);
+  }
+};
+
+// Of FP8 with other scale blocks, or without scales.
 template <int R>
 struct Fp8Rows {
   static constexpr int64_t CHUNK_BYTES = CHUNK;
@@ -211,11 +276,6 @@ struct Fp8Rows {
     p = next, scale = row_scale, left = first_left;
     next += row_bytes;
   }
-  INLINED static void multiply(const uint8_t* p, const Near<R>& near, int64_t at, __m256 (&total)[R]) {
-    __m256 w[4];
-    decode_fp8(p, w);
-    add_products(w, near, at, total);
-  }
   INLINED void chunk(const Near<R>& near, __m256 (&total)[R]) { rest(CHUNK, near, total); }
   INLINED void rest(int64_t n, const Near<R>& near, __m256 (&total)[R]) {
     for (int64_t k = 0; k < n;) {
@@ -223,10 +283,10 @@ struct Fp8Rows {
       __m256 part[R] = {};
       left -= stop - k;
       if (k % 32 == 0)
-        for (; stop - k >= 32; k += 32) multiply(p + k, near, k, part);
+        for (; stop - k >= 32; k += 32) add_any_fp8(p + k, near, k, part);
       while (k < stop) {
         const int64_t step = k / 32 * 32, end = step + 32 < stop ? step + 32 : stop;
-        multiply(Padded(p + k, end - k, k - step).bytes, near, step, part);
+        add_any_fp8(Padded(p + k, end - k, k - step).bytes, near, step, part);
         k = end;
       }
       const __m256 factor = _mm256_set1_ps(scale ? *scale : 1.0f);
@@ -321,6 +381,7 @@ inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& 
   if (v.activations != AS_BF16) few_rows_product<CodedRows>(v, first, last, rows, out, stride);
   else if (v.format == NVFP4) few_rows_product<ExactRows>(v, first, last, rows, out, stride);
   else if (v.format == PLAIN) few_rows_product<PlainRows>(v, first, last, rows, out, stride);
+  else if (v.scale && v.block_cols == 128) few_rows_product<Fp8BlockRows>(v, first, last, rows, out, stride);
   else few_rows_product<Fp8Rows>(v, first, last, rows, out, stride);
 }
 

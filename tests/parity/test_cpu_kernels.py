@@ -288,6 +288,30 @@ def test_fp8_scale_blocks_of_other_sizes(path, height, block):
         assert torch.equal(whole[:rows], cpu.linear(x[:rows], native))
 
 
+@pytest.mark.parametrize("block", [128, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 32, 40])
+def test_fp8_codes_among_normal_ones(path, rows, block):
+    """Every zero, subnormal and NaN code alone among normal numbers, which are decoded in a shorter way: activations
+    that are zero but for one show a weight exactly. A NaN makes its output NaN, whatever meets it.
+    """
+    width = 656  # 2 chunks of 256, a scale block of 128, and 16
+    codes = torch.randint(8, 127, (36, width)) | torch.randint(0, 2, (36, width)) << 7
+    others = torch.cat([torch.arange(8), torch.arange(128, 136), torch.tensor([127, 255])])
+    at = torch.randperm(width)[: len(others)]
+    codes[torch.arange(len(others)), at] = others
+    codes[20, torch.randperm(width)[:200]] = torch.randint(0, 8, (200,))
+    scale = torch.rand(1, -(-width // block)) + 0.5
+    part = WeightTensors(
+        WeightFormat.FP8_BLOCK, codes.to(torch.uint8).view(torch.float8_e4m3fn), scale, fp8_block=(128, block)
+    )
+    native, law = both([part], "bf16")
+    x = torch.zeros(rows, width, dtype=BF16)
+    x[torch.arange(rows), torch.cat([at, torch.randperm(width)])[:rows]] = 1.5
+    y = cpu.linear(x, native)
+    assert native.backend is cpu and y[:, 16:18].isnan().all()
+    torch.testing.assert_close(y, reference.linear(x, law), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(
     ("queries", "contexts", "heads", "latent", "rope"),
