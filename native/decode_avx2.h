@@ -46,22 +46,27 @@ INLINED inline __m256 two_scales(__m256 scales) {
   return _mm256_permute_ps(scales, (I * 2 + H) * 0x55);
 }
 
-// 64 values of NVFP4 in QUARTERS, without their scales: two table look-ups give their BF16's upper and lower bytes.
-INLINED inline void decode_nvfp4(const uint8_t* p, __m256 (&w)[2][4]) {
+// use(h, j, w) with 64 values of NVFP4, without their scales: h * 32 + j * 8 is where the 8 in w lie in QUARTERS. Two table
+// look-ups give their BF16's upper and lower bytes.
+template <class Use>
+INLINED inline void each_nvfp4(const uint8_t* p, const Use& use) {
   const __m256i high_bytes = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64));
   const __m256i low_bytes = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
-  const __m256i packed = load_bytes(p), nibble = _mm256_set1_epi8(15);
-  const __m256i codes[2] = {_mm256_and_si256(packed, nibble), _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble)};
-  UNROLL for (int odd = 0; odd < 2; odd++) {
-    const __m256i high = _mm256_shuffle_epi8(high_bytes, codes[odd]), low = _mm256_shuffle_epi8(low_bytes, codes[odd]);
-    UNROLL for (int i = 0; i < 2; i++) {
-      const __m256i halves = i ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
-      w[i][2 * odd] = even_halves(halves);
-      w[i][2 * odd + 1] = odd_halves(halves);
-    }
-  }
+  const __m256i packed = load_bytes(p);
+  each<2>([&](auto odd) INLINED {
+    const __m256i codes = _mm256_and_si256(odd ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15));
+    const __m256i high = _mm256_shuffle_epi8(high_bytes, codes), low = _mm256_shuffle_epi8(low_bytes, codes);
+    each<2>([&](auto h) INLINED {
+      const __m256i halves = h ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+      use(h, Number<2 * odd>(), even_halves(halves));
+      use(h, Number<2 * odd + 1>(), odd_halves(halves));
+    });
+  });
+}
+INLINED inline void decode_nvfp4(const uint8_t* p, __m256 (&w)[2][4]) {
+  each_nvfp4(p, [&](auto h, auto j, __m256 values) INLINED { w[h][j] = values; });
 }
 
 // 32 of E4M3 as BF16 in their order. The upper half of a code gives sign and exponent but for its last bit, that is the
@@ -196,25 +201,37 @@ inline void decode_e4m3(const uint8_t* from, int64_t n, uint16_t* to) {
   for (; i < n; i++) to[i] = to_bf16(from_e4m3(from[i]));
 }
 
-// A row of NVFP4 in its order, scaled by its blocks' scales times 2^-8, as BF16: they have 6 significant bits.
-inline void decode_nvfp4_row(const View& v, int64_t row, uint16_t* to) {
-  float decoded[CHUNK];
-  alignas(32) uint16_t values[CHUNK];
-  for (int64_t begin = 0; begin < v.in; begin += CHUNK) {
-    decode_chunk(v, row, begin / CHUNK, decoded);
-    for (int64_t k = 0; k < CHUNK; k += 32) {
+// A chunk of NVFP4 in its order, scaled by its blocks' scales times 2^-8, as BF16: they have 6 significant bits.
+inline void nvfp4_chunk_halves(const uint8_t* p, const uint8_t* scale, uint16_t* to) {
+  __m256 scales[2], w[2][4];
+  decode_scales(scale, scales);
+  each<4>([&](auto i) INLINED {
+    decode_nvfp4(p + i * 32, w);
+    each<2>([&](auto h) INLINED {
       // Elements 0 4 8 12, 2 6 10 14, 1 5 9 13 and 3 7 11 15 of two blocks, of which one in each half.
       __m256i quarter[4];
-      UNROLL for (int i = 0; i < 4; i++) quarter[i] = load_bytes(decoded + k + i * 8);
+      UNROLL for (int j = 0; j < 4; j++) quarter[j] = (__m256i)_mm256_mul_ps(w[h][j], two_scales<i % 2, h>(scales[i / 2]));
       const __m256i even = _mm256_blend_epi16(_mm256_srli_epi32(quarter[0], 16), quarter[1], 0xaa);
       const __m256i odd = _mm256_blend_epi16(_mm256_srli_epi32(quarter[2], 16), quarter[3], 0xaa);
-      const __m256i first = _mm256_unpacklo_epi16(even, odd), second = _mm256_unpackhi_epi16(even, odd);
-      uint16_t* block = values + k / 64 * 64 + k % 64 / 2;  // the other one is two further
-      _mm256_store_si256(reinterpret_cast<__m256i*>(block), _mm256_permute2x128_si256(first, second, 0x20));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(block + 32), _mm256_permute2x128_si256(first, second, 0x31));
-    }
-    __builtin_memcpy(to + begin, values, (v.in - begin < CHUNK ? v.in - begin : CHUNK) * 2);
-  }
+      const __m256i eight[2] = {_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd)};
+      UNROLL for (int k = 0; k < 2; k++) {
+        __m128i* block = reinterpret_cast<__m128i*>(to + i * 64 + h * 16 + k * 8);
+        _mm_storeu_si128(block, _mm256_castsi256_si128(eight[k]));
+        _mm_storeu_si128(block + 4, _mm256_extracti128_si256(eight[k], 1));
+      }
+    });
+  });
+}
+
+inline void decode_nvfp4_row(const View& v, int64_t row, uint16_t* to) {
+  const uint8_t *p = v.values + row * v.row_bytes, *scale = v.scale + row * v.scale_cols;
+  int64_t k = 0;
+  for (; v.in - k >= CHUNK; k += CHUNK) nvfp4_chunk_halves(p + k / 2, scale + k / 16, to + k);
+  if (k == v.in) return;
+  uint16_t values[CHUNK];
+  const Padded padded(p + k / 2, scale + k / 16, (v.in - k) / 16);
+  nvfp4_chunk_halves(padded.bytes, padded.scale, values);
+  __builtin_memcpy(to + k, values, (v.in - k) * 2);
 }
 
 // What is missing in decoded weights and in sums of their products.

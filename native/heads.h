@@ -134,21 +134,23 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
 inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* x, float* total) {
   typedef __m256 Scales[2];
   Scales* factors = static_cast<Scales*>(scratch(SCRATCH_PANEL, rows * sizeof(Scales)));
+  const Address next_scale = address(v.scale) + (row + rows) * v.scale_cols + v.scale_jump;  // the next head's
   for (int64_t chunk = 0; chunk * CHUNK < v.in; chunk++) {
     const uint8_t* p = v.values + row * v.row_bytes + chunk * (CHUNK / 2);
     const Address next = (chunk + 1) * CHUNK < v.in ? address(p) + CHUNK / 2 : v.end + v.jump;
     for (int64_t n = 0; n < rows; n++) {
+      fetch(next_scale + n * v.scale_cols + chunk * 16);
       decode_scales(v.scale + (row + n) * v.scale_cols + chunk * 16, factors[n]);
       UNROLL for (int i = 0; i < 2; i++) factors[n][i] = _mm256_mul_ps(factors[n][i], _mm256_set1_ps(x[n]));
     }
     each<4>([&](auto i) INLINED {
-      __m256 sum[2][4] = {}, w[2][4];
+      __m256 sum[2][4] = {};
       for (int64_t n = 0; n < rows; n++) {
         if (n % 2 == i % 2) fetch(next + n * v.row_bytes + i / 2 * 64);
-        decode_nvfp4(p + n * v.row_bytes + i * 32, w);
-        each<2>([&](auto h) INLINED {
-          const __m256 factor = two_scales<i % 2, h>(factors[n][i / 2]);
-          UNROLL for (int j = 0; j < 4; j++) sum[h][j] = _mm256_fmadd_ps(w[h][j], factor, sum[h][j]);
+        const __m256 factor = factors[n][i / 2];
+        each_nvfp4(p + n * v.row_bytes + i * 32, [&](auto h, auto j, __m256 w) INLINED {
+          sum[h][j] = _mm256_fmadd_ps(w, two_scales<i % 2, h>(factor), sum[h][j]);
+          asm volatile("" : "+x"(sum[h][j]));  // GCC would decode all of them first, and keep a sum in memory
         });
       }
       UNROLL for (int h = 0; h < 2; h++) {  // elements 0 4 8 12, 2 6 10 14, 1 5 9 13, 3 7 11 15 of a block in each half
