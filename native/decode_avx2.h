@@ -40,6 +40,11 @@ INLINED inline __m128i some_scales(const uint8_t* p, int64_t count) {
   return count < 8 ? others : _mm_unpacklo_epi64(eight, others);
 }
 
+// Of a chunk with n inputs.
+INLINED inline __m128i chunk_scales(const uint8_t* p, int64_t n) {
+  return n == CHUNK ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : some_scales(p, n / 16);
+}
+
 // Of 8 blocks' scales those of 4 I + H and 4 I + H + 2, four lanes each.
 template <int I, int H>
 INLINED inline __m256 two_scales(__m256 scales) {
@@ -201,11 +206,13 @@ inline void decode_e4m3(const uint8_t* from, int64_t n, uint16_t* to) {
   for (; i < n; i++) to[i] = to_bf16(from_e4m3(from[i]));
 }
 
-// A chunk of NVFP4 in its order, scaled by its blocks' scales times 2^-8, as BF16: they have 6 significant bits.
-inline void nvfp4_chunk_halves(const uint8_t* p, const uint8_t* scale, uint16_t* to) {
+// n <= CHUNK of NVFP4, a multiple of 64, in their order, scaled by their blocks' scales times 2^-8, as BF16: they have 6
+// significant bits.
+inline void nvfp4_halves(const uint8_t* p, __m128i scale, int64_t n, uint16_t* to) {
   __m256 scales[2], w[2][4];
   decode_scales(scale, scales);
   each<4>([&](auto i) INLINED {
+    if (i * 64 >= n) return;
     decode_nvfp4(p + i * 32, w);
     each<2>([&](auto h) INLINED {
       // Elements 0 4 8 12, 2 6 10 14, 1 5 9 13 and 3 7 11 15 of two blocks, of which one in each half.
@@ -225,13 +232,17 @@ inline void nvfp4_chunk_halves(const uint8_t* p, const uint8_t* scale, uint16_t*
 
 inline void decode_nvfp4_row(const View& v, int64_t row, uint16_t* to) {
   const uint8_t *p = v.values + row * v.row_bytes, *scale = v.scale + row * v.scale_cols;
-  int64_t k = 0;
-  for (; v.in - k >= CHUNK; k += CHUNK) nvfp4_chunk_halves(p + k / 2, scale + k / 16, to + k);
-  if (k == v.in) return;
-  uint16_t values[CHUNK];
-  const Padded padded(p + k / 2, scale + k / 16, (v.in - k) / 16);
-  nvfp4_chunk_halves(padded.bytes, padded.scale, values);
-  __builtin_memcpy(to + k, values, (v.in - k) * 2);
+  for (int64_t k = 0; k < v.in; k += CHUNK) {
+    const int64_t n = v.in - k < CHUNK ? v.in - k : CHUNK;
+    const __m128i scales = chunk_scales(scale + k / 16, n);
+    if (n % 64 == 0) {
+      nvfp4_halves(p + k / 2, scales, n, to + k);
+    } else {
+      uint16_t values[CHUNK];
+      nvfp4_halves(Padded(p + k / 2, n / 2).bytes, scales, CHUNK, values);
+      __builtin_memcpy(to + k, values, n * 2);
+    }
+  }
 }
 
 // What is missing in decoded weights and in sums of their products.

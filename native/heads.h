@@ -128,7 +128,7 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
   }
 }
 
-// Of NVFP4, whole chunks of it, for one token: 64 columns at a time, whose sums stay in registers while the rows pass by.
+// Of NVFP4, v.in % 64 == 0, for one token: 64 columns at a time, whose sums stay in registers while the rows pass by.
 // Meanwhile the next chunk is fetched, a quarter of it in each turn. Bits are those of absorb_halves(): x times a block's
 // scale is exact in FP32, as the weight times it is.
 inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* x, float* total) {
@@ -137,13 +137,15 @@ inline void absorb_nvfp4(const View& v, int64_t row, int64_t rows, const float* 
   const Address next_scale = address(v.scale) + (row + rows) * v.scale_cols + v.scale_jump;  // the next head's
   for (int64_t chunk = 0; chunk * CHUNK < v.in; chunk++) {
     const uint8_t* p = v.values + row * v.row_bytes + chunk * (CHUNK / 2);
+    const int64_t left = v.in - chunk * CHUNK < CHUNK ? v.in - chunk * CHUNK : CHUNK;
     const Address next = (chunk + 1) * CHUNK < v.in ? address(p) + CHUNK / 2 : v.end + v.jump;
     for (int64_t n = 0; n < rows; n++) {
       fetch(next_scale + n * v.scale_cols + chunk * 16);
-      decode_scales(v.scale + (row + n) * v.scale_cols + chunk * 16, factors[n]);
+      decode_scales(chunk_scales(v.scale + (row + n) * v.scale_cols + chunk * 16, left), factors[n]);
       UNROLL for (int i = 0; i < 2; i++) factors[n][i] = _mm256_mul_ps(factors[n][i], _mm256_set1_ps(x[n]));
     }
     each<4>([&](auto i) INLINED {
+      if (i * 64 >= left) return;
       __m256 sum[2][4] = {};
       for (int64_t n = 0; n < rows; n++) {
         if (n % 2 == i % 2) fetch(next + n * v.row_bytes + i / 2 * 64);
@@ -210,7 +212,7 @@ inline void absorb(const HeadArgs& a) {
       for (int64_t t = 0; t < a.tokens; t++)
         for (int64_t n = 0; n < a.rows; n++) values[t * a.rows + n] = from_bf16(x[t * a.token_stride + n]);
       // Decoding again for another token is cheaper than keeping what is decoded.
-      if (v.format == NVFP4 && v.in % CHUNK == 0 && a.tokens < 4)
+      if (v.format == NVFP4 && v.in % 64 == 0 && a.tokens < 4)
         for (int64_t t = 0; t < a.tokens; t++) absorb_nvfp4(v, row, a.rows, values + t * a.rows, total + t * v.in);
       else absorb_halves(v, row, a.rows, values, a.tokens, total);
     } else

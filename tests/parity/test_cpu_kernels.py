@@ -450,7 +450,8 @@ def test_wrong_input_is_refused():
 @pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda f: f.name)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 9, 20])
 @pytest.mark.parametrize(
-    ("nope", "latent", "v"), [(16, 32, 16), (128, 512, 128), (192, 272, 64), (7, 48, 11), (5, 304, 4)]
+    ("nope", "latent", "v"),
+    [(16, 32, 16), (128, 512, 128), (192, 272, 64), (7, 48, 11), (5, 304, 4), (32, 128, 32), (24, 448, 8)],
 )
 def test_per_head_products(path, weight_format, tokens, nope, latent, v):
     heads = 3
