@@ -107,7 +107,7 @@ def small() -> None:
     ops.rms_norm(x, values(256), 1e-6)
     for weight in (torch.randn(32, 256, device=DEVICE), values(32, 256).float()):
         router = ops.prepare_router(weight, torch.zeros(32, device=DEVICE), BF16)
-        for rows in (3, 70, 600):
+        for rows in (3, 40, 70, 600):
             ids, _ = ops.router(values(rows, 256), router, 4, 8, 4, True, 1.0)
             ops.local_ids(ids, torch.arange(32, device=DEVICE))
     ops.rotary(values(3, 4, 32), angle, angle)

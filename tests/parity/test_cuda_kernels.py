@@ -181,7 +181,14 @@ def test_fp4_integers_are_exact():
 @pytest.mark.parametrize("activations", ["bf16", "fp4"])
 @pytest.mark.parametrize(
     ("experts", "hidden", "inner", "k"),
-    [(6, 272, 144, 3), (32, 256, 128, 4), (16, 1024, 256, 8), (12, 512, 2048, 8), (9, 2320, 656, 4)],
+    [
+        (6, 272, 144, 3),
+        (32, 256, 128, 4),
+        (16, 1024, 256, 8),
+        (12, 512, 2048, 8),
+        (9, 2320, 656, 4),
+        (200, 256, 128, 8),  # several entries of a list for one expert of many rows, beside many of few
+    ],
 )
 def test_experts(experts, hidden, inner, k, activations):
     gate_up = [random_part(WeightFormat.NVFP4, inner, hidden, experts) for _ in range(2)]
@@ -421,7 +428,8 @@ def test_store_entries(dtype):
     ("experts", "k", "n_group", "topk_group"), [(256, 8, 8, 4), (32, 4, 8, 4), (16, 4, 1, 1), (500, 7, 5, 2)]
 )
 def test_router(experts, k, n_group, topk_group):
-    for tokens, hidden in ((0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (70, 64), (513, 72), (700, 7168)):
+    shapes = (0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (64, 7168), (70, 64), (513, 72), (700, 7168)
+    for tokens, hidden in shapes:
         x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
         bias = torch.randn(experts, device=DEVICE) * 0.1
         for parts, values in ((3, weight), (1, weight.bfloat16().float())):

@@ -23,37 +23,42 @@ def listed(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, dow
     """
     choices, experts = ids.numel(), gate_up.data.data.shape[0]
     order = torch.empty(choices, dtype=torch.int32, device=x.device)
-    work = torch.empty(4 + 2 * experts, dtype=torch.int32, device=x.device)
-    sort_choices(ids, order, work, experts)
+    work = torch.empty(4 + 2 * (experts + choices // 8), dtype=torch.int32, device=x.device)
+    sort_choices(ids, order, experts, work, residence(ids.shape[0], ids.shape[1], experts).columns)
     h = torch.empty(choices, gate_up.data.half, dtype=torch.bfloat16, device=x.device)
     _products(rounded_input(x, gate_up), gate_up.data, h, order, work, ids.shape, ids.shape[1], gated=True)
     outputs = torch.empty(choices, down.out_features, dtype=torch.bfloat16, device=x.device)
     _products(rounded_input(h, down), down.data, outputs, order, work, ids.shape, 1, gated=False, early=True)
-    return combine(outputs, ids, weights)
+    return combine(outputs, ids, weights, early=True)
 
 
 def sort_choices(
     ids: Tensor,
     order: Tensor,
-    work: Tensor,
     experts: int,
+    work: Tensor | None = None,
+    columns: int = 0,
     blocks: Tensor | None = None,
     rows: int = 0,
     first: int = 0,
     step: int = 1,
 ) -> None:
-    """Fills `order`, `work` and `blocks`, sorted by size: see source/experts_work.cu.  rows: of a block, at most."""
+    """Fills `order`, and `work` or `blocks`, sorted by size: see source/experts_work.cu.
+
+    columns: of 8 rows, that `work` has multiplied at a time, at most.  rows: of a block, at most.
+    """
     cluster = _CLUSTER if ids.numel() > _ONE_BLOCK else 1
-    kernel("experts_work.cu", "experts_work", "4P5i", (), ids.device.index)(
+    kernel("experts_work.cu", "experts_work", "4P6i", (), ids.device.index)(
         (cluster, 1, 1),
         512,
         0,
         ids.data_ptr(),
         order.data_ptr(),
-        work.data_ptr(),
+        0 if work is None else work.data_ptr(),
         0 if blocks is None else blocks.data_ptr(),
         ids.numel(),
         experts,
+        columns,
         rows,
         first,
         step,
@@ -206,14 +211,15 @@ def _by_group(rows: Tensor, weight: PreparedWeight, ends: Tensor) -> Tensor:
     return torch.nn.functional.grouped_mm(rows, values.transpose(1, 2), offs=ends)
 
 
-def combine(outputs: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
+def combine(outputs: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None, early: bool = False) -> Tensor:
     """y[t] = sum over k of weight[t, k] * outputs[t * k + k], where the id is not below 0.
 
     places: int32 [tokens * k], which row of `outputs` is each choice's; None: they are in order.
+    early: the kernels ahead waited for ids and weights before they let this one begin.
     """
     tokens, k = ids.shape
     y = torch.empty(tokens, outputs.shape[1], dtype=torch.bfloat16, device=outputs.device)
-    kernel("combine.cu", "combine", "5P2i", (), y.device.index)(
+    kernel("combine.cu", "combine", "5P3i", (), y.device.index)(
         (-(-y.shape[1] // 1024), tokens, 1),
         128,
         0,
@@ -224,5 +230,6 @@ def combine(outputs: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None
         y.data_ptr(),
         y.shape[1],
         k,
+        int(early),
     )
     return y

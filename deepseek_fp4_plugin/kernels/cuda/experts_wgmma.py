@@ -84,10 +84,9 @@ def _by_blocks(
     choices, experts, device = ids.numel(), tiles.data.shape[0], x.device
     most = choices // cut.rows + min(experts, choices)  # blocks; how many there are the device knows
     order = torch.empty(choices, dtype=torch.int32, device=device)
-    work = torch.empty(4 + 2 * experts, dtype=torch.int32, device=device)
     blocks = torch.empty(_SIZES + 4 * most, dtype=torch.int32, device=device)
-    sizes = (cut.first, cut.step) if cut.launches else (cut.rows, 1)
-    sort_choices(ids, order, work, experts, blocks, cut.rows, *sizes)
+    first, step = (cut.first, cut.step) if cut.launches else (cut.rows, 1)
+    sort_choices(ids, order, experts, blocks=blocks, rows=cut.rows, first=first, step=step)
     arranged = _arranged(rounded_input(x, gate_up), tiles.slabs, order, blocks, most, ids.shape[1], cut)
     h = torch.empty(most * down.data.slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=device)
     _product(arranged, tiles, h, order, blocks, 0, cut)

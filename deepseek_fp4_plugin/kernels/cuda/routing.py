@@ -1,4 +1,4 @@
-"""The router: FP32 scores and group-limited top-k; of a few tokens in one launch."""
+"""The router: FP32 scores and group-limited top-k; of a few tokens in one launch, of some more in two."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from deepseek_fp4_plugin.kernels import reference
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 
 _FEW_ROWS = 4  # of which one launch makes the scores and chooses
+_SOME_ROWS = 64  # whose products a kernel of our own makes, by slices of the inputs
+_SLICES, _SQUARE, _SLICE_THREADS = 8, 32, 224  # as in source/router.cu; square: experts and tokens of a block
 _CHOOSERS = 4  # tokens of a block that chooses
 _MAX_EXPERTS, _MAX_GROUPS, _MAX_K = 512, 32, 32
 
@@ -19,6 +21,16 @@ class RouterWeight(NamedTuple):
 
     parts: Tensor
     scores: Tensor
+
+
+class Choice(NamedTuple):
+    """How experts are chosen, as `ops.route` takes it, in the order of the kernels' parameters."""
+
+    k: int
+    n_group: int
+    topk_group: int
+    normalize: bool
+    scaling: float
 
 
 def prepare_router(weight: Tensor) -> RouterWeight:
@@ -43,10 +55,15 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """See kernels/reference/routing.py. Products are exact and summed in FP32."""
     tokens, experts = x.shape[0], weight.parts.shape[1]
-    if not (0 < tokens <= _FEW_ROWS and _aligned(x) and _chooses(experts, k, n_group)):
+    if not (0 < tokens <= _SOME_ROWS and _aligned(x) and _chooses(experts, k, n_group)):
         return route(scores(x, weight), bias, k, n_group, topk_group, normalize, scaling)
+    if tokens > _FEW_ROWS:
+        if len(weight.parts) > 1 or experts % _SQUARE:
+            return route(scores(x, weight), bias, k, n_group, topk_group, normalize, scaling)
+        choice, threads = Choice(k, n_group, topk_group, normalize, scaling), 32 * _slots(experts)[0][1]
+        return _choose("route_slices", tokens, threads, _sliced_scores(x, weight), bias, choice)
     together(x, weight.parts, bias)
-    bias, (ids, weights) = bias.contiguous(), _chosen(x, k)
+    bias, (ids, weights) = bias.contiguous(), _chosen(tokens, k, x.device)
     n, _, width = weight.parts.shape
     kernel("router.cu", "router", "3P5i3P4if", _slots(experts), x.device.index)(
         (experts, 1, 1),
@@ -81,6 +98,26 @@ def scores(x: Tensor, weight: RouterWeight) -> Tensor:
     return products if n == 1 else products.unflatten(1, (n, experts)).sum(1)
 
 
+def _sliced_scores(x: Tensor, weight: RouterWeight) -> Tensor:
+    """As `scores`, of a weight of one part, by slices of the inputs: FP32 [slices, tokens, experts], to be summed."""
+    together(x, weight.parts)
+    (tokens, width), experts = x.shape, weight.parts.shape[1]
+    logits = torch.empty(_SLICES, tokens, experts, dtype=torch.float32, device=x.device)
+    kernel("router.cu", "router_slice", "3P4i", _slots(experts), x.device.index)(
+        (experts // _SQUARE, _SLICES, -(-tokens // _SQUARE)),
+        _SLICE_THREADS,
+        0,
+        x.data_ptr(),
+        weight.parts.data_ptr(),
+        logits.data_ptr(),
+        width,
+        x.stride(0),
+        tokens,
+        experts,
+    )
+    return logits
+
+
 def _aligned(x: Tensor) -> bool:
     return x.shape[1] % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
@@ -89,10 +126,10 @@ def _chooses(experts: int, k: int, n_group: int) -> bool:
     return experts <= _MAX_EXPERTS and n_group <= _MAX_GROUPS and k <= _MAX_K
 
 
-def _chosen(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _chosen(tokens: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for each token's ids and weights."""
-    ids = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    return ids, torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tokens, k, dtype=torch.int64, device=device)
+    return ids, torch.empty(tokens, k, dtype=torch.float32, device=device)
 
 
 def _slots(experts: int) -> tuple[tuple[str, int], ...]:
@@ -117,12 +154,21 @@ def route(
     tokens, experts = logits.shape
     if not _chooses(experts, k, n_group) or logits.dtype is not torch.float32:
         return reference.route(logits, bias, k, n_group, topk_group, normalize, scaling)
+    choice = Choice(k, n_group, topk_group, normalize, scaling)
+    return _choose("route", -(-tokens // _CHOOSERS), 32 * _CHOOSERS, logits, bias, choice)
+
+
+def _choose(
+    function: str, blocks: int, threads: int, logits: Tensor, bias: Tensor, choice: Choice
+) -> tuple[Tensor, Tensor]:
+    """One of the launches that choose, of logits [tokens, experts] or of slices of them."""
     together(logits, bias)
     logits, bias = logits.contiguous(), bias.contiguous()
-    ids, weights = _chosen(logits, k)
-    kernel("router.cu", "route", "4P6if", _slots(experts), logits.device.index)(
-        (-(-tokens // _CHOOSERS), 1, 1),
-        32 * _CHOOSERS,
+    tokens, experts = logits.shape[-2:]
+    ids, weights = _chosen(tokens, choice.k, logits.device)
+    kernel("router.cu", function, "4P6if", _slots(experts), logits.device.index)(
+        (blocks, 1, 1),
+        threads,
         0,
         logits.data_ptr(),
         bias.data_ptr(),
@@ -130,10 +176,6 @@ def route(
         weights.data_ptr(),
         tokens,
         experts,
-        k,
-        n_group,
-        topk_group,
-        int(normalize),
-        scaling,
+        *choice,
     )
     return ids, weights

@@ -57,20 +57,26 @@ struct Parameters {
     const float* weights;    // [tokens * k]
     u16* y;                  // [tokens][width]
     int width, k;            // width a multiple of 8
+    int early;               // the kernels before waited for ids and weights: they are asked for before the outputs exist
 };
 
-constexpr int AT_ONCE = 4;
+constexpr int AT_ONCE = 8;
 
 extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ Parameters p) {
-    int column = ((int)blockIdx.x * 128 + (int)threadIdx.x) * 8, first = (int)blockIdx.y * p.k;
+    int column = ((int)blockIdx.x * 128 + (int)threadIdx.x) * 8, first = (int)blockIdx.y * p.k, lane = threadIdx.x & 31;
+    bool own = false;
+    float weight = 0.0f;
+    auto ask = [&](int begin) {  // a lane a choice
+        own = begin + lane < p.k && load_early(p.ids + first + begin + lane) >= 0;
+        weight = own ? load_early(p.weights + first + begin + lane) : 0.0f;
+    };
+    if (p.early) ask(0);
     let_next_kernel_begin();
     wait_for_kernels_before();
-    int lane = threadIdx.x & 31;
     float sums[8] = {};
-    for (int begin = 0; begin < p.k; begin += 32) {  // a lane a choice
-        bool own = begin + lane < p.k && p.ids[first + begin + lane] >= 0;
+    for (int begin = 0; begin < p.k; begin += 32) {
+        if (begin || !p.early) ask(begin);
         int place = first + begin + lane;
-        float weight = own ? p.weights[place] : 0.0f;
         if (own && p.places) place = p.places[place];
         for (u32 left = __ballot_sync(~0u, own); left;) {
             Quad rows[AT_ONCE] = {};

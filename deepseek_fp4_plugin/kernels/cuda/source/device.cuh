@@ -122,6 +122,16 @@ __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 
                  : "memory");
 }
 
+// The same of what is read once: the first to leave the second cache.
+__device__ inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     shared),
+                 "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
 // 16 bytes of global memory into shared memory, zeros where not `wanted`; a thread waits for its own copies, in groups.
 __device__ inline void copy_quad(u32 shared, const void* global, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0) : "memory");

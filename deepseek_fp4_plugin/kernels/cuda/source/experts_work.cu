@@ -1,8 +1,10 @@
 // Whose turn it is: choices ordered by expert, and a list of the experts that were chosen. One cluster of blocks.
 //
-// work: [0] experts chosen, [1] choices that are here; then for each such expert its number and the place of its first
-// choice in `order`, and behind the last the place where it ends. Choices of an expert come in any order: each is a
-// column of its own in the products, whatever the others are.
+// work: [0] entries of the list, [1] columns of 8 rows that are multiplied at a time; then for each entry its expert and the
+// place of its first choice in `order`, and behind the last the place where it ends. Columns are as many as experts have
+// rows on average, `columns` at most. An expert of more rows than that has several entries, so that whoever has it is
+// not behind all others; beyond two columns there is no need. Choices of an expert come in any order: each is a column
+// of its own in the products, whatever the others are.
 //
 // blocks, where wanted: the same cut into blocks of at most `rows` choices of one expert, those of an expert of nearly
 // one size; first those of at most `first` choices, then of `step` more, and so on. [0 .. 7] where those of each size end;
@@ -12,9 +14,9 @@
 struct Parameters {
     const long long* ids;  // [choices], below 0: not here
     int* order;            // [choices]
-    int* work;             // [2 + 2 * (experts + 1)]
+    int* work;             // [2 + 2 * (experts + choices / 8 + 1)], or null
     int* blocks;           // or null
-    int choices, experts, rows, first, step;
+    int choices, experts, columns, rows, first, step;
 };
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;  // an expert a thread
@@ -46,7 +48,7 @@ __device__ inline int of_warps(const int (&sums)[WARPS], int& all) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_constant__ Parameters p) {
-    __shared__ int counts[THREADS], next[THREADS], sums[2 + SIZES][WARPS];  // next: place of an expert's next choice
+    __shared__ int counts[THREADS], next[THREADS], sums[4 + SIZES][WARPS];  // next: place of an expert's next choice
     int thread = threadIdx.x, cluster = (int)cluster_size(), rank = (int)cluster_rank();
     counts[thread] = 0;
     let_next_kernel_begin();
@@ -78,14 +80,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_
     auto full = [&](int size) { return parts && full_size == size ? parts - 1 : 0; };
     auto last = [&](int size) { return parts && last_size == size; };
     int place = sum_before(own, sums[0]), slot = sum_before(own > 0, sums[1]);
+    int slot_of_8 = sum_before((own + 7) / 8, sums[2 + SIZES]), slot_of_16 = sum_before((own + 15) / 16, sums[3 + SIZES]);
 #pragma unroll
     for (int size = 0; size < SIZES; size++) part[size] = sum_before(full(size) + last(size), sums[2 + size]);
     __syncthreads();
     place += of_warps(sums[0], all_rows), slot += of_warps(sums[1], all_used);
     next[thread] = place + before;
-    if (rank == 0) {
-        if (own) p.work[2 + 2 * slot] = thread, p.work[3 + 2 * slot] = place;
-        if (thread == 0) p.work[0] = all_used, p.work[1] = all_rows, p.work[3 + 2 * all_used] = all_rows;
+    if (p.work && rank == 0) {
+        int columns = all_rows <= 4 * all_used ? 1 : p.columns <= 2 || all_rows <= 12 * all_used ? 2 : p.columns;
+        int most = columns <= 2 ? 8 * columns : own;  // rows of an entry
+        if (columns <= 2) slot = (columns == 1 ? slot_of_8 : slot_of_16) + of_warps(sums[1 + columns + SIZES], all_used);
+        for (int from = 0; from < own; from += most, slot++) p.work[2 + 2 * slot] = thread, p.work[3 + 2 * slot] = place + from;
+        if (thread == 0) p.work[0] = all_used, p.work[1] = columns, p.work[3 + 2 * all_used] = all_rows;
     }
     if (p.blocks && rank == 0) {
         int end = 0;

@@ -1,11 +1,11 @@
 // Each expert's NVFP4 weights times the rows that chose it, for more than a few tokens.
 //
-// Work is the groups of 16 outputs of all chosen experts in a row. Teams of warps take equal runs of it, whatever was
-// chosen; a team's warps share the inputs. An item is some groups of a run, of one expert, that are multiplied by the
-// same activations. A warp has a ring of units, each of up to two slabs of one group and one bulk copy, on into its
-// team's next items. What `experts_work` wrote is read once; rows of an expert are found once.
+// Work is the groups of 16 outputs of all entries of a list in a row; an entry is some rows of an expert. Teams of warps
+// take equal runs of it, whatever was chosen; a team's warps share the inputs. An item is some groups of a run, of one
+// entry, that are multiplied by the same activations. A warp has a ring of units, each of up to two slabs of one group and
+// one bulk copy, on into its team's next items. What `experts_work` wrote of a block's entries is read once; an entry's rows are found once.
 //
-// ROWS8: at most so many columns of 8 rows a warp multiplies at a time; fewer where experts have few rows.
+// ROWS8: at most so many columns of 8 rows a warp multiplies at a time; `experts_work` says how many.
 // GROUPS: of an item, at most.  GATED: gate and up take turns of 8, silu(gate) * up is stored.
 // HELD: where not 0, a team is one warp, which has so many tiles of inputs and stores its own sums. It keeps the
 // activations from item to item where registers allow.
@@ -24,7 +24,7 @@ struct Parameters {
     int groups, slabs, team, out, k;
 };
 
-constexpr int OUTPUTS = GROUPS * 16, MAX_EXPERTS = 512;
+constexpr int OUTPUTS = GROUPS * 16, MAX_ENTRIES = 512;  // of a block
 
 struct Team {
     int team, index, lane, lo, hi;  // its warps, this one's place among them; its groups
@@ -37,13 +37,13 @@ struct Team {
     }
 };
 
-// Some groups of one expert, item by item through a team's run.
+// Some groups of one entry, item by item through a team's run.
 struct Item {
     int slot, group, present, left;  // place in the table; its first group, how many; groups from there to the run's end
     __device__ Item(const Team& t, int groups) : slot(t.lo / groups), group(t.lo - slot * groups), left(t.hi - t.lo) {
         present = min(min(GROUPS, left), groups - group);
     }
-    __device__ bool next(int groups) {  // whether of another expert
+    __device__ bool next(int groups) {  // whether of another entry
         group += present, left -= present;
         bool other = group == groups;
         if (other) group = 0, slot++;
@@ -78,7 +78,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
         if (lane == 0) {
             u32 barrier = t.barrier + 8 * ask_stage, bytes = min(SPAN, count - ask_span * SPAN) * SLAB_BYTES;
             barrier_expect(barrier, bytes);
-            bulk_copy(t.ring + ask_stage * UNIT_BYTES, ask_from, bytes, barrier);
+            bulk_copy_once(t.ring + ask_stage * UNIT_BYTES, ask_from, bytes, barrier);
         }
         if (++ask_stage == STAGES) ask_stage = 0;
         ask_from += group_bytes;
@@ -103,7 +103,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
 #endif
 
     u32 stage = 0, parity = 0, turn = 0;
-    int known = -1, found = -1;  // the expert's place whose scales are below, the place in `order` whose rows are
+    int known = -1, found = -1;  // the entry whose scales are below, the place in `order` whose rows are
     float scale = 0.0f, up_scale = 0.0f;  // one number for each of an expert's parts
     int first = 0, end = 0;               // its rows
     const u16* row[COLUMNS];  // a lane's first activation of each of its rows, and how many lie from it to the last
@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     nvfp4_experts(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(8) u64 barriers[WARPS * RING], taken[WARPS];
-    __shared__ int table[2 * (MAX_EXPERTS + 1) + 2], places[WARPS * 8 * ROWS8];
+    __shared__ int table[2 * (MAX_ENTRIES + 1)], places[WARPS * 8 * ROWS8];
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
     Team t;
     t.team = p.team, t.index = warp % p.team, t.lane = threadIdx.x & 31;
@@ -279,13 +279,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     wait_for_kernels_before();
     let_next_kernel_begin();  // only now: the next kernel may then read the work before it waits
 #endif
-    int active = load_early(p.work), rows = load_early(p.work + 1);
-    for (int i = threadIdx.x; i < 2 * active + 2; i += 32 * WARPS) table[i] = load_early(p.work + 2 + i);
+    int groups = load_early(p.work) * p.groups, columns = load_early(p.work + 1), teams = WARPS / p.team;
+    int own = (int)blockIdx.x * teams, all = (int)gridDim.x * teams;
+    auto begin = [&](int team) { return (int)((u64)groups * team / all); };
+    int first = begin(own) / p.groups, entries = (begin(own + teams) - 1) / p.groups + 1 - first;
+    for (int i = threadIdx.x; i < 2 * entries + 2; i += 32 * WARPS) table[i] = load_early(p.work + 2 + 2 * first + i);
     __syncthreads();
-    int groups = active * p.groups, teams = WARPS / p.team;
-    int own = (int)blockIdx.x * teams + warp / p.team, all = (int)gridDim.x * teams;
-    t.lo = (int)((u64)groups * own / all), t.hi = (int)((u64)groups * (own + 1) / all);
-    if (ROWS8 == 1 || rows <= 4 * active) products<1>(p, t, table);
-    else if (ROWS8 == 2 || rows <= 12 * active) products<(ROWS8 < 2 ? ROWS8 : 2)>(p, t, table);
+    own += warp / p.team;
+    t.lo = begin(own) - first * p.groups, t.hi = begin(own + 1) - first * p.groups;
+    if (columns == 1) products<1>(p, t, table);
+    else if (ROWS8 == 2 || columns == 2) products<2>(p, t, table);
     else products<ROWS8>(p, t, table);
 }

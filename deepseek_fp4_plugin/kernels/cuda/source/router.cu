@@ -1,6 +1,7 @@
 // The router: scores of BF16 rows by all experts, FP32 sums of exact products, then each token's best experts.
 //
-// Its weight is BF16 [parts][experts][width], the sum of its parts.
+// Its weight is BF16 [parts][experts][width], the sum of its parts. Few tokens take one launch (`router`), some more two
+// (`router_slice`, `route_slices`), of many the library makes the products (`route`).
 //
 // SLOTS: experts of a lane where a warp chooses; 32 times as many at most.
 #include "device.cuh"
@@ -235,6 +236,105 @@ extern "C" __global__ void __launch_bounds__(256, 2) router(const __grid_constan
     for (int s = 0; s < SLOTS; s++)
         if (32 * s + lane < p.experts) scores[32 * s] = NONE;
     chooser.choose(choice, warp, score, memory[warp]);
+}
+
+// ---- more tokens: products by the tensor core, each block a slice of the inputs
+
+constexpr int SLICES = 8, SLICE_WARPS = 7;  // of a block, so that a warp has 128 of R1's inputs
+constexpr int SQUARE = 32;                  // experts and tokens of a block
+constexpr int PIECES = 4;                   // of 32 inputs, that a warp takes at a time
+constexpr int ROW = SQUARE + 4;             // of sums: lanes that store together meet no bank twice
+
+struct SliceParameters {
+    const u16* x;       // [tokens][stride]
+    const u16* weight;  // [experts][width], experts a multiple of SQUARE, width of 8
+    float* logits;      // [SLICES][tokens][experts]
+    int width, stride, tokens, experts;
+};
+
+// Grid: blocks of experts, slices, blocks of tokens. The order of inputs is free, so that a lane has 8 that lie together.
+extern "C" __global__ void __launch_bounds__(32 * SLICE_WARPS, 1) router_slice(const __grid_constant__ SliceParameters p) {
+    __shared__ float sums[SLICE_WARPS][SQUARE][ROW];  // [.][token][expert]
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
+    int first_expert = (int)blockIdx.x * SQUARE, first_token = (int)blockIdx.z * SQUARE;
+    constexpr int SPAN = 32 * PIECES, STEP = SLICES * SLICE_WARPS * SPAN;
+    int begin = ((int)blockIdx.y * SLICE_WARPS + warp) * SPAN + quarter * 8;
+    const u16* weight = p.weight + (u64)(first_expert + g) * p.width;
+    const u16* x = p.x + (u64)(first_token + g) * p.stride;
+    Quad w[PIECES][4] = {}, states[PIECES][4] = {};
+    auto ask_weights = [&](int from) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+#pragma unroll
+            for (int row = 0; row < 4; row++)
+                if (from + 32 * i < p.width) w[i][row] = load_weights(weight + (u64)8 * row * p.width + from + 32 * i);
+    };
+    ask_weights(begin);
+    wait_for_kernels_before();
+    let_next_kernel_begin();
+    float acc[2][4][4] = {};
+    for (int from = begin; from - quarter * 8 < p.width; from += STEP) {
+        if (from > begin) ask_weights(from);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+#pragma unroll
+            for (int row = 0; row < 4; row++) {
+                bool there = from + 32 * i < p.width && first_token + 8 * row + g < p.tokens;
+                if (!there) states[i][row] = Quad{0, 0, 0, 0};
+                load_quad_if(states[i][row], x + (u64)8 * row * p.stride + from + 32 * i, there);
+            }
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {  // 16 experts
+                const Quad &upper = w[i][2 * half], &lower = w[i][2 * half + 1];
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    mma(acc[half][t], {upper.x, lower.x, upper.y, lower.y}, states[i][t].x, states[i][t].y);
+                    mma(acc[half][t], {upper.z, lower.z, upper.w, lower.w}, states[i][t].z, states[i][t].w);
+                }
+            }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int t = 0; t < 4; t++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) sums[warp][8 * t + 2 * quarter + (n & 1)][16 * half + 8 * (n >> 1) + g] = acc[half][t][n];
+    __syncthreads();
+    float* to = p.logits + ((u64)blockIdx.y * p.tokens + first_token) * p.experts + first_expert;
+    for (int i = threadIdx.x; i < SQUARE * SQUARE; i += 32 * SLICE_WARPS) {
+        int token = i / SQUARE, expert = i % SQUARE;
+        if (first_token + token >= p.tokens) break;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < SLICE_WARPS; w++) sum += sums[w][token][expert];
+        to[(u64)token * p.experts + expert] = sum;
+    }
+}
+
+// A block a token: the sums over slices, then its first warp chooses.  logits: [SLICES][tokens][experts].
+extern "C" __global__ void __launch_bounds__(32 * SLOTS) route_slices(const __grid_constant__ Choice p) {
+    __shared__ Chooser::Memory memory;
+    int expert = threadIdx.x, token = (int)blockIdx.x;
+    Chooser chooser(p);
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    if (expert < p.experts) {
+        float parts[SLICES], sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SLICES; i++) parts[i] = p.logits[((u64)i * p.tokens + token) * p.experts + expert];
+#pragma unroll
+        for (int i = 0; i < SLICES; i++) sum += parts[i];
+        memory.choice[expert] = sigmoid(sum);
+    }
+    __syncthreads();
+    if (expert >= 32) return;
+    float score[SLOTS];
+#pragma unroll
+    for (int s = 0; s < SLOTS; s++) score[s] = 32 * s + chooser.lane < p.experts ? memory.choice[32 * s + chooser.lane] : 0.0f;
+    __syncwarp();
+    chooser.choose(p, token, score, memory);
 }
 
 // ---- where a rank holds experts
