@@ -428,7 +428,7 @@ def test_store_entries(dtype):
     ("experts", "k", "n_group", "topk_group"), [(256, 8, 8, 4), (32, 4, 8, 4), (16, 4, 1, 1), (500, 7, 5, 2)]
 )
 def test_router(experts, k, n_group, topk_group):
-    shapes = (0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (64, 7168), (70, 64), (513, 72), (700, 7168)
+    shapes = (0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (70, 64), (513, 72), (700, 7168), (64, 7168)
     for tokens, hidden in shapes:
         x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
         bias = torch.randn(experts, device=DEVICE) * 0.1
