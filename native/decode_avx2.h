@@ -195,15 +195,32 @@ inline void decode_chunk(const View& v, int64_t row, int64_t chunk, float* out) 
   }
 }
 
+// N values of E4M3, a multiple of 32, as BF16, in their order.
+template <bool NORMAL, int N>
+INLINED inline void store_fp8_halves(const uint8_t* from, uint16_t* to) {
+  UNROLL for (int i = 0; i < N; i += 32) {
+    __m256i halves[2];
+    if (NORMAL) normal_fp8_halves(from + i, halves);
+    else fp8_halves(from + i, halves);
+    UNROLL for (int h = 0; h < 2; h++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + h * 16), halves[h]);
+  }
+}
+
 // n values of E4M3 as BF16, in their order.
 inline void decode_e4m3(const uint8_t* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    __m256i halves[2];
-    fp8_halves(from + i, halves);
-    UNROLL for (int h = 0; h < 2; h++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + h * 16), halves[h]);
-  }
+  for (; i + 32 <= n; i += 32) store_fp8_halves<false, 32>(from + i, to + i);
   for (; i < n; i++) to[i] = to_bf16(from_e4m3(from[i]));
+}
+
+// The same of weights, most of which are normal numbers.
+inline void decode_fp8_row(const uint8_t* from, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + 128 <= n; i += 128) {
+    if (__builtin_expect(are_normal<128>(from + i), 1)) store_fp8_halves<true, 128>(from + i, to + i);
+    else store_fp8_halves<false, 128>(from + i, to + i);
+  }
+  decode_e4m3(from + i, n - i, to + i);
 }
 
 // n <= CHUNK of NVFP4, a multiple of 64, in their order, scaled by their blocks' scales times 2^-8, as BF16: they have 6

@@ -114,7 +114,7 @@ inline void absorb_halves(const View& v, int64_t row, int64_t rows, const float*
       uint16_t* to = decoded + i * v.in;
       fetch_bytes(ahead_of(v, from), v.row_bytes);
       if (v.format == NVFP4) decode_nvfp4_row(v, row + i, to);
-      else if (v.format == FP8_BLOCK) decode_e4m3(from, v.in, to);
+      else if (v.format == FP8_BLOCK) decode_fp8_row(from, v.in, to);
       entry[i - n] = v.format == PLAIN ? reinterpret_cast<const uint16_t*>(from) : to;
     }
     weighted_sums(x + n, rows, entry, stop - n, tokens, v.in, scaled ? part : total);

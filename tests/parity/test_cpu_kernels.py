@@ -310,6 +310,11 @@ def test_fp8_codes_among_normal_ones(path, rows, block):
     y = cpu.linear(x, native)
     assert native.backend is cpu and y[:, 16:18].isnan().all()
     torch.testing.assert_close(y, reference.linear(x, law), rtol=0, atol=0, equal_nan=True)
+    q = torch.zeros(rows, 1, 30, dtype=BF16)  # one head of 30 rows, of 36
+    q[torch.arange(rows), 0, torch.arange(rows) % 30] = 1.5
+    absorbed = cpu.absorb(q, native)
+    assert absorbed[:, 0, at[16:18]].isnan().all() and absorbed.isnan().sum() == 2 * rows
+    torch.testing.assert_close(absorbed, reference.absorb(q, law), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
