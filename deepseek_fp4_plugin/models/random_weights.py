@@ -53,7 +53,9 @@ class RandomWeights(WeightSource):
         own = self._cut(name, tuple(shape), cut)
         if len(own) == 1:
             return (torch.zeros if dtype else torch.ones)(own, dtype=dtype or self.dtype, device=self.device)
-        return self._normal(name, own, 1.0 if "embed_tokens" in name else own[1] ** -0.5, dtype or self.dtype, cut)
+        # What a layer wants in FP32, its router, is BF16 in published checkpoints as everything else.
+        values = self._normal(name, own, 1.0 if "embed_tokens" in name else own[1] ** -0.5, self.dtype, cut)
+        return values if dtype is None else values.to(dtype)
 
     def cache_scale(self, attention: str) -> float:
         return 1.0
