@@ -4,8 +4,6 @@ Tolerances as in test_cpu_kernels.py: products are exact and sums FP32 on both s
 of the largest where a rounding tips; two are allowed, and twice as many where hidden values are rounded in between.
 """
 
-import math
-
 import pytest
 import torch
 
@@ -13,7 +11,6 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda import attention, dense, experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
-from deepseek_fp4_plugin.kernels.cuda.routing import scores
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
 from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
@@ -422,50 +419,6 @@ def test_store_entries(dtype):
     ops.store_entries(caches[0], slots, entries)
     reference.store_entries(caches[1], slots, entries)
     assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
-
-
-def clearly_chosen(logits, bias, k: int, n_group: int, topk_group: int) -> torch.Tensor:
-    """Rows whose choice does not hang on a near tie, of groups or of experts."""
-    biased = logits.sigmoid() + bias
-    groups = biased.unflatten(-1, (n_group, -1)).topk(2, -1).values.sum(-1).sort(-1, descending=True).values
-    best, _ = reference.route(logits, bias, k + 1, n_group, topk_group, True, 1.0)
-    best = biased.gather(1, best).sort(-1, descending=True).values
-    clear = best[:, k - 1] - best[:, k] > 1e-4
-    return clear if n_group == topk_group else clear & (groups[:, topk_group - 1] - groups[:, topk_group] > 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("experts", "k", "n_group", "topk_group"), [(256, 8, 8, 4), (32, 4, 8, 4), (16, 4, 1, 1), (500, 7, 5, 2)]
-)
-def test_router(experts, k, n_group, topk_group):
-    shapes = (0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (70, 64), (513, 72), (700, 7168), (64, 7168)
-    for tokens, hidden in shapes:
-        x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
-        bias = torch.randn(experts, device=DEVICE) * 0.1
-        for parts, values in ((3, weight), (1, weight.bfloat16().float())):
-            values = values / 2 ** round(math.log2(hidden) / 2)
-            ours = ops.prepare_router(values, bias, BF16)
-            assert ours.backend is cuda and ours.data.parts.shape[0] == parts
-            logits = reference.plain_linear(x, values)
-            assert error(scores(x, ours.data), logits) <= 1e-5
-            clear = clearly_chosen(logits, bias, k, n_group, topk_group)
-            assert clear.sum() >= 0.95 * tokens - 1
-            for _ in range(2):  # blocks count themselves again
-                ids, weights = ops.router(x, ours, k, n_group, topk_group, True, 2.5)
-                expected_ids, expected = reference.route(logits, bias, k, n_group, topk_group, True, 2.5)
-                assert all(len(set(row)) == k for row in ids.tolist())
-                order, expected_order = ids.sort(-1), expected_ids.sort(-1)
-                assert torch.equal(order.values[clear], expected_order.values[clear])
-                own, theirs = weights.gather(1, order.indices), expected.gather(1, expected_order.indices)
-                assert error(own[clear], theirs[clear]) <= 1e-5
-        slots = torch.randint(-1, 99, (experts,), device=DEVICE)
-        for normalize in (True, False):
-            ids, weights = ops.route(logits, bias, k, n_group, topk_group, normalize, 2.5)
-            expected_ids, expected = reference.route(logits, bias, k, n_group, topk_group, normalize, 2.5)
-            assert torch.equal(ops.local_ids(ids, slots), slots[ids])
-            order, expected_order = ids.sort(-1), expected_ids.sort(-1)
-            assert torch.equal(order.values, expected_order.values)
-            assert error(weights.gather(1, order.indices), expected.gather(1, expected_order.indices)) <= 1e-5
 
 
 @pytest.mark.parametrize("rows", [3, 40])
