@@ -1,6 +1,7 @@
 """On a GPU: the same model and engine give what they give on the CPU."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -113,7 +114,11 @@ def test_whole_steps_are_captured_and_replayed(on_gpu, drafts, overlap):
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts, monkeypatch):
-    """No kernel is compiled and no step recorded for the first requests; tokens and every block are the same."""
+    """No kernel is compiled and no step recorded for the first requests; tokens and every block are the same.
+
+    How requests share steps must not hang on the clock: prompts keep no pace, and an answer's last step has ended before
+    the next prompt comes.
+    """
     launcher.kernel.cache_clear()
     loaded, cubin = [], compiler.cubin
 
@@ -126,6 +131,7 @@ def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts, monkeypat
         "max_batch_size": 6,
         "max_seq_len": 1024,
         "max_num_tokens": 1024,
+        "max_prompt_seconds": None,
         "kv_cache_config": {"max_tokens": 8192},
     }
     if drafts:
@@ -142,6 +148,8 @@ def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts, monkeypat
                 params = SamplingParams(max_tokens=40, n=n, temperature=temperature, seed=n, ignore_eos=True)
                 for prompt in (f"{n}: Sort 5, 3, 9.", f"{n}: " + "What is 123 + 456? " * 12):
                     own += [o.token_ids for o in llm.generate(prompt, params).outputs]
+                    while llm._engine.engine.has_work:
+                        time.sleep(0.001)
             if warm_up:
                 assert made and loaded[made:] == [] and len(runner.recorded.recordings) == recordings
                 assert llm.warm_up.bytes > 0 and llm.memory_use()["steps"] == llm.warm_up.bytes
