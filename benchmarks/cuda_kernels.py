@@ -363,7 +363,7 @@ def dry(rows: list[int]) -> Iterator[str]:
                 yield f"experts of {name}, {tokens} tokens: {blocks}, {blocks.shared} bytes of shared memory"
                 continue
             if few_tokens(tokens, 8, -(-inner // 128)):
-                first = matvec.choose_experts(inner // 8, 7168 // 128, max(2, round(each * count)))
+                first = matvec.choose_experts(inner // 8, 7168 // 128, max(2, round(each * count)), 8 * tokens)
                 assert first.shared * first.resident <= MAX_SHARED
                 yield f"experts of {name}, {tokens} tokens: {first}, {first.shared} bytes of shared memory"
                 continue

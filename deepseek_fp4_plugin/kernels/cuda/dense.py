@@ -121,7 +121,7 @@ def linear_pair(x: Tensor, first: PreparedWeight, second: PreparedWeight) -> tup
 class Cut(NamedTuple):
     """columns: of 8 rows.  groups: of 16 outputs a warp has.  warps: of a block, over inputs.  stages: in a warp's
     ring.  cluster: blocks that share inputs.  blocks: clusters of them.  ahead: stages whose activations are under
-    way."""
+    way.  pace: stages under way until the kernel before has ended; 0: all."""
 
     columns: int
     groups: int
@@ -130,6 +130,7 @@ class Cut(NamedTuple):
     cluster: int
     blocks: int
     ahead: int = 1
+    pace: int = 0
 
     @property
     def shared(self) -> int:
@@ -144,12 +145,12 @@ def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
     columns, sets, stages = (1 if rows <= 8 else 2), -(-out // 16), -(-row_bytes // 128)
     large = sets <= (2 * _MULTIPROCESSORS if columns > 1 or not fp8 else _MULTIPROCESSORS - 1)
     if large:
-        warps = next((w for w, least in ((16, 32), (6, 24), (8, 16), (4, 8)) if stages >= least), 2)
-        ring = 5 if warps == 16 else 4
+        warps = next((w for w, least in ((16, 32), (8, 16), (4, 8)) if stages >= least), 2)
+        ring = 5 if warps == 16 else 3 if stages == 24 else 4  # q_b of TP8: all of its weights are under way
     else:
-        warps = 8 if stages >= 48 else 4 if stages >= 12 else 2
-        ring = 3 if fp8 or warps == 8 else 6
-    ahead = 1 if columns > 1 or (fp8 and large) else 2 if fp8 else 4
+        warps = 8 if stages >= (48 if fp8 else 32) else 4 if stages >= 12 else 2
+        ring = 3 if fp8 or stages >= 48 else 6
+    ahead = 1 if columns > 1 or (fp8 and large) else 2 if fp8 else 3 if large and ring == 3 else 4
     cluster = 1
     if 2 * sets <= _MULTIPROCESSORS:  # blocks share inputs, too
         warps = min(warps, 8)
@@ -158,7 +159,10 @@ def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
     cut = Cut(columns, 1, warps, ring, cluster, 1, ahead)
     resident = min(MAX_SHARED // cut.shared, _REGISTERS // (32 * warps * (104 if fp8 else 88)))
     turns = -(-sets * cluster // (_MULTIPROCESSORS * resident))
-    return cut._replace(blocks=-(-sets // turns))
+    blocks = -(-sets // turns)
+    # What fills all multiprocessors' rings at once would keep the attention before it from its queries.
+    paced = not fp8 and not large and warps == 8 and ring == 6
+    return cut._replace(blocks=blocks, pace=int(paced))
 
 
 def launch(
@@ -183,6 +187,7 @@ def launch(
         ("GROUPS", cut.groups),
         ("STAGES", cut.stages),
         ("AHEAD", cut.ahead),
+        ("PACE", cut.pace),
         ("FP8", int(blocks is not None)),
         ("NORM", int(norm is not None)),
     )

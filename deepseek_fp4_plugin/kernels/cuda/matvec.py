@@ -52,14 +52,16 @@ def choose(groups: int, slabs: int, rows: int) -> Cut | None:
 
 
 @functools.cache
-def choose_experts(groups: int, slabs: int, choices: int) -> Cut:
-    """The cut for each of about so many choices by tiles of `groups` by `slabs`; its blocks are one choice's."""
+def choose_experts(groups: int, slabs: int, choices: int, most: int) -> Cut:
+    """The cut for each of about so many choices, `most` at most, by tiles of `groups` by `slabs`; its blocks are one
+    choice's."""
     each, warps = 1 if groups * choices <= _BLOCKS else 2, min(_WARPS, slabs)
     sets, cluster = -(-groups // each), 1
     while cluster < 4 and 2 * cluster * sets * choices <= _BLOCKS and 2 * cluster * warps <= slabs:
         cluster *= 2
     turns = min(_TURNS, max(1, round(sets * choices * cluster / _BLOCKS)))
-    return Cut(each, warps, 5 if each == 1 else 3, 4, 2, cluster, -(-sets // turns))
+    # Where more choices may be here than on average, there is room for them: a second turn would take as long again.
+    return Cut(each, warps, 3, 4, 3 if each == 1 and choices < most else 2, cluster, -(-sets // turns))
 
 
 def launch(

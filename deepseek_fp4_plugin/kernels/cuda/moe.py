@@ -60,13 +60,13 @@ def _few_tokens(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight
     # Of the choices as many as are here on average fill the multiprocessors; blocks of the others end at once.
     here = max(2, round(expected_rows(tokens, k, experts) * experts))
     h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
-    cut = matvec.choose_experts(tiles.groups, tiles.slabs, here)
+    cut = matvec.choose_experts(tiles.groups, tiles.slabs, here, ids.numel())
     matvec.launch(rounded_input(x, gate_up), tiles, 0, h, gate_up.out_features, True, cut, ids)
     h, tiles = rounded_input(h, down), down.data
     if tiles.slabs < _LONG_SLABS:
         return _down_and_sum(h, ids, weights, down)
     outputs = torch.empty(ids.numel(), down.out_features, dtype=torch.bfloat16, device=x.device)
-    cut = matvec.choose_experts(tiles.groups, tiles.slabs, here)
+    cut = matvec.choose_experts(tiles.groups, tiles.slabs, here, ids.numel())
     matvec.launch(h, tiles, 0, outputs, down.out_features, False, cut, ids)
     return combine(outputs, ids, weights)
 

@@ -9,6 +9,8 @@
 //
 // ROWS8: columns of 8 activation rows.  GROUPS: groups of 16 outputs a warp has.  STAGES: of 128 bytes a row.
 // AHEAD: stages whose activations are under way. What the ring holds when they come is multiplied as fast as they do.
+// PACE: stages of a ring under way at once before the kernel ahead has ended, so that what it reads need not queue behind
+// them; 0: all.
 // FP8: weights are E4M3 with FP32 scales of blocks.
 // NORM: activations are the RMSNorm of what is read, which every block makes of whole rows and keeps in shared memory.
 #include "device.cuh"
@@ -152,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
                     bool inside = at + step * 64 < row_bytes;
-                    copy_quad(to + (2 * i + step) * 512, inside ? from[i] + step * 64 : p.weights, inside);
+                    copy_quad_once(to + (2 * i + step) * 512, inside ? from[i] + step * 64 : p.weights, inside);
                 }
                 from[i] += ROW_BYTES;
             }
@@ -162,7 +164,10 @@ extern "C" __global__ void __launch_bounds__(512) dense_linear(const __grid_cons
         copies_commit();
     };
     aim();
-    for (int stage = 0; stage < STAGES; stage++) fill();
+    for (int stage = 0; stage < STAGES; stage++) {
+        fill();
+        if (PACE) copies_wait<PACE ? PACE - 1 : 0>();
+    }
     int normed_stride = p.width * 2 + 64;  // two rows meet different banks
     u32 normed = ring + ((warps - warp) * STAGES * STAGE_BYTES - lane * 16);
     if (NORM) {

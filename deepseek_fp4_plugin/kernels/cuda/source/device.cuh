@@ -61,12 +61,19 @@ __device__ inline void load_quad_if(Quad& q, const void* pointer, bool wanted) {
                  : "l"(pointer), "r"((u32)wanted));
 }
 
-// Weights: read once, so that they need not stay. Not `.nc`: such loads were moved behind a wait that follows them.
+// For what is read once: the first to leave the second cache, which so keeps what kernels leave for each other, and code.
+__device__ inline u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Weights. Not `.nc`: such loads were moved behind a wait that follows them.
 __device__ inline Quad load_weights(const void* pointer) {
     Quad q;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
                  : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
-                 : "l"(pointer));
+                 : "l"(pointer), "l"(read_once()));
     return q;
 }
 
@@ -122,13 +129,11 @@ __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 
                  : "memory");
 }
 
-// The same of what is read once: the first to leave the second cache.
+// The same of what is read once.
 __device__ inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrier) {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared),
-                 "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+                 "l"(global), "r"(bytes), "r"(barrier), "l"(read_once())
                  : "memory");
 }
 
@@ -137,9 +142,17 @@ __device__ inline void copy_quad(u32 shared, const void* global, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0) : "memory");
 }
 
-// The same for 4 bytes.
-__device__ inline void copy_word(u32 shared, const void* global, bool wanted) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 4 : 0) : "memory");
+// The same of what is read once, and for 4 bytes of it.
+__device__ inline void copy_quad_once(u32 shared, const void* global, bool wanted) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(wanted ? 16 : 0), "l"(read_once())
+                 : "memory");
+}
+
+__device__ inline void copy_word_once(u32 shared, const void* global, bool wanted) {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 4, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(wanted ? 4 : 0), "l"(read_once())
+                 : "memory");
 }
 
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -244,6 +257,12 @@ __device__ inline void mma(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) 
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }

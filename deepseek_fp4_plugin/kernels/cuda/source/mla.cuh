@@ -21,12 +21,6 @@ struct Parameters {
 
 constexpr int WIDTH = LATENT + ROPE;
 
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Four E4M3 values to BF16.
 __device__ inline void decode_fp8(u32 word, u32& low, u32& high) {
     u32 halves[2];

@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) nvfp4_exper
         barrier_fence();
         u32 bytes = groups * p.slabs * SLAB_BYTES;
         barrier_expect(barrier, bytes);
-        bulk_copy(weights, p.tiles + ((u64)expert * p.groups + first_group) * p.slabs * SLAB_BYTES, bytes, barrier);
+        bulk_copy_once(weights, p.tiles + ((u64)expert * p.groups + first_group) * p.slabs * SLAB_BYTES, bytes, barrier);
     }
     __syncwarp();
     float weight = 0.0f, scale[GROUPS][2] = {};

@@ -95,9 +95,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) nvfp4_matve
             for (int i = 0; i < GROUPS; i++) {
                 bool present = GROUPS == 1 || ask_group + i < p.groups;
                 const u8* at = present ? from + i * group_bytes : tiles;
-                copy_quad(to + i * SLAB_BYTES, at, present);
-                copy_quad(to + i * SLAB_BYTES + TILE_BYTES, at + TILE_BYTES, present);
-                copy_word(to + i * SLAB_BYTES + SCALES_OFFSET - lane * 12, at + SCALES_OFFSET - lane * 12, present);
+                copy_quad_once(to + i * SLAB_BYTES, at, present);
+                copy_quad_once(to + i * SLAB_BYTES + TILE_BYTES, at + TILE_BYTES, present);
+                copy_word_once(to + i * SLAB_BYTES + SCALES_OFFSET - lane * 12, at + SCALES_OFFSET - lane * 12, present);
             }
             from += SLAB_BYTES;
             if (++ask_slab == count) ask_slab = 0, ask_group += blocks * GROUPS, from += next_set;
