@@ -17,7 +17,12 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
 # Contexts, queries of each, heads, widths: by two kernels, several blocks of rows in the last case.
-ATTENTION = (((70, 300), 2, 16, 512, 64), ((640,), 4, 16, 128, 32), ((70, 520), 4, 20, 512, 64))
+ATTENTION = (
+    ((70, 300), 1, 16, 512, 64),
+    ((70, 300), 2, 16, 512, 64),
+    ((640,), 4, 16, 128, 32),
+    ((70, 520), 4, 20, 512, 64),
+)
 
 
 def prepared(*sizes: int, parts: int = 1) -> PreparedWeight:
@@ -96,6 +101,8 @@ def attention() -> None:
     q, angle = values(3, 4, 64), torch.randn(3, 16, device=DEVICE)
     q_latent, _ = ops.absorbed_queries(q[..., :32], q[..., 32:], kv_b, angle, angle)
     ops.values_from_latent(q_latent, kv_b, 48)
+    one = torch.tensor([[3, 0, 2]], device=DEVICE), torch.arange(2, device=DEVICE), torch.tensor([70], device=DEVICE)
+    ops.attended_values(q_latent[:1], q[:1, :, 32:], values(4, 32, 160), *one, 1, 90, 0.1, kv_b, 48)
     for dtype in (BF16, torch.float8_e4m3fn):
         cache, slots = torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE)
         latents = cache, slots, values(3, 160), values(128), 1e-6

@@ -23,6 +23,7 @@ __all__ = [
     "add",
     "add_rms_norm",
     "argmax",
+    "attended_values",
     "concat",
     "convert_weight",
     "cos_sin",
@@ -270,6 +271,28 @@ def absorb_and_store(
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """Attended latents [T, heads, latent] to values [T, heads, v], by each head's last `v` rows of kv_b."""
     return kv_b.backend.values_from_latent(attended, kv_b, v)
+
+
+def attended_values(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+    kv_b: PreparedWeight,
+    v: int,
+) -> Tensor | None:
+    """`values_from_latent` of the `absorbed_attention`: [T, heads, v]. None where one by one is as good."""
+    backend = select.kernels(q_latent.device, q_latent.dtype)
+    if kv_b.backend is not backend:
+        return None
+    return backend.attended_values(
+        q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale, kv_b, v
+    )
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:

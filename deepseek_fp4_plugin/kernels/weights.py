@@ -140,6 +140,22 @@ class Backend(Protocol):
 
     def values_from_latent(self, attended: Tensor, kv_b: PreparedWeight, v: int, /) -> Tensor: ...
 
+    def attended_values(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        max_query: int,
+        max_context: int,
+        scale: float,
+        kv_b: PreparedWeight,
+        v: int,
+        /,
+    ) -> Tensor | None: ...
+
     # By plain tensors.
     def plain_linear(self, x: Tensor, weight: Tensor, /) -> Tensor: ...
 

@@ -177,7 +177,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         assert batch.block_tables is not None and batch.query_start is not None and batch.context_lens is not None
         requests = batch.num_decode_requests
-        attended = ops.absorbed_attention(
+        arguments = (
             q_latent,
             q_rope,
             cache,
@@ -188,6 +188,11 @@ class MLA(nn.Module):
             batch.max_context,
             self.config.softmax_scale * cache_scale,
         )
+        if cache_scale == 1.0:
+            values = ops.attended_values(*arguments, self.kv_b_proj, self.config.v_head_dim)
+            if values is not None:
+                return values
+        attended = ops.absorbed_attention(*arguments)
         return ops.values_from_latent(_times(attended, cache_scale), self.kv_b_proj, self.config.v_head_dim)
 
 

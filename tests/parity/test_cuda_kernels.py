@@ -126,9 +126,9 @@ def test_dense_cuts():
         plain = WeightTensors(WeightFormat.PLAIN, torch.randn(out, width, device=DEVICE).to(BF16))
         plain_law = ops.prepare([plain], DEVICE, BF16, backend="reference")
         for groups, warps, cluster, turns in ((1, 2, 1, 1), (2, 4, 1, 2), (1, 16, 1, 3), (1, 8, 4, 1), (2, 8, 2, 1)):
-            for rows, ahead in ((1, 4), (3, 1), (8, 2), (9, 1), (16, 2)):
+            for rows, ahead, pace in ((1, 4, 0), (1, 4, 1), (3, 1, 2), (8, 2, 0), (9, 1, 0), (16, 2, 1)):
                 sets = -(-out // (16 * groups))
-                cut = dense.Cut(1 if rows <= 8 else 2, groups, warps, 4, cluster, -(-sets // turns), ahead)
+                cut = dense.Cut(1 if rows <= 8 else 2, groups, warps, 4, cluster, -(-sets // turns), ahead, pace)
                 x = poisoned(rows, width)
                 for data, expected in ((weight, ops.linear(x, law)), (plain.weight, ops.linear(x, plain_law))):
                     y = torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE)
@@ -320,6 +320,25 @@ def test_absorbed_attention(cache_dtype, queries, contexts, heads, latent, rope)
         for cut in cuts:
             own = attention.launch(*tensors, max_query, max_context, scale, attention.Cut(*cut))
             assert error(own, expected) <= 2 * TWO_STEPS, cut
+
+
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("context", "heads", "latent", "rope"),
+    [(1, 16, 512, 64), (1024, 16, 512, 64), (2100, 16, 512, 64), (320, 7, 128, 32), (700, 128, 512, 64)],
+)
+def test_values_of_parts_that_are_not_merged(cache_dtype, context, heads, latent, rope):
+    """The same bits as attention and values by themselves; parts are empty where a context is far below its bound."""
+    arguments, _ = attention_case(cache_dtype, (1,), (context,), heads, latent, rope)
+    *tensors, max_query, max_context, scale = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+    kv_b, _ = both([random_part(WeightFormat.PLAIN, heads * (24 + 40), latent)])
+    for bound in (max_context, 3 * max_context, 100 * max_context):
+        case = (*tensors, max_query, bound, scale)
+        values = ops.attended_values(*case, kv_b, 40)
+        assert values is not None
+        assert torch.equal(values, ops.values_from_latent(ops.absorbed_attention(*case), kv_b, 40)), bound
+    two = attention_case(cache_dtype, (1, 1), (context, context), heads, latent, rope)[0]
+    assert ops.attended_values(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in two), kv_b, 40) is None
 
 
 def test_norms_rotary_and_entries():

@@ -30,6 +30,7 @@ from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route, router
 from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
+from deepseek_fp4_plugin.kernels.reference.attention import attended_values
 from deepseek_fp4_plugin.kernels.reference.linear import linear_pair
 from deepseek_fp4_plugin.kernels.reference.routing import local_ids, prepare_router
 
@@ -43,6 +44,7 @@ __all__ = [
     "add",
     "add_rms_norm",
     "argmax",
+    "attended_values",
     "available",
     "concat",
     "convert_weight",

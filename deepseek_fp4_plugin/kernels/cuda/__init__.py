@@ -10,6 +10,7 @@ from deepseek_fp4_plugin.kernels.cuda.attention import (
     absorb_and_store,
     absorbed_attention,
     absorbed_queries,
+    attended_values,
     store_entries,
     values_from_latent,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "add",
     "add_rms_norm",
     "argmax",
+    "attended_values",
     "available",
     "concat",
     "convert_weight",

@@ -21,6 +21,7 @@ _ROWS = 64  # (query, head) of a block on Hopper's matrix unit
 _CHUNK_TIME, _MERGE_TIME = 2.2, 1.65e-3  # microseconds there, of a chunk and of a row of a part, measured on an H200
 _BLOCKS = 132  # as many splits as give every multiprocessor a block
 _FEW_TOKENS, _NOPE = 8, 256  # of the products by head; values that absorb takes
+_FEW_MERGED, _MOST_MERGED = 1, 32  # tokens, and parts of a context, that the launch of the values merges
 _LATENTS, _ROPES = (128, 256, 384, 512), (32, 64)
 
 
@@ -47,17 +48,55 @@ def absorbed_attention(
     together(q_latent, q_rope, cache, block_tables, query_start, context_lens)
     if not cache.is_contiguous():
         raise ValueError(f"one layer's latent cache must be contiguous; strides are {cache.stride()}")
-    return launch(
+    y = launch(
         _aligned(q_latent),
         _aligned(q_rope),
         cache,
-        block_tables if block_tables.stride(1) == 1 else block_tables.contiguous(),
+        _rows(block_tables),
         query_start.contiguous(),
         context_lens.contiguous(),
         max_query,
         max_context,
         scale,
     )
+    assert isinstance(y, Tensor)
+    return y
+
+
+def attended_values(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+    kv_b: PreparedWeight,
+    v: int,
+) -> Tensor | None:
+    """See kernels/ops.py: of one token the launch of the values merges the parts of its context."""
+    tokens = q_latent.shape[0]
+    few = kv_b.format is not WeightFormat.NVFP4 and tokens <= _FEW_MERGED and _few(q_latent, kv_b)
+    if not few or not _served(q_latent, q_rope, cache):
+        return None
+    together(q_latent, q_rope, cache, block_tables, query_start, context_lens, kv_b.data.values)
+    rest = query_start.contiguous(), context_lens.contiguous(), max_query, max_context, scale
+    attended = launch(_aligned(q_latent), _aligned(q_rope), cache, _rows(block_tables), *rest, merge=False)
+    if isinstance(attended, Tensor):
+        return _values(attended, kv_b, v)
+    return _merged_values(*attended, tokens, kv_b, v)
+
+
+def _served(q_latent: Tensor, q_rope: Tensor, cache: Tensor) -> bool:
+    """Whether there is a kernel for these widths."""
+    widths = q_latent.shape[2] in _LATENTS and q_rope.shape[2] in _ROPES
+    return widths and cache.dtype in (torch.bfloat16, torch.float8_e4m3fn) and cache.is_contiguous()
+
+
+def _rows(tables: Tensor) -> Tensor:
+    return tables if tables.stride(1) == 1 else tables.contiguous()
 
 
 class Cut(NamedTuple):
@@ -93,8 +132,11 @@ def launch(
     max_context: int,
     scale: float,
     cut: Cut | None = None,
-) -> Tensor:
-    """The kernels on checked tensors; cut: of each context, or by the bounds."""
+    merge: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The kernels on checked tensors; cut: of each context, or by the bounds.  merge: False leaves few parts
+    of a context as they are, with the logarithms of their sums.
+    """
     (tokens, heads, latent), rope, requests = q_latent.shape, q_rope.shape[2], contexts.shape[0]
     y = torch.empty(tokens, heads, latent, dtype=torch.bfloat16, device=q_latent.device)
     if not (tokens and requests):
@@ -104,7 +146,8 @@ def launch(
     chunks, blocks = -(-max_context // _CHUNK), -(-max_query * heads // (16 * tiles))
     wide_blocks = -(-max_query * heads // _ROWS)
     if cut is None:
-        wide = on_matrix_unit(latent, rope, index)
+        small = max_query * heads <= 16 and requests * chunks <= _BLOCKS  # blocks that begin beside other kernels'
+        wide = on_matrix_unit(latent, rope, index) and not small
         cut = choose_wide(chunks, requests * wide_blocks, tokens * heads) if wide else choose(chunks, requests * blocks)
     splits, cluster, wide = cut
     merged = splits // cluster
@@ -137,9 +180,11 @@ def launch(
         defines = (*widths, ("TILES", tiles), ("FP8", int(fp8)), ("CLUSTER", cluster))
         own = kernel("mla_decode.cu", "mla_decode", _LAYOUT, defines, index)
         own(grid, 256, _shared(latent + rope, tiles, fp8), *arguments, cluster=cluster)
+    if merged > 1 and not merge and merged <= _MOST_MERGED:
+        return parts, sums
     if merged > 1:
-        merge = kernel("mla_merge.cu", "mla_merge", _LAYOUT, (*widths, ("CLUSTER", cluster)), index)
-        merge((tokens * heads, 1, 1), latent, 0, *arguments)
+        whole = kernel("mla_merge.cu", "mla_merge", _LAYOUT, (*widths, ("CLUSTER", cluster)), index)
+        whole((tokens * heads, 1, 1), latent, 0, *arguments)
     return y
 
 
@@ -310,6 +355,27 @@ def _values(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
         kv_b.data.values.data_ptr(),
         y.data_ptr(),
         tokens,
+        heads,
+        kv_b.out_features // heads,
+        v,
+        latent,
+    )
+    return y
+
+
+def _merged_values(parts: Tensor, sums: Tensor, tokens: int, kv_b: PreparedWeight, v: int) -> Tensor:
+    splits, rows, latent = parts.shape
+    heads = rows // tokens
+    y = torch.empty(tokens, heads, v, dtype=torch.bfloat16, device=parts.device)
+    kernel("per_head.cu", "merged_values", "4P5i", (), y.device.index)(
+        (-(-v // 16), heads, tokens),
+        256,
+        0,
+        parts.data_ptr(),
+        sums.data_ptr(),
+        kv_b.data.values.data_ptr(),
+        y.data_ptr(),
+        splits,
         heads,
         kv_b.out_features // heads,
         v,

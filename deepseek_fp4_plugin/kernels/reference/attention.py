@@ -68,6 +68,22 @@ def absorbed_queries(
     return absorb(q_nope, kv_b), rotary(q_rope, cos, sin)
 
 
+def attended_values(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query: int,
+    max_context: int,
+    scale: float,
+    kv_b: PreparedWeight,
+    v: int,
+) -> None:
+    """One after the other."""
+
+
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """Attended latents [T, heads, latent] to values [T, heads, v], by each head's last `v` rows of kv_b."""
     w_uv = _by_head(kv_b, attended.shape[1])[:, -v:]

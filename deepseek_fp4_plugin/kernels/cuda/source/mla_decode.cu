@@ -87,13 +87,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
     for (int i = threadIdx.x; i < 16 * TILES * (WIDTH / 8); i += 32 * WARPS) {
         int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8, token = start + (first_row + row) / p.heads;
         int head = (first_row + row) % p.heads;
-        Quad q = {0, 0, 0, 0};
-        if (row < rows)
-            q = load_quad(column < LATENT
-                              ? p.q_latent + (long long)token * p.latent_token + head * p.latent_head + column
-                              : p.q_rope + (long long)token * p.rope_token + head * p.rope_head + column - LATENT);
-        *(Quad*)(queries + row * STRIDE + column * 2) = q;
+        const u16* from = column < LATENT ? p.q_latent + (long long)token * p.latent_token + head * p.latent_head + column
+                                          : p.q_rope + (long long)token * p.rope_token + head * p.rope_head + column - LATENT;
+        copy_quad(shared_address(queries + row * STRIDE + column * 2), row < rows ? from : p.q_latent, row < rows);
     }
+    copies_commit();  // all on their way together
     int limit[TILES][2];  // entries that a lane's rows see
     float largest[TILES][2], total[TILES][2] = {}, acc[TILES][COLUMNS / 8][4] = {};
 #pragma unroll
@@ -103,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid
             limit[t][half] = context - length + (first_row + t * 16 + half * 8 + g) / p.heads + 1;
             largest[t][half] = NOTHING;
         }
+    copies_wait<0>();
     __syncthreads();
 
     for (int chunk = begin; chunk < end; chunk++) {

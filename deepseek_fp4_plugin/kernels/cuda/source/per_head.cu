@@ -168,3 +168,77 @@ extern "C" __global__ void __launch_bounds__(256) values(const __grid_constant__
         }
     }
 }
+
+struct MergedParameters {
+    const float* parts;  // [splits][tokens * heads][latent], of a context's attention
+    const float* sums;   // [splits][tokens * heads], base-2 logarithm of each part's sum of exponentials
+    const u16* weight;   // [heads][rows][latent], of which the last `outputs` rows
+    u16* y;              // [tokens][heads][outputs]
+    int splits, heads, rows, outputs, latent;  // splits at most 32, latent at most 512
+};
+
+// The same of attention over the parts of a context, merged and rounded as `mla_merge` does. A block has 16 outputs of a
+// head of a token.
+extern "C" __global__ void __launch_bounds__(256) merged_values(const __grid_constant__ MergedParameters p) {
+    constexpr int OUTPUTS = 2, QUADS = 2, AT_ONCE = 16, MERGERS = 4;
+    __shared__ __align__(16) u32 merged[256];
+    int lane = threadIdx.x & 31, head = (int)blockIdx.y, token = (int)blockIdx.z;
+    int first = ((int)blockIdx.x * 8 + (int)(threadIdx.x >> 5)) * OUTPUTS, column = 2 * (int)threadIdx.x;
+    const u16* weight = p.weight + ((u64)head * p.rows + p.rows - p.outputs + first) * p.latent + lane * 8;
+    Quad held[OUTPUTS][QUADS] = {};
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+            if (first + o < p.outputs && lane * 8 + 256 * i < p.latent)
+                held[o][i] = load_weights(weight + (u64)o * p.latent + 256 * i);
+    let_next_kernel_begin();
+    wait_for_kernels_before();
+    int row = token * p.heads + head, all = (int)gridDim.z * p.heads;
+    float share = lane < p.splits ? p.sums[lane * all + row] : NOTHING, most = share;
+    float sums[MERGERS][2] = {};
+    const float* part = p.parts + (u64)row * p.latent + column;
+    for (int begin = 0; begin < p.splits; begin += AT_ONCE) {
+        uint2 values[AT_ONCE] = {};
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (begin + i < p.splits && column < p.latent) values[i] = *(const uint2*)(part + (u64)(begin + i) * all * p.latent);
+        if (begin == 0) {
+#pragma unroll
+            for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+            share = exp2_fast(share - most);
+            float total = share;
+#pragma unroll
+            for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
+            share /= total;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            float factor = __shfl_sync(~0u, share, (begin + i) & 31);
+            if (begin + i >= p.splits || !(factor > 0.0f)) continue;  // an empty part was not written
+            sums[i % MERGERS][0] += factor * __uint_as_float(values[i].x);
+            sums[i % MERGERS][1] += factor * __uint_as_float(values[i].y);
+        }
+    }
+    float low = 0.0f, high = 0.0f;
+#pragma unroll
+    for (int m = 0; m < MERGERS; m++) low += sums[m][0], high += sums[m][1];
+    merged[threadIdx.x] = pack_bf16(low, high);
+    __syncthreads();
+    float sum[OUTPUTS] = {};
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) {
+        if (lane * 8 + 256 * i >= p.latent) continue;
+        Quad q = shared_quad(shared_address(merged) + lane * 16 + 512 * i);
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+            for (int n = 0; n < 8; n++) sum[o] += value(held[o][i], n) * value(q, n);
+    }
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++) {
+#pragma unroll
+        for (int step = 16; step; step >>= 1) sum[o] += __shfl_xor_sync(~0u, sum[o], step);
+        if (lane == 0 && first + o < p.outputs) p.y[(u64)row * p.outputs + first + o] = to_bf16(sum[o]);
+    }
+}
