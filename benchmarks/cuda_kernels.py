@@ -271,9 +271,12 @@ def experts_of_rank(bench: Bench, rows: list[int], name: str, count: int, inner:
     slots, shape = torch.where(here < count, here, -1), f"{name}: {count} of {total}, {inner} x {hidden}"
 
     def routed(x: Tensor, router: PreparedRouter) -> Tensor:
-        ids, own = ops.router(x, router, *routing)
         if count < total:
-            ids = ops.local_ids(ids, slots)
+            found = ops.placed_router(x, router, slots, *routing)
+            assert found
+            _, own, ids = found
+        else:
+            ids, own = ops.router(x, router, *routing)
         return ops.experts_mlp(x, ids, own, gate_up, down)
 
     for tokens in rows:

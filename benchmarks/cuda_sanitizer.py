@@ -117,6 +117,9 @@ def small() -> None:
         for rows in (3, 40, 70, 600):
             ids, _ = ops.router(values(rows, 256), router, 4, 8, 4, True, 1.0)
             ops.local_ids(ids, torch.arange(32, device=DEVICE))
+            ops.placed_router(values(rows, 256), router, torch.arange(32, device=DEVICE), 4, 8, 4, True, 1.0)
+    for rows in (1, 3):
+        ops.add_rms_norm(*(values(rows, 7168) for _ in range(2)), values(7168), 1e-6, values(rows, 7168))
     ops.rotary(values(3, 4, 32), angle, angle)
     for dtype in (BF16, torch.float8_e4m3fn):
         cache, slots = torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE)

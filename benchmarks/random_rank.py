@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.random_weights import RandomWeights
@@ -29,6 +30,11 @@ class Absent(Separate):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, hidden, weight, eps, other)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         sizes = [x.shape[0]] * self.size if sizes is None else list(sizes)

@@ -69,8 +69,10 @@ class Switched:
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         return self._inner.broadcast(x, source)
 
-    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        return self._inner.sum_and_norm(x, hidden, weight, eps)
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        return self._inner.sum_and_norm(x, hidden, weight, eps, other)
 
 
 def recorded(rank: Rank, cell: Cell) -> tuple[ModelRunner, StepPlan]:

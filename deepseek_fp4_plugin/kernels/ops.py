@@ -36,6 +36,7 @@ __all__ = [
     "linear_pair",
     "local_ids",
     "norm_linear",
+    "placed_router",
     "plain_linear",
     "prepare",
     "prepare_router",
@@ -136,9 +137,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return select.kernels(x.device, x.dtype).rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, hidden: [T, n].  weight: [n].  Returns hidden + x and its norm, each as `add` and `rms_norm` give it."""
-    return select.kernels(x.device, x.dtype).add_rms_norm(x, hidden, weight, eps)
+def add_rms_norm(
+    x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, hidden: [T, n].  weight: [n].  other: [T, n], added to x before.
+
+    Returns hidden + x and its norm, each as `add` and `rms_norm` give it.
+    """
+    return select.kernels(x.device, x.dtype).add_rms_norm(x, hidden, weight, eps, other)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -197,6 +203,21 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """Choose k experts of each token: `route` of x [T, hidden] by the router's weight, products and sums in FP32."""
     return weight.backend.router(x, weight.data, weight.bias, k, n_group, topk_group, normalize, scaling)
+
+
+def placed_router(
+    x: Tensor,
+    weight: PreparedRouter,
+    slots: Tensor,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`router`, and the `local_ids` of what it chose: ids, weights, places. None where one by one is as good."""
+    choice = k, n_group, topk_group, normalize, scaling
+    return weight.backend.placed_router(x, weight.data, weight.bias, slots, *choice)
 
 
 def route(

@@ -161,7 +161,9 @@ class Backend(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, /) -> Tensor: ...
 
-    def add_rms_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, /) -> tuple[Tensor, Tensor]: ...
+    def add_rms_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]: ...
 
     def add(self, x: Tensor, y: Tensor, /) -> Tensor: ...
 
@@ -182,6 +184,20 @@ class Backend(Protocol):
     def local_ids(self, ids: Tensor, slots: Tensor, /) -> Tensor: ...
 
     def prepare_router(self, weight: Tensor, /) -> Any: ...
+
+    def placed_router(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor,
+        slots: Tensor,
+        k: int,
+        n_group: int,
+        topk_group: int,
+        normalize: bool,
+        scaling: float,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
 
     def router(
         self,

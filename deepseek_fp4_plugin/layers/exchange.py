@@ -15,13 +15,17 @@ def all_reduce(group: Group, x: Tensor) -> Tensor:
     return x if group.size == 1 else cut(lambda y: (group.all_reduce(y),), x)[0]
 
 
-def sum_and_norm(group: Group, x: Tensor, hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """hidden plus the sum of all ranks' x, and the norm of that."""
-    if group.size > 1:
-        both = group.sum_and_norm(x, hidden, norm.weight, norm.eps)
-        if both is not None:
-            return both
-    return ops.add_rms_norm(all_reduce(group, x), hidden, norm.weight, norm.eps)
+def sum_and_norm(
+    group: Group, x: Tensor, hidden: Tensor, norm: RMSNorm, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """hidden plus the sum of all ranks' x, and the norm of that.  other: what is added to this rank's x before."""
+    if group.size == 1:
+        return ops.add_rms_norm(x, hidden, norm.weight, norm.eps, other)
+    both = group.sum_and_norm(x, hidden, norm.weight, norm.eps, other)
+    if both is not None:
+        return both
+    own = x if other is None else ops.add(x, other)
+    return ops.add_rms_norm(all_reduce(group, own), hidden, norm.weight, norm.eps)
 
 
 def all_gather(group: Group, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:

@@ -35,9 +35,17 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden] to expert ids int64 [T, k] and weights FP32 [T, k]."""
+        return ops.router(x, self.weight, *self._choice)
+
+    def placed(self, x: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same, and the ids' slots where the choice finds them, too."""
+        found = None if slots is None else ops.placed_router(x, self.weight, slots, *self._choice)
+        return found or (*self(x), None)
+
+    @property
+    def _choice(self) -> tuple[int, int, int, bool, float]:
         c = self.config
-        groups = c.n_group, c.topk_group
-        return ops.router(x, self.weight, c.num_experts_per_tok, *groups, c.norm_topk_prob, c.routed_scaling_factor)
+        return c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor
 
 
 class RoutedExperts(nn.Module):
@@ -63,8 +71,18 @@ class RoutedExperts(nn.Module):
         )
         self.down = source.experts(self.name, ("down_proj",), self.local, total, (hidden, inner), Cut(IN, shard))
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if len(self.local) < self.config.n_routed_experts or self.replicas is not None:
+    def table(self, device: torch.device) -> Tensor | None:
+        """The slots that ids become; None where all experts are here, or replicas take turns."""
+        if len(self.local) == self.config.n_routed_experts or self.replicas is not None:
+            return None
+        self.slots = self.slots.to(device)
+        return self.slots
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
+        """places: the ids' slots, where the router has found them."""
+        if places is not None:
+            ids = places
+        elif len(self.local) < self.config.n_routed_experts or self.replicas is not None:
             (ids,) = cut(self._slots, ids)
         return ops.experts_mlp(x, ids, weights, self.gate_up, self.down, self.observer)
 
@@ -104,23 +122,28 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, dp_tokens: tuple[int, ...] | None = None) -> Tensor:
         """[T, hidden] to [T, hidden].  dp_tokens: see ForwardBatch. Ranks without a token take part."""
+        routed, shared = self.parts(x, dp_tokens)
+        return routed if shared is None else ops.add(routed, shared)
+
+    def parts(self, x: Tensor, dp_tokens: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor | None]:
+        """The routed experts' sum and the shared expert's output, to be added."""
         group = self.mesh.dp_group
         if group.size > 1 and dp_tokens is None:
             raise ValueError("attention data parallelism needs every rank's token count in the batch's dp_tokens")
         if not self.shared_experts:
-            return self._routed(x, dp_tokens)
+            return self._routed(x, dp_tokens), None
         shared = self.shared_experts
         if x.shape[0] > _BESIDE:
-            return ops.add(self._routed(x, dp_tokens), shared(x))
-        return ops.add(*beside(x.device, lambda: self._routed(x, dp_tokens), lambda: shared(x)))
+            return self._routed(x, dp_tokens), shared(x)
+        return beside(x.device, lambda: self._routed(x, dp_tokens), lambda: shared(x))
 
     def _routed(self, x: Tensor, dp_tokens: tuple[int, ...] | None) -> Tensor:
         group = self.mesh.dp_group
         tokens = all_gather(group, x, dp_tokens)
-        ids, weights = self.gate(tokens)
+        ids, weights, places = self.gate.placed(tokens, self.experts.table(x.device))
         if self.load_count is not None:
             cut(self._count, ids)
-        return reduce_scatter(group, self.experts(tokens, ids, weights), dp_tokens)
+        return reduce_scatter(group, self.experts(tokens, ids, weights, places), dp_tokens)
 
     def _count(self, ids: Tensor) -> tuple[()]:
         assert self.load_count is not None

@@ -61,7 +61,8 @@ class DeepseekV3DecoderLayer(nn.Module):
         hidden, and this layer's norm of it: [T, hidden].  Returns the same of the next.
         """
         hidden, normed = self._attend(hidden, normed, cos, sin, batch, cache)
-        return sum_and_norm(self.mesh.tp_group, self._compute(normed, batch), hidden, norm)
+        partial, other = self._parts(normed, batch)
+        return sum_and_norm(self.mesh.tp_group, partial, hidden, norm, other)
 
     def _attend(
         self, hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None
@@ -69,9 +70,10 @@ class DeepseekV3DecoderLayer(nn.Module):
         partial = self.self_attn(normed, cos, sin, batch, cache)
         return sum_and_norm(self.mesh.tp_group, partial, hidden, self.post_attention_layernorm)
 
-    def _compute(self, normed: Tensor, batch: ForwardBatch) -> Tensor:
+    def _parts(self, normed: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """The MLP's or the experts' output, or two of which it is the sum."""
         mlp = self.mlp
-        return mlp(normed, batch.dp_tokens) if isinstance(mlp, MoE) else mlp(normed)
+        return mlp.parts(normed, batch.dp_tokens) if isinstance(mlp, MoE) else (mlp(normed), None)
 
     def attention(self, normed: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: Tensor | None) -> Tensor:
         """The attention block's whole output."""
@@ -79,7 +81,8 @@ class DeepseekV3DecoderLayer(nn.Module):
 
     def feed_forward(self, normed: Tensor, batch: ForwardBatch) -> Tensor:
         """The MLP's or the experts' whole output."""
-        return all_reduce(self.mesh.tp_group, self._compute(normed, batch))
+        partial, other = self._parts(normed, batch)
+        return all_reduce(self.mesh.tp_group, partial if other is None else ops.add(partial, other))
 
 
 class RotaryAngles(nn.Module):

@@ -44,8 +44,11 @@ class Group(Protocol):
         """This rank's rows, [sizes[rank], ...], of the sum of all ranks' x [sum of sizes, ...]."""
         ...
 
-    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        """hidden plus the sum of all ranks' x, and its RMSNorm, both [T, n], where that is one exchange; else None."""
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """hidden plus the sum of all ranks' x, and its RMSNorm, both [T, n], where that is one exchange; else None.
+        other: [T, n], added to this rank's x before."""
         ...
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
@@ -56,7 +59,9 @@ class Group(Protocol):
 class Separate:
     """A norm behind a sum is a step of its own."""
 
-    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         return None
 
 
@@ -182,8 +187,10 @@ class Counting:
         self._count("reduce_scatter", x)
         return self.inner.reduce_scatter(x, sizes)
 
-    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        both = self.inner.sum_and_norm(x, hidden, weight, eps)
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        both = self.inner.sum_and_norm(x, hidden, weight, eps, other)
         if both is not None:
             self._count("all_reduce", x)
         return both

@@ -45,10 +45,12 @@ class PeerGroup(ProcessGroup):
             return self.exchange.reduce_scatter(x, sizes)
         return super().reduce_scatter(x, sizes)
 
-    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         fits = x.dtype is hidden.dtype is weight.dtype is torch.bfloat16 and x.shape[1] <= LONGEST_ROW
         if fits and x.shape[1] % 8 == 0 and 0 < x.numel() * 2 <= SMALL_NORM:
-            return self.exchange.sum_and_norm(x, hidden, weight, eps)
+            return self.exchange.sum_and_norm(x, hidden, weight, eps, other)
         return None
 
     def _small(self, x: Tensor, sizes: Sequence[int]) -> bool:

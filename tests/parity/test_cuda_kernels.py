@@ -349,6 +349,10 @@ def test_norms_rotary_and_entries():
         assert torch.equal(ops.add(x, hidden), x + hidden)
         y, normed = ops.add_rms_norm(x, hidden, weight, 1e-6)
         assert torch.equal(y, hidden + x) and error(normed, reference.rms_norm(y, weight, 1e-6)) <= TWO_STEPS
+        other = torch.randn(rows, n, device=DEVICE).to(BF16)
+        sums = ops.add_rms_norm(x, hidden, weight, 1e-6, other)
+        for own, expected in zip(sums, ops.add_rms_norm(x + other, hidden, weight, 1e-6), strict=True):
+            assert torch.equal(own, expected)
     for tokens, heads, d in ((0, 3, 8), (1, 16, 64), (7, 128, 64), (5, 3, 10)):
         q, angle = torch.randn(tokens, heads, d + 24, device=DEVICE).to(BF16)[..., 24:], torch.randn(tokens, d // 2)
         cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)

@@ -36,7 +36,7 @@ def test_router(experts, k, n_group, topk_group):
     shapes = (0, 64), (1, 7168), (4, 9000), (5, 256), (16, 9000), (70, 64), (513, 72), (700, 7168), (64, 7168)
     for tokens, hidden in shapes:
         x, weight = torch.randn(tokens, hidden, device=DEVICE).to(BF16), torch.randn(experts, hidden, device=DEVICE)
-        bias = torch.randn(experts, device=DEVICE) * 0.1
+        bias, slots = torch.randn(experts, device=DEVICE) * 0.1, torch.randint(-1, 99, (experts,), device=DEVICE)
         for parts, values in ((3, weight), (1, weight.bfloat16().float())):
             values = values / 2 ** round(math.log2(hidden) / 2)
             ours = ops.prepare_router(values, bias, BF16)
@@ -55,7 +55,8 @@ def test_router(experts, k, n_group, topk_group):
                 assert error(chosen[kept], best[kept]) <= 1e-5
                 assert torch.equal(ids.sort(-1).values[clear], expected_ids.sort(-1).values[clear])
                 assert error(weights.sort(-1).values[clear], expected.sort(-1).values[clear]) <= 1e-5
-        slots = torch.randint(-1, 99, (experts,), device=DEVICE)
+            placed = ops.placed_router(x, ours, slots, k, n_group, topk_group, True, 2.5)
+            assert all(map(torch.equal, placed, (ids, weights, slots[ids])))
         for normalize in (True, False):
             ids, weights = ops.route(logits, bias, k, n_group, topk_group, normalize, 2.5)
             expected_ids, expected = reference.route(logits, bias, k, n_group, topk_group, normalize, 2.5)

@@ -32,7 +32,7 @@ from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
 from deepseek_fp4_plugin.kernels.reference.attention import attended_values
 from deepseek_fp4_plugin.kernels.reference.linear import linear_pair
-from deepseek_fp4_plugin.kernels.reference.routing import local_ids, prepare_router
+from deepseek_fp4_plugin.kernels.reference.routing import local_ids, placed_router, prepare_router
 
 __all__ = [
     "NOT_BUILT",
@@ -60,6 +60,7 @@ __all__ = [
     "norm_linear",
     "path",
     "paths",
+    "placed_router",
     "plain_linear",
     "prepare",
     "prepare_router",

@@ -28,7 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See kernels/reference/norm.py; BF16."""
-    y = add(hidden, x)
+    y = add(hidden, x if other is None else add(x, other))
     return y, rms_norm(y, weight, eps)

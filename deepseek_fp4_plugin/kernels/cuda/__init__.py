@@ -20,7 +20,7 @@ from deepseek_fp4_plugin.kernels.cuda.linear import linear, linear_pair, norm_li
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm, store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import cos_sin, rotary
-from deepseek_fp4_plugin.kernels.cuda.routing import local_ids, prepare_router, route, router
+from deepseek_fp4_plugin.kernels.cuda.routing import local_ids, placed_router, prepare_router, route, router
 from deepseek_fp4_plugin.kernels.cuda.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded import expanded_attention
 from deepseek_fp4_plugin.kernels.reference import (
@@ -54,6 +54,7 @@ __all__ = [
     "linear_pair",
     "local_ids",
     "norm_linear",
+    "placed_router",
     "plain_linear",
     "prepare",
     "prepare_router",

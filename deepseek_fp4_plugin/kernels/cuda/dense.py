@@ -160,8 +160,8 @@ def geometry(out: int, row_bytes: int, rows: int, fp8: bool = False) -> Cut:
     resident = min(MAX_SHARED // cut.shared, _REGISTERS // (32 * warps * (104 if fp8 else 88)))
     turns = -(-sets * cluster // (_MULTIPROCESSORS * resident))
     blocks = -(-sets // turns)
-    # What fills all multiprocessors' rings at once would keep the attention before it from its queries.
-    paced = not fp8 and not large and warps == 8 and ring == 6
+    # What fills all multiprocessors' rings at once would keep the kernels before from what they read.
+    paced = not fp8 and columns == 1 and ring > 4 and warps >= 8 and blocks >= _MULTIPROCESSORS
     return cut._replace(blocks=blocks, pace=int(paced))
 
 

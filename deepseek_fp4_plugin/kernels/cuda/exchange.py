@@ -88,9 +88,12 @@ class Exchange:
         self._exchange(x, y, first, counts, [0] * self.ranks, mine, True)
         return y
 
-    def sum_and_norm(self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """hidden plus the ranks' sum of x, and its RMSNorm; BF16 rows of at most LONGEST_ROW, SMALL_NORM in all."""
-        return sum_and_norm(x, hidden, weight, eps, self._mail)
+    def sum_and_norm(
+        self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden plus the ranks' sum of x, and its RMSNorm; BF16 rows of at most LONGEST_ROW, SMALL_NORM in all.
+        other: what is added to this rank's x before."""
+        return sum_and_norm(x, hidden, weight, eps, other, self._mail)
 
     def _exchange(
         self, x: Tensor, y: Tensor, first: list[int], count: list[int], to: list[int], size: list[int], add: bool
@@ -134,20 +137,26 @@ class Exchange:
 
 
 def sum_and_norm(
-    x: Tensor, hidden: Tensor, weight: Tensor, eps: float, mail: Sequence[int] = (0,) * (MOST_RANKS + 1) + (1, 0, 0)
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    eps: float,
+    other: Tensor | None = None,
+    mail: Sequence[int] = (0,) * (MOST_RANKS + 1) + (1, 0, 0),
 ) -> tuple[Tensor, Tensor]:
     """See Exchange.sum_and_norm; one rank by itself without `mail`."""
-    x, hidden = _aligned(x), _aligned(hidden)
+    x, hidden, other = _aligned(x), _aligned(hidden), None if other is None else _aligned(other)
     pieces = x.shape[1] * x.dtype.itemsize // _PIECE
     cluster = -(-pieces // _THREADS)
     threads = -(-pieces // cluster // 32) * 32
     y, normed = torch.empty_like(x), torch.empty_like(x)
-    kernel("exchange.cu", "sum_norm", f"{_MAILBOXES}5Pif", (), x.device.index)(
+    kernel("exchange.cu", "sum_norm", f"{_MAILBOXES}6Pif", (), x.device.index)(
         (cluster * x.shape[0], 1, 1),
         threads,
         0,
         *mail,
         x.data_ptr(),
+        0 if other is None else other.data_ptr(),
         hidden.data_ptr(),
         weight.data_ptr(),
         y.data_ptr(),

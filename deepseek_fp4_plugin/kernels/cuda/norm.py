@@ -48,12 +48,15 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See kernels/reference/norm.py; a launch for both."""
-    if not (_readable(x, weight) and _readable(hidden, weight)) or x.shape[1] > LONGEST_ROW:
-        return reference.add_rms_norm(x, hidden, weight, eps)
-    together(x, hidden, weight)
-    return sum_and_norm(x, hidden, weight, eps)
+def add_rms_norm(
+    x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See kernels/reference/norm.py; a launch for all."""
+    rows = [x, hidden] if other is None else [x, hidden, other]
+    if not all(_readable(row, weight) for row in rows) or x.shape[1] > LONGEST_ROW:
+        return reference.add_rms_norm(x, hidden, weight, eps, other)
+    together(weight, *rows)
+    return sum_and_norm(x, hidden, weight, eps, other)
 
 
 def latent_entries(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:

@@ -54,18 +54,53 @@ def router(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """See kernels/reference/routing.py. Products are exact and summed in FP32."""
+    ids, weights, _ = _router(x, weight, bias, None, Choice(k, n_group, topk_group, normalize, scaling))
+    return ids, weights
+
+
+def placed_router(
+    x: Tensor,
+    weight: RouterWeight,
+    bias: Tensor,
+    slots: Tensor,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See kernels/ops.py; of few tokens in the launch that chooses."""
+    return _router(x, weight, bias, slots.contiguous(), Choice(k, n_group, topk_group, normalize, scaling))
+
+
+def _router(
+    x: Tensor, weight: RouterWeight, bias: Tensor, slots: Tensor | None, choice: Choice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, weights, and the ids' slots, or the ids again."""
+    if 0 < x.shape[0] <= _FEW_ROWS and _aligned(x) and _chooses(weight.parts.shape[1], choice.k, choice.n_group):
+        return _few(x, weight, bias, slots, choice)
+    ids, weights = _many(x, weight, bias, choice)
+    return ids, weights, ids if slots is None else local_ids(ids, slots)
+
+
+def _many(x: Tensor, weight: RouterWeight, bias: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Scores, and a launch that chooses by them."""
     tokens, experts = x.shape[0], weight.parts.shape[1]
-    if not (0 < tokens <= _SOME_ROWS and _aligned(x) and _chooses(experts, k, n_group)):
-        return route(scores(x, weight), bias, k, n_group, topk_group, normalize, scaling)
-    if tokens > _FEW_ROWS:
-        if len(weight.parts) > 1 or experts % _SQUARE:
-            return route(scores(x, weight), bias, k, n_group, topk_group, normalize, scaling)
-        choice, threads = Choice(k, n_group, topk_group, normalize, scaling), 32 * _slots(experts)[0][1]
-        return _choose("route_slices", tokens, threads, _sliced_scores(x, weight), bias, choice)
-    together(x, weight.parts, bias)
-    bias, (ids, weights) = bias.contiguous(), _chosen(tokens, k, x.device)
-    n, _, width = weight.parts.shape
-    kernel("router.cu", "router", "3P5i3P4if", _slots(experts), x.device.index)(
+    some = 0 < tokens <= _SOME_ROWS and _aligned(x) and _chooses(experts, choice.k, choice.n_group)
+    if not some or len(weight.parts) > 1 or experts % _SQUARE:
+        return route(scores(x, weight), bias, *choice)
+    return _choose("route_slices", tokens, 32 * _slots(experts)[0][1], _sliced_scores(x, weight), bias, choice)
+
+
+def _few(
+    x: Tensor, weight: RouterWeight, bias: Tensor, slots: Tensor | None, choice: Choice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of it in one launch."""
+    together(x, weight.parts, bias, *(() if slots is None else (slots,)))
+    tokens, (n, experts, width) = x.shape[0], weight.parts.shape
+    bias, (ids, weights) = bias.contiguous(), _chosen(tokens, choice.k, x.device)
+    places = ids if slots is None else torch.empty_like(ids)
+    kernel("router.cu", "router", "3P5i5P4if", _slots(experts), x.device.index)(
         (experts, 1, 1),
         256,
         0,
@@ -80,13 +115,14 @@ def router(
         ids.data_ptr(),
         weights.data_ptr(),
         bias.data_ptr(),
-        k,
-        n_group,
-        topk_group,
-        int(normalize),
-        scaling,
+        *((0, 0) if slots is None else (slots.data_ptr(), places.data_ptr())),
+        choice.k,
+        choice.n_group,
+        choice.topk_group,
+        int(choice.normalize),
+        choice.scaling,
     )
-    return ids, weights
+    return ids, weights, places
 
 
 def scores(x: Tensor, weight: RouterWeight) -> Tensor:
@@ -166,7 +202,7 @@ def _choose(
     logits, bias = logits.contiguous(), bias.contiguous()
     tokens, experts = logits.shape[-2:]
     ids, weights = _chosen(tokens, choice.k, logits.device)
-    kernel("router.cu", function, "4P6if", _slots(experts), logits.device.index)(
+    kernel("router.cu", function, "4P6if2P", _slots(experts), logits.device.index)(
         (blocks, 1, 1),
         threads,
         0,
@@ -177,5 +213,7 @@ def _choose(
         tokens,
         experts,
         *choice,
+        0,
+        0,
     )
     return ids, weights

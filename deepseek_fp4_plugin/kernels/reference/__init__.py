@@ -27,7 +27,7 @@ from deepseek_fp4_plugin.kernels.reference.linear import (
 from deepseek_fp4_plugin.kernels.reference.moe import add_expert, by_expert, experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.reference.norm import add_rms_norm, rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import cos_sin, rotary
-from deepseek_fp4_plugin.kernels.reference.routing import local_ids, prepare_router, route, router
+from deepseek_fp4_plugin.kernels.reference.routing import local_ids, placed_router, prepare_router, route, router
 from deepseek_fp4_plugin.kernels.reference.step import step_inputs
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "linear_pair",
     "local_ids",
     "norm_linear",
+    "placed_router",
     "plain_linear",
     "prepare",
     "prepare_router",

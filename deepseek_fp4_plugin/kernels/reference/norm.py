@@ -10,7 +10,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, hidden: [T, n].  Returns hidden + x and its norm, each as by itself."""
-    y = hidden + x
+def add_rms_norm(
+    x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, hidden: [T, n].  other: [T, n], added to x before.  Returns hidden + x and its norm, each as by itself."""
+    y = hidden + (x if other is None else x + other)
     return y, rms_norm(y, weight, eps)

@@ -18,6 +18,20 @@ def router(
     return route(plain_linear(x, weight), bias, k, n_group, topk_group, normalize, scaling)
 
 
+def placed_router(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slots: Tensor,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> None:
+    """One after the other."""
+
+
 def local_ids(ids: Tensor, slots: Tensor) -> Tensor:
     """slots[ids], int64 [T, k]: where this rank holds each chosen expert, below 0 where it does not."""
     return slots.index_select(0, ids.flatten()).view(ids.shape)

@@ -180,6 +180,10 @@ __device__ inline void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Its two halves: what lies between them need not wait.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 __device__ inline float cluster_float(u32 address, u32 rank) {
     u32 remote;
     float value;
@@ -194,6 +198,12 @@ __device__ inline u64 cluster_u64(u32 address, u32 rank) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote));
     return value;
+}
+
+__device__ inline void cluster_store(u32 address, u32 rank, float value) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
 __device__ inline float4 cluster_floats(u32 address, u32 rank) {

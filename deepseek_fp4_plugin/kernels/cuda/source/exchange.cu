@@ -87,6 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) exchange(const __grid_cons
 struct SumNormParameters {
     Mailboxes mail;
     const Quad* x;       // [rows][pieces], this rank's part
+    const Quad* other;   // added to it before, or none
     const Quad* hidden;  // the residual
     const Quad* weight;  // [pieces]
     Quad* y;             // hidden + the sum
@@ -97,16 +98,26 @@ struct SumNormParameters {
 
 // A cluster has a row, a thread 8 values of it. Rounded where a sum, an addition and a norm by themselves are.
 extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_constant__ SumNormParameters p) {
-    __shared__ float parts[THREADS / 32 + 1];
+    __shared__ float parts[THREADS / 32], totals[8];  // of warps, and of the cluster's blocks
     const Mailboxes& m = p.mail;
     int size = (int)cluster_size(), row = (int)blockIdx.x / size, i = (int)(cluster_rank() * blockDim.x + threadIdx.x);
     bool wanted = i < p.pieces;
     Quad w = {0, 0, 0, 0};
     if (wanted) w = load_weights(p.weight + i);
+    cluster_arrive();
     wait_for_kernels_before();
+    // Not before: whatever a step began with is there for all that begins behind a norm.
+    if (m.ranks == 1) let_next_kernel_begin();
     u32 count = m.ranks > 1 ? m.counts[blockIdx.x] + 1 : 0;
-    Quad own = {0, 0, 0, 0}, old = {0, 0, 0, 0};
-    if (wanted) own = load_quad(p.x + (u64)row * p.pieces + i), old = load_quad(p.hidden + (u64)row * p.pieces + i);
+    Quad own = {0, 0, 0, 0}, old = {0, 0, 0, 0}, more = {0, 0, 0, 0};
+    u64 at = (u64)row * p.pieces + i;
+    if (wanted) own = load_quad(p.x + at), old = load_quad(p.hidden + at);
+    if (wanted && p.other) more = load_quad(p.other + at);
+    if (p.other) {
+        float both[8] = {};
+        add(both, own), add(both, more);
+        own = rounded(both);
+    }
     for (int step = 1; step < m.ranks; step++) {
         int peer = (m.rank + step) % m.ranks;
         if (wanted || threadIdx.x == 0) send(place(m, peer, m.rank, count), own, count);
@@ -132,26 +143,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
     for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
     if (!(threadIdx.x & 31)) parts[threadIdx.x >> 5] = squares;
     __syncthreads();
-    let_next_kernel_begin();  // not before: behind the weights that it asks for, what is read here would come late
-    if (threadIdx.x == 0) {
+    cluster_wait();  // the others have begun
+    if ((int)threadIdx.x < size) {  // a block's sum goes to all of them, so that none is read from one that has ended
         float total = 0.0f;
         for (int k = 0; k < (int)blockDim.x / 32; k++) total += parts[k];
-        parts[THREADS / 32] = total;
-        if (m.ranks > 1) m.counts[blockIdx.x] = count;
+        cluster_store(shared_address(totals + cluster_rank()), threadIdx.x, total);
+        if (m.ranks > 1 && threadIdx.x == 0) m.counts[blockIdx.x] = count;
     }
     cluster_barrier();
     float total = 0.0f;
-    for (int k = 0; k < size; k++) total += cluster_float(shared_address(parts + THREADS / 32), (u32)k);
+    for (int k = 0; k < size; k++) total += totals[k];
     float factor = rsqrtf(total / (p.pieces * 8) + p.eps);
     if (wanted) {
-        p.y[(u64)row * p.pieces + i] = y;
+        p.y[at] = y;
         const u32 weights[4] = {w.x, w.y, w.z, w.w};
         u32 out[4];
 #pragma unroll
         for (int k = 0; k < 4; k++)
             out[k] = pack_bf16(round_bf16(sums[2 * k] * factor) * from_bf16((u16)weights[k]),
                                round_bf16(sums[2 * k + 1] * factor) * from_bf16((u16)(weights[k] >> 16)));
-        p.normed[(u64)row * p.pieces + i] = Quad{out[0], out[1], out[2], out[3]};
+        p.normed[at] = Quad{out[0], out[1], out[2], out[3]};
     }
-    cluster_barrier();  // a block's memory is read until here
 }

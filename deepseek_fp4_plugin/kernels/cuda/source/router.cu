@@ -13,6 +13,8 @@ struct Choice {
     float* weights;       // [tokens][k]
     int tokens, experts, k, n_group, topk_group, normalize;  // groups and k: 32 at most
     float scaling;
+    const long long* slots;  // [experts], where they are held
+    long long* places;       // [tokens][k], the slots of the ids; or none
 };
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -21,10 +23,11 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 struct Chooser {
     struct Memory {
         float score[32 * SLOTS], choice[32 * SLOTS];
-        int picked[32];
+        int picked[32], place[32 * SLOTS];
     };
     float bias[SLOTS];
     int group_at[SLOTS];  // the first lane of an expert's group
+    int place[SLOTS];
     int lane, size, lanes;  // experts and lanes of a group
 
     __device__ inline explicit Chooser(const Choice& p) {
@@ -33,6 +36,7 @@ struct Chooser {
         for (int s = 0; s < SLOTS; s++) {
             int expert = 32 * s + lane;
             bias[s] = expert < p.experts ? p.bias[expert] : 0.0f, group_at[s] = expert / size * lanes;
+            place[s] = p.places && expert < p.experts ? (int)p.slots[expert] : 0;
         }
     }
 
@@ -71,6 +75,7 @@ struct Chooser {
             choice[s] = score[s] + bias[s];
             if (!(choice[s] > NOTHING)) choice[s] = -3.4e38f;  // NaN: behind all others, but there
             memory.score[32 * s + lane] = score[s], memory.choice[32 * s + lane] = choice[s];
+            memory.place[32 * s + lane] = place[s];
         }
         __syncwarp();
         u32 kept = p.n_group > 1 ? kept_groups(p, memory.choice) : ~0u;
@@ -111,6 +116,7 @@ struct Chooser {
         for (int r = 0; r < p.k; r++) total += __shfl_sync(~0u, own_score, r);
         if (lane < p.k) {
             p.ids[(u64)token * p.k + lane] = own;
+            if (p.places) p.places[(u64)token * p.k + lane] = memory.place[own];
             p.weights[(u64)token * p.k + lane] = (p.normalize ? own_score / (total + 1e-20f) : own_score) * p.scaling;
         }
         __syncwarp();
@@ -147,6 +153,8 @@ struct Parameters {
     long long* ids;  // the rest of `Choice`
     float* weights;
     const float* bias;
+    const long long* slots;
+    long long* places;
     int k, n_group, topk_group, normalize;
     float scaling;
 };
@@ -221,7 +229,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) router(const __grid_constan
         store_score(p.scores + thread * p.experts + blockIdx.x, sigmoid(sum));
     }
     if (blockIdx.x || warp >= p.tokens) return;
-    Choice choice{nullptr, p.bias, p.ids, p.weights, p.tokens, p.experts, p.k, p.n_group, p.topk_group, p.normalize, p.scaling};
+    Choice choice{nullptr,   p.bias,       p.ids,       p.weights, p.tokens, p.experts, p.k,
+                  p.n_group, p.topk_group, p.normalize, p.scaling, p.slots,  p.places};
     Chooser chooser(choice);
     float score[SLOTS], *scores = p.scores + warp * p.experts + lane;
     bool missing;
