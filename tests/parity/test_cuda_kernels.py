@@ -11,6 +11,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda import attention, dense, experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
+from deepseek_fp4_plugin.kernels.recording import beside
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
 from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
@@ -461,6 +462,31 @@ def test_a_graph_gives_the_same_bits(weight_format, activations, rows):
         y.zero_()
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("long_branch", [0, 1])
+def test_branches_of_a_graph_wait(long_branch):
+    """A branch for the kernel that it begins at, which lets the next begin long before it ends; what both meet at for
+    the longer one, whichever it is. The branch's stream has had kernels of its own before."""
+    size = 8192
+    ours, _ = both([random_part(WeightFormat.PLAIN, size, size)])
+    given, ones = torch.empty(1, size, dtype=BF16, device=DEVICE), torch.ones(size, dtype=BF16, device=DEVICE)
+
+    def step() -> torch.Tensor:
+        x = sum(beside(DEVICE, lambda: ops.add(given, given), lambda: ops.add(given, given)))
+        y = ops.rms_norm(ops.linear(x, ours), ones, 1e-6)
+        z = ops.linear(y, ours)  # takes tens of microseconds, and what follows may begin at once
+        branches = [lambda: ops.linear(z, ours), lambda: ops.add(z, z)]
+        return ops.add(*beside(DEVICE, branches[long_branch], branches[1 - long_branch]))
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    for _ in range(20):
+        given.normal_()
+        graph.replay()
+        assert torch.equal(result, step())
 
 
 def test_tensors_of_the_host_are_refused():
