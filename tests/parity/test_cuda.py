@@ -116,8 +116,8 @@ def test_whole_steps_are_captured_and_replayed(on_gpu, drafts, overlap):
 def test_a_warm_engine_lacks_nothing_and_answers_as_a_cold_one(drafts, monkeypatch):
     """No kernel is compiled and no step recorded for the first requests; tokens and every block are the same.
 
-    How requests share steps must not hang on the clock: prompts keep no pace, and an answer's last step has ended before
-    the next prompt comes.
+    How requests share steps must not hang on the clock: prompts keep no pace, and an answer's last step has ended
+    before the next prompt comes.
     """
     launcher.kernel.cache_clear()
     loaded, cubin = [], compiler.cubin
