@@ -14,20 +14,6 @@ constexpr int ENTRY = FP8 ? WIDTH : WIDTH * 2, RAW_STRIDE = FP8 ? WIDTH + 16 : S
 constexpr int PART = LATENT + 8;  // values of a row of a part where a cluster merges it
 static_assert(16 * TILES * PART * 4 <= 2 * CHUNK * RAW_STRIDE, "a part lies where entries were");
 
-__device__ inline void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ inline void load_matrices_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mla_decode(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(8) u64 barriers[2];

@@ -2,9 +2,9 @@
 //
 // Rows (query, head) of one request are the rows of a matrix; a block has 64 of them and a part of the context, 64 cached
 // entries at a time. Entries lie in shared memory as nine columns of rows of 128 bytes, which the matrix unit reads both
-// ways: along the rows as keys, across them as values. Four warps fetch them, a chunk ahead. Two warpgroups have half of
-// the value columns each, and make the scores and probabilities of every other chunk: while one is at those, the other
-// one's scores are multiplied. The parts of a context are merged by `mla_merge`.
+// ways: along the rows as keys, across them as values. Four warps fetch them, a chunk ahead, each half of a chunk's columns
+// as its place becomes free. Two warpgroups have half of the value columns each, and make the scores and probabilities of
+// every other chunk: while one is at those, the other one's are multiplied. The parts of a context are merged by `mla_merge`.
 //
 // LATENT, ROPE: widths, 512 and 64.  FP8: entries are E4M3, else BF16.
 #include "mla.cuh"
@@ -12,16 +12,19 @@
 
 static_assert(LATENT == 512 && ROPE == 64, "two warpgroups have 256 value columns each");
 constexpr int ROWS = 64, CHUNK = 64, COLUMNS = WIDTH / 64, COLUMN = 64 * 128, ENTRY = FP8 ? WIDTH : WIDTH * 2;
+constexpr int HALF = LATENT / 128;  // columns of 128 bytes that a warpgroup's values are
+constexpr float MARGIN = 8.0f;      // how much larger than the largest so far a score is before sums change their unit
 constexpr int CONSUMERS = 256, PRODUCERS = 128;
 // Of 504 registers that three warpgroups' threads have together. A chunk of FP8 waits in those of what fetches.
-constexpr int PRODUCER_REGISTERS = FP8 ? 88 : 40, CONSUMER_REGISTERS = (504 - PRODUCER_REGISTERS) / 16 * 8;
+constexpr int PRODUCER_REGISTERS = FP8 ? 88 : 56, CONSUMER_REGISTERS = (504 - PRODUCER_REGISTERS) / 16 * 8;
 
 struct Shared {
     u8 queries[COLUMNS * COLUMN];
     u8 entries[2][COLUMNS * COLUMN];
     u8 probabilities[COLUMN];
     float largest[ROWS], totals[2][ROWS];  // scores so far, and sums by the warpgroups
-    u64 full[2], empty[2], even_made, sums_made;
+    u64 full[2][2], empty[2][2];           // of the halves of a place
+    u64 even_made, sums_made;
     int scores_first;
 };
 
@@ -58,26 +61,28 @@ __device__ inline bool barrier_is_past(u32 barrier, u32 parity) {
 
 constexpr int LANES = FP8 ? 4 : 8, APART = PRODUCERS / LANES, TURNS = CHUNK / APART;  // threads of a row's 64 values
 
-// Where a thread's 16 bytes of its rows begin. Nothing reads past the part's end; what lies there may be NaN.
-__device__ inline void locate(const Parameters& p, const Part& part, int chunk, const u8* (&from)[TURNS]) {
+// Where a thread's rows of a chunk lie. Nothing reads past the part's end; what lies there may be NaN.
+struct Rows {
+    int pages[TURNS], within[TURNS];
+};
+
+__device__ inline void ask(const Parameters& p, const Part& part, int chunk, Rows& rows) {
     int thread = threadIdx.x - CONSUMERS;
-    long long pages[TURNS];
-    int within[TURNS];
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
         int token = min(chunk * CHUNK + thread / LANES + i * APART, part.end - 1);
-        pages[i] = load_early(p.tables + (long long)part.request * p.table_stride + token / p.block_size);
-        within[i] = token % p.block_size;
+        const long long* page = p.tables + (long long)part.request * p.table_stride + token / p.block_size;
+        rows.pages[i] = load_early((const int*)page);  // its lower half
+        rows.within[i] = token % p.block_size;
     }
-#pragma unroll
-    for (int i = 0; i < TURNS; i++)
-        from[i] = p.cache + (pages[i] * p.block_size + within[i]) * ENTRY + thread % LANES * 16;
 }
 
-__device__ inline void announce(Shared& shared, int index) {
-    shared_fence();
-    barrier_arrive_if(shared_address(shared.full + (index & 1)), true);
+__device__ inline void locate(const Parameters& p, const Rows& rows, const u8* (&from)[TURNS]) {
+#pragma unroll
+    for (int i = 0; i < TURNS; i++)
+        from[i] = p.cache + ((long long)rows.pages[i] * p.block_size + rows.within[i]) * ENTRY + threadIdx.x % LANES * 16;
 }
+
 __device__ inline u32 place_is_free(int index) { return (index / 2 - 1) & 1; }  // the phase of the barrier
 
 #if FP8
@@ -86,16 +91,19 @@ __device__ inline void produce(const Parameters& p, const Part& part, Shared& sh
     int thread = threadIdx.x - CONSUMERS, piece = thread % LANES;
     wait_for_kernels_before();
     for (int i = 0; i < part.chunks; i++) {
+        Rows rows;
         const u8* from[TURNS];
+        ask(p, part, part.begin + i, rows);
+        locate(p, rows, from);
         Quad q[TURNS][COLUMNS] = {};
-        locate(p, part, part.begin + i, from);
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             bool present = (part.begin + i) * CHUNK + thread / LANES + turn * APART < part.end;
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) load_quad_if(q[turn][c], from[turn] + c * 64, present);
         }
-        if (i > 1) barrier_wait(shared_address(shared.empty + (i & 1)), place_is_free(i));
+        if (i > 1)
+            for (int half = 0; half < 2; half++) barrier_wait(shared_address(&shared.empty[i & 1][half]), place_is_free(i));
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             u32 to = shared_address(shared.entries[i & 1]);
@@ -110,53 +118,62 @@ __device__ inline void produce(const Parameters& p, const Part& part, Shared& sh
                 store_shared(to + c * COLUMN + place(row, 2 * piece + 1), high);
             }
         }
-        announce(shared, i);
+        for (int half = 0; half < 2; half++) {
+            shared_fence();
+            barrier_arrive_if(shared_address(&shared.full[i & 1][half]), true);
+        }
     }
 }
 #else
 enum Entries { OLD, NEW, ALL };  // those of earlier steps, and the others with zeros behind the part's end
 
+// A half of a chunk: the columns of a warpgroup's values, and the rotary column with the half that comes first.
 template <Entries WHICH>
-__device__ inline void fetch(const Part& part, int chunk, const u8* const (&from)[TURNS], u32 to) {
+__device__ inline void fetch(const Part& part, int chunk, const u8* const (&from)[TURNS], u32 to, int half, bool rope) {
     int thread = threadIdx.x - CONSUMERS, piece = thread % LANES, fresh = part.context - part.length;
+    to += half * HALF * COLUMN;
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
         int row = thread / LANES + i * APART, token = chunk * CHUNK + row;
         bool present = token < part.end;
         if (WHICH != ALL && (token < min(fresh, part.end)) != (WHICH == OLD)) continue;
+        const u8* first = from[i] + half * HALF * 128;
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) copy_quad(to + c * COLUMN + place(row, piece), from[i] + c * 128, present);
+        for (int c = 0; c < HALF; c++) copy_quad(to + c * COLUMN + place(row, piece), first + c * 128, present);
+        if (rope) {
+            int c = (2 - half) * HALF;
+            copy_quad(to + c * COLUMN + place(row, piece), first + c * 128, present);
+        }
     }
     copies_commit();
 }
 
-// Lengths, tables and the entries of earlier steps are there before the kernels ahead have ended: see mla_decode.cu.
+// The half whose values the chunk's maker has comes first: it is scored first, and mostly free first. Pages are asked for a
+// chunk ahead: they take longer than copies. Lengths, tables and the entries of earlier steps are there before the
+// kernels ahead have ended: see mla_decode.cu.
 __device__ inline void produce(const Parameters& p, const Part& part, Shared& shared) {
+    Rows rows;
     const u8* from[TURNS];
-    locate(p, part, part.begin, from);
-    fetch<OLD>(part, part.begin, from, shared_address(shared.entries[0]));
+    ask(p, part, part.begin, rows);
+    locate(p, rows, from);
+    for (int turn = 0; turn < 2; turn++) fetch<OLD>(part, part.begin, from, shared_address(shared.entries[0]), turn, turn == 0);
+    ask(p, part, part.begin + 1, rows);
     wait_for_kernels_before();
-    fetch<NEW>(part, part.begin, from, shared_address(shared.entries[0]));
+    for (int turn = 0; turn < 2; turn++) {
+        fetch<NEW>(part, part.begin, from, shared_address(shared.entries[0]), turn, turn == 0);
+        copies_arrive(shared_address(&shared.full[0][turn]));
+    }
     for (int i = 1; i < part.chunks; i++) {
-        locate(p, part, part.begin + i, from);
-        bool waiting = true;  // for the copies before
-        if (i > 1) {
-            u32 empty = shared_address(shared.empty + (i & 1));
-            if (!barrier_is_past(empty, place_is_free(i))) {
-                copies_wait<0>();
-                announce(shared, i - 1);
-                waiting = false;
-            }
-            barrier_wait(empty, place_is_free(i));
-        }
-        fetch<ALL>(part, part.begin + i, from, shared_address(shared.entries[i & 1]));
-        if (waiting) {
-            copies_wait<1>();
-            announce(shared, i - 1);
+        locate(p, rows, from);
+        ask(p, part, part.begin + i + 1, rows);
+        for (int turn = 0; turn < 2; turn++) {
+            int half = (i + turn) & 1;
+            if (i > 1) barrier_wait(shared_address(&shared.empty[i & 1][half]), place_is_free(i));
+            fetch<ALL>(part, part.begin + i, from, shared_address(shared.entries[i & 1]), half, turn == 0);
+            copies_arrive(shared_address(&shared.full[i & 1][half]));
         }
     }
     copies_wait<0>();
-    announce(shared, part.chunks - 1);
 }
 #endif
 
@@ -186,21 +203,34 @@ __device__ inline void read_queries(const Parameters& p, const Part& part, u32 t
     named_wait<QUERIES_READ, CONSUMERS>();
 }
 
+__device__ inline void wait_for_entries(u32 full, u32 parity) {
+    barrier_wait(full, parity);
+    if (!FP8) shared_fence();  // copies arrive by themselves, without a fence of the threads that asked for them
+}
+
 // What a thread of a warpgroup knows of its rows, `row` and the eighth behind it.
 struct State {
     int row, quarter, seen[2];  // entries that they see
     float largest[2], total[2];
 };
 
-__device__ inline void score(float (&s)[32], u32 queries, u32 keys) {
+// Products of the maker's half and the rotary column, then of the other half, as they come.
+template <int GROUP>
+__device__ inline void score(float (&s)[32], const u32 (&rotary)[4][4], u32 queries, u32 keys, const u32 (&full)[2], u32 parity) {
     u64 a = swizzled_rows(queries), b = swizzled_rows(keys);
-    wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < WIDTH / 16; step++) {
-        int at = (step / 4 * COLUMN + step % 4 * 32) >> 4;
-        wgmma_rows(s, a + at, b + at, step > 0);
+    for (int turn = 0; turn < 2; turn++) {
+        wait_for_entries(full[turn ? 1 - GROUP : GROUP], parity);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < (turn ? HALF : HALF + 1) * 4; step++) {
+            int column = step / 4 == HALF ? 2 * HALF : (turn ? 1 - GROUP : GROUP) * HALF + step / 4;
+            int at = (column * COLUMN + step % 4 * 32) >> 4;
+            if (column == 2 * HALF) wgmma(s, rotary[step % 4], b + at);
+            else wgmma_rows(s, a + at, b + at, turn + step > 0);
+        }
+        wgmma_commit();
     }
-    wgmma_commit();
     wgmma_wait<0>();
 }
 
@@ -219,9 +249,14 @@ __device__ inline void rescale(State& state, const float (&largest)[2], float (&
     }
 }
 
-// Scores of the chunk that begins at `first` become probabilities, here and in shared memory.
-__device__ inline void weigh(Shared& shared, State& state, float (&s)[32], int first, int end, float scale, float (&acc)[128],
-                             u32 (&a)[CHUNK / 16][4]) {
+// What a thread makes of its scores of a chunk.
+struct Weights {
+    u32 a[CHUNK / 16][4];  // probabilities in units of `largest`
+    float largest[2], sums[2];
+};
+
+// Of the chunk that begins at `first`. The unit stays while scores are at most MARGIN above it: sums are exact in any.
+__device__ inline void weigh(const State& state, float (&s)[32], int first, int end, float scale, Weights& w) {
     if (first + CHUNK > min(end, min(state.seen[0], state.seen[1]))) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -231,7 +266,6 @@ __device__ inline void weigh(Shared& shared, State& state, float (&s)[32], int f
                 if (i / 2 * 8 + i % 2 >= limit) s[i / 2 * 4 + 2 * half + i % 2] = NOTHING;
         }
     }
-    float largest[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float most[4];
@@ -241,38 +275,47 @@ __device__ inline void weigh(Shared& shared, State& state, float (&s)[32], int f
                             fmaxf(s[4 * j + 16 + 2 * half], s[4 * j + 16 + 2 * half + 1]));
         float whole = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
         whole = fmaxf(whole, __shfl_xor_sync(~0u, whole, 1));
-        whole = fmaxf(whole, __shfl_xor_sync(~0u, whole, 2));
-        largest[half] = fmaxf(state.largest[half], whole * scale);
-        if (state.quarter == 0) shared.largest[state.row + 8 * half] = largest[half];
+        whole = fmaxf(whole, __shfl_xor_sync(~0u, whole, 2)) * scale;
+        w.largest[half] = whole > state.largest[half] + MARGIN ? whole : state.largest[half];
     }
-    float sums[2][2] = {};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float base = largest[half] == NOTHING ? 0.0f : largest[half];
+        float base = w.largest[half] == NOTHING ? 0.0f : w.largest[half], sums[2] = {};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float low = exp2_fast(s[4 * j + 2 * half] * scale - base), high = exp2_fast(s[4 * j + 2 * half + 1] * scale - base);
-            sums[half][j & 1] += low + high;
-            u32 pair = a[j / 2][j % 2 * 2 + half] = pack_bf16(low, high);
-            *(u32*)(shared.probabilities + place(state.row + 8 * half, j) + 4 * state.quarter) = pair;
+            sums[j & 1] += low + high;
+            w.a[j / 2][j % 2 * 2 + half] = pack_bf16(low, high);
         }
+        w.sums[half] = sums[0] + sums[1];
     }
-    shared_fence();
-    rescale(state, largest, acc);
+}
+
+// For the other warpgroup. A warp's rows take the place of those that its own last products read.
+__device__ inline void publish(Shared& shared, const State& state, const Weights& w) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) state.total[half] += sums[half][0] + sums[half][1];
+    for (int half = 0; half < 2; half++)
+        if (state.quarter == 0) shared.largest[state.row + 8 * half] = w.largest[half];
+    u32 to = shared_address(shared.probabilities);
+    int row = (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x & 15), piece = threadIdx.x >> 4 & 1;
+#pragma unroll
+    for (int step = 0; step < CHUNK / 16; step++) store_matrices(to + place(row, 2 * step + piece), w.a[step]);
+    shared_fence();
 }
 
 // A warpgroup's columns of a chunk's values by its own probabilities, or by the other's.
-__device__ inline void add_own(float (&acc)[128], const u32 (&a)[CHUNK / 16][4], u32 values) {
+__device__ inline void add_own(State& state, float (&acc)[128], const Weights& w, u32 values) {
+    rescale(state, w.largest, acc);
+#pragma unroll
+    for (int half = 0; half < 2; half++) state.total[half] += w.sums[half];
     u64 b = swizzled_columns(values, COLUMN);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < CHUNK / 16; step++) wgmma_columns(acc, a[step], b + (step * 2048 >> 4));
+    for (int step = 0; step < CHUNK / 16; step++) wgmma_columns(acc, w.a[step], b + (step * 2048 >> 4));
     wgmma_commit();
     wgmma_wait<0>();
 }
-__device__ inline void add_others(const Shared& shared, State& state, float (&acc)[128], u32 values) {
+__device__ inline void begin_others(const Shared& shared, State& state, float (&acc)[128], u32 values) {
     float largest[2] = {shared.largest[state.row], shared.largest[state.row + 8]};
     rescale(state, largest, acc);
     u64 a = swizzled_rows(shared_address(shared.probabilities)), b = swizzled_columns(values, COLUMN);
@@ -280,7 +323,6 @@ __device__ inline void add_others(const Shared& shared, State& state, float (&ac
 #pragma unroll
     for (int step = 0; step < CHUNK / 16; step++) wgmma_columns(acc, a + (step * 32 >> 4), b + (step * 2048 >> 4));
     wgmma_commit();
-    wgmma_wait<0>();
 }
 
 template <int GROUP>
@@ -294,54 +336,74 @@ __device__ inline void consume(const Parameters& p, const Part& part, Shared& sh
         state.largest[half] = NOTHING, state.total[half] = 0.0f;
     }
     float acc[128] = {};
-    u32 queries = shared_address(shared.queries), entries[2], a[CHUNK / 16][4];
-    u32 even_made = shared_address(&shared.even_made), full[2], empty[2], values = GROUP * (LATENT / 128) * COLUMN;
+    u32 queries = shared_address(shared.queries), entries[2];
+    u32 even_made = shared_address(&shared.even_made), full[2][2], empty[2], values = GROUP * HALF * COLUMN;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         entries[i] = shared_address(shared.entries[i]);
-        full[i] = shared_address(shared.full + i), empty[i] = shared_address(shared.empty + i);
+        full[i][0] = shared_address(&shared.full[i][0]), full[i][1] = shared_address(&shared.full[i][1]);
+        empty[i] = shared_address(&shared.empty[i][GROUP]);
     }
     wait_for_kernels_before();
     read_queries(p, part, queries);
+    u32 rotary[4][4];
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        u32 piece = place((threadIdx.x >> 5 & 3) * 16 + (lane & 15), 2 * step + (lane >> 4));
+        load_matrices(rotary[step], queries + 2 * HALF * COLUMN + piece);
+    }
 
     for (int i = 0; i < part.chunks; i += 2) {
         u32 parity = i >> 1 & 1;
         int first = (part.begin + i) * CHUNK;
         bool odd = i + 1 < part.chunks;
         float s[32];
+        Weights w;
         if (GROUP == 0) {
-            barrier_wait(full[0], parity);
-            score(s, queries, entries[0]);
-            weigh(shared, state, s, first, part.end, p.scale, acc, a);
+            score<0>(s, rotary, queries, entries[0], full[0], parity);
+            weigh(state, s, first, part.end, p.scale, w);
+            publish(shared, state, w);
             barrier_arrive_if(even_made, true);
-            add_own(acc, a, entries[0] + values);
+            add_own(state, acc, w, entries[0] + values);
             barrier_arrive_if(empty[0], lane == 0);
             if (odd) {
                 named_wait<ODD_MADE, CONSUMERS>();
-                barrier_wait(full[1], parity);
-                add_others(shared, state, acc, entries[1] + values);
+                wait_for_entries(full[1][0], parity);
+                begin_others(shared, state, acc, entries[1] + values);
+                wgmma_wait<0>();
                 barrier_arrive_if(empty[1], lane == 0);
             }
         } else {
             // What is there first: the odd chunk, or the even one's probabilities.
             if (threadIdx.x == 128) {
                 bool scores = false;
-                while (!(scores = odd && barrier_is_past(full[1], parity)) && !barrier_is_past(even_made, parity)) {}
+                while (!(scores = odd && barrier_is_past(full[1][1], parity)) && !barrier_is_past(even_made, parity)) {}
                 shared.scores_first = scores;
             }
             named_wait<ORDER_CHOSEN, 128>();
-            bool scored = shared.scores_first;
-            if (scored) score(s, queries, entries[1]);
-            barrier_wait(even_made, parity);
-            barrier_wait(full[0], parity);
-            add_others(shared, state, acc, entries[0] + values);
-            barrier_arrive_if(empty[0], lane == 0);
+            if (shared.scores_first) {
+                score<1>(s, rotary, queries, entries[1], full[1], parity);
+                barrier_wait(even_made, parity);
+                wait_for_entries(full[0][1], parity);
+                begin_others(shared, state, acc, entries[0] + values);
+                weigh(state, s, first + CHUNK, part.end, p.scale, w);  // while those are multiplied
+                wgmma_wait<0>();
+                barrier_arrive_if(empty[0], lane == 0);
+            } else {
+                barrier_wait(even_made, parity);
+                wait_for_entries(full[0][1], parity);
+                begin_others(shared, state, acc, entries[0] + values);
+                wgmma_wait<0>();
+                barrier_arrive_if(empty[0], lane == 0);
+                if (odd) {
+                    score<1>(s, rotary, queries, entries[1], full[1], parity);
+                    weigh(state, s, first + CHUNK, part.end, p.scale, w);
+                }
+            }
             if (odd) {
-                barrier_wait(full[1], parity);
-                if (!scored) score(s, queries, entries[1]);
-                weigh(shared, state, s, first + CHUNK, part.end, p.scale, acc, a);
+                publish(shared, state, w);
                 named_arrive<ODD_MADE, CONSUMERS>();
-                add_own(acc, a, entries[1] + values);
+                add_own(state, acc, w, entries[1] + values);
                 barrier_arrive_if(empty[1], lane == 0);
             }
         }
@@ -385,8 +447,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) mla_wgmma
     Shared& shared = *(Shared*)memory;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < 2; stage++) {
-            barrier_init(shared_address(shared.full + stage), PRODUCERS);
-            barrier_init(shared_address(shared.empty + stage), CONSUMERS / 32);
+            for (int half = 0; half < 2; half++) {
+                barrier_init(shared_address(&shared.full[stage][half]), PRODUCERS);
+                barrier_init(shared_address(&shared.empty[stage][half]), CONSUMERS / 64);
+            }
         }
         barrier_init(shared_address(&shared.even_made), 128);
         barrier_init(shared_address(&shared.sums_made), CONSUMERS);
