@@ -15,12 +15,6 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU extension i
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 
-@pytest.fixture(params=cpu.paths())
-def path(request):
-    with cpu.use_path(request.param):
-        yield request.param
-
-
 def bf16(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(BF16)
 

@@ -11,12 +11,6 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs the native ex
 BLOCK = (128, 128)
 
 
-@pytest.fixture(params=cpu.paths())
-def path(request):
-    with cpu.use_path(request.param):
-        yield request.param
-
-
 def sources(rows: int, cols: int, scale: float) -> list:
     w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)) * scale
     w[0, :64], w[1, 16:32] = 0, 1e-30

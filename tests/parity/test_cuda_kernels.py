@@ -1,6 +1,6 @@
 """The CUDA kernels against the reference, on a GPU.
 
-Tolerances as in test_cpu_kernels.py: products are exact and sums FP32 on both sides, so results differ by one BF16 step
+Tolerances as in kernel_cases.py: products are exact and sums FP32 on both sides, so results differ by one BF16 step
 of the largest where a rounding tips; two are allowed, and twice as many where hidden values are rounded in between.
 """
 
@@ -14,7 +14,7 @@ from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
 from deepseek_fp4_plugin.kernels.recording import beside
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.numerics import e2m1
-from tests.parity.test_cpu_kernels import TWO_STEPS, attention_case, error, random_part
+from tests.parity.kernel_cases import TWO_STEPS, attention_case, error, random_part
 
 DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
 REFUSED = cuda.refuses(Case(DEVICE, BF16, WeightFormat.NVFP4))

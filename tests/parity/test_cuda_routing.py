@@ -9,7 +9,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda.routing import scores
 from deepseek_fp4_plugin.kernels.weights import Case
-from tests.parity.test_cpu_kernels import error
+from tests.parity.kernel_cases import error
 
 DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
 REFUSED = cuda.refuses(Case(DEVICE, BF16, WeightFormat.NVFP4))

@@ -101,7 +101,10 @@ def _kernels_check(compiler: list[str], emulator: list[str], folder: Path, units
     return subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
 
 
-TESTS = [ROOT / "tests" / "parity" / name for name in ("test_cpu_kernels.py", "test_cpu_boundary.py")]
+TESTS = [
+    ROOT / "tests" / "parity" / name
+    for name in ("test_cpu_kernels.py", "test_cpu_small_kernels.py", "test_cpu_boundary.py")
+]
 
 
 def test_kernels_under_the_address_and_undefined_sanitizers(compiler, tmp_path):
