@@ -140,8 +140,9 @@ VARIANTS = [
     ("nvfp4_decode.cu", {"TURNS": 1}),
     ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 16, "OUTS": 1, "WARPS": 4, "STAGES": 6, "MIN_BLOCKS": 3, "GATED": 1}),
-    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0, "AHEAD": 4, "NORM": 1}),
-    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1, "AHEAD": 1, "NORM": 0}),
+    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 6, "FP8": 0, "AHEAD": 4, "NORM": 0, "PACE": 1}),
+    ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0, "AHEAD": 4, "NORM": 1, "PACE": 0}),
+    ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1, "AHEAD": 1, "NORM": 0, "PACE": 0}),
 ]
 
 
