@@ -13,6 +13,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops
+from deepseek_fp4_plugin.kernels.cuda.attention import Cut, launch, on_matrix_unit
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
@@ -57,8 +58,15 @@ def products() -> None:
 
 
 def dense() -> None:
-    """BF16 and FP8 weights; one sum shared by a cluster's blocks, one product of several turns."""
-    for out, width, rows in ((1, 16, 1), (130, 1040, 9), (576, 2048, 16), (1200, 7168, 3), (5000, 512, 3)):
+    """BF16 and FP8 weights; a sum shared by a cluster's blocks, a ring filled at a pace, a product of several turns."""
+    for out, width, rows in (
+        (1, 16, 1),
+        (130, 1040, 9),
+        (576, 2048, 16),
+        (1200, 7168, 3),
+        (2112, 2048, 3),
+        (5000, 512, 3),
+    ):
         plain = values(out, width)
         scale = torch.rand(-(-out // 128), -(-width // 128))
         for part in (
@@ -92,7 +100,14 @@ def attention() -> None:
             starts = torch.arange(requests + 1, device=DEVICE) * query
             lengths = torch.tensor(contexts, device=DEVICE)
             latents, rotated = q[..., :latent], q[..., latent:]
-            ops.absorbed_attention(latents, rotated, cache, tables, starts, lengths, query, max(contexts), 0.1)
+            bounds = query, max(contexts), 0.1
+            ops.absorbed_attention(latents, rotated, cache, tables, starts, lengths, *bounds)
+            # By themselves contexts as short as these are cut into chunks: here blocks have several, in turn.
+            cuts = [Cut(1, 1), Cut(2, 2)]
+            if on_matrix_unit(latent, rope, 0):
+                cuts += [Cut(1, 1, True), Cut(2, 1, True)]
+            for cut in cuts:
+                launch(latents, rotated, cache, tables, starts, lengths, *bounds, cut)
         entries = values(3, 160)
         ops.store_entries(
             torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE), entries
@@ -102,7 +117,7 @@ def attention() -> None:
     q_latent, _ = ops.absorbed_queries(q[..., :32], q[..., 32:], kv_b, angle, angle)
     ops.values_from_latent(q_latent, kv_b, 48)
     one = torch.tensor([[3, 0, 2]], device=DEVICE), torch.arange(2, device=DEVICE), torch.tensor([70], device=DEVICE)
-    ops.attended_values(q_latent[:1], q[:1, :, 32:], values(4, 32, 160), *one, 1, 90, 0.1, kv_b, 48)
+    ops.attended_values(q_latent[:1], q[:1, :, 32:], values(4, 32, 160), *one, 1, 200, 0.1, kv_b, 48)
     for dtype in (BF16, torch.float8_e4m3fn):
         cache, slots = torch.zeros(2, 8, 160, device=DEVICE).to(dtype), torch.tensor([3, 9, 1], device=DEVICE)
         latents = cache, slots, values(3, 160), values(128), 1e-6

@@ -10,14 +10,13 @@ from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.random_weights import RandomWeights
-from deepseek_fp4_plugin.parallel.collectives import Separate
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 
 BF16 = torch.bfloat16
 
 
-class Absent(Separate):
+class Absent:
     """A group that is this rank alone: nothing is sent, nothing is waited for.
 
     What others would have sent is random and made once; the sum of all ranks' parts is this rank's. So a step costs

@@ -48,7 +48,9 @@ class PeerGroup(ProcessGroup):
     def sum_and_norm(
         self, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        fits = x.dtype is hidden.dtype is weight.dtype is torch.bfloat16 and x.shape[1] <= LONGEST_ROW
+        rows = [x, hidden] if other is None else [x, hidden, other]
+        fits = weight.dtype is torch.bfloat16 and x.shape[1] <= LONGEST_ROW
+        fits = fits and all(row.dtype is torch.bfloat16 and row.shape == x.shape for row in rows)
         if fits and x.shape[1] % 8 == 0 and 0 < x.numel() * 2 <= SMALL_NORM:
             return self.exchange.sum_and_norm(x, hidden, weight, eps, other)
         return None

@@ -52,6 +52,11 @@ def test_small_operations(path):
         assert error(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) <= TWO_STEPS
         y, normed = cpu.add_rms_norm(x, weight.expand(shape).contiguous(), weight, 1e-6)
         assert torch.equal(y, weight + x) and torch.equal(normed, cpu.rms_norm(y, weight, 1e-6))
+        hidden, other = (torch.randn(shape).to(BF16) for _ in range(2))
+        sums = cpu.add_rms_norm(x, hidden, weight, 1e-6, other)
+        expected = reference.add_rms_norm(x, hidden, weight, 1e-6, other)
+        assert torch.equal(sums[0], hidden + (x + other)) and torch.equal(sums[0], expected[0])
+        assert error(sums[1], expected[1]) <= TWO_STEPS
     wide = torch.randn(5, 90).to(BF16)
     assert (
         error(

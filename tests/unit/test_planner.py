@@ -98,7 +98,7 @@ def test_the_mtp_layer_s_step():
 
 
 def test_measured_shares_are_the_performance_page_s():
-    """The data file and docs/performance.md are one table: every figure stands there in its column."""
+    """The data file and docs/performance.md are one table: each figure is the last of its column."""
     text = (ROOT / "docs" / "performance.md").read_text()
     table = text[text.index("## One rank of the whole R1") :]
     lines = itertools.takewhile(lambda line: line.startswith("|"), table[table.index("\n|") + 1 :].splitlines())
@@ -108,7 +108,7 @@ def test_measured_shares_are_the_performance_page_s():
         name = f"batch {step['batch']}" + (f", {step['drafts']} drafts" if step["drafts"] else "")
         column = head.index(name)
         assert float(roofline[column]) == step["roofline_ms"]
-        assert f"{step['measured_ms']:g}" in {row[column] for row in rows[2:]}, name
+        assert f"{step['measured_ms']:g}" == [row[column] for row in rows if row[column]][-1], name
     found = plan(DEEPSEEK_R1, machine("8xH200"))
     assert len(way(found, "TP8/EP2")["measured"]) == 5 and way(found, "TP8")["measured"] == []
 

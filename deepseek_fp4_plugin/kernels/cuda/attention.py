@@ -40,8 +40,7 @@ def absorbed_attention(
 
     How the context is split follows from the host's bounds alone, so that graphs replay with any contexts below them.
     """
-    latent, rope = q_latent.shape[2], q_rope.shape[2]
-    if latent not in _LATENTS or rope not in _ROPES or cache.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+    if not _served(q_latent, q_rope, cache):
         return decoded.absorbed_attention(
             q_latent, q_rope, cache, block_tables, query_start, context_lens, max_query, max_context, scale
         )
@@ -78,8 +77,8 @@ def attended_values(
 ) -> Tensor | None:
     """See kernels/ops.py: of one token the launch of the values merges the parts of its context."""
     tokens = q_latent.shape[0]
-    few = kv_b.format is not WeightFormat.NVFP4 and tokens <= _FEW_MERGED and _few(q_latent, kv_b)
-    if not few or not _served(q_latent, q_rope, cache):
+    few = kv_b.format is not WeightFormat.NVFP4 and tokens <= _FEW_MERGED and _few_values(q_latent, kv_b, v)
+    if not few or not _served(q_latent, q_rope, cache) or not cache.is_contiguous():
         return None
     together(q_latent, q_rope, cache, block_tables, query_start, context_lens, kv_b.data.values)
     rest = query_start.contiguous(), context_lens.contiguous(), max_query, max_context, scale
@@ -92,7 +91,7 @@ def attended_values(
 def _served(q_latent: Tensor, q_rope: Tensor, cache: Tensor) -> bool:
     """Whether there is a kernel for these widths."""
     widths = q_latent.shape[2] in _LATENTS and q_rope.shape[2] in _ROPES
-    return widths and cache.dtype in (torch.bfloat16, torch.float8_e4m3fn) and cache.is_contiguous()
+    return widths and cache.dtype in (torch.bfloat16, torch.float8_e4m3fn)
 
 
 def _rows(tables: Tensor) -> Tensor:
@@ -280,7 +279,7 @@ def absorb_and_store(
 def values_from_latent(attended: Tensor, kv_b: PreparedWeight, v: int) -> Tensor:
     """See kernels/reference/attention.py."""
     if kv_b.format is not WeightFormat.NVFP4:
-        few = _few(attended, kv_b) and attended.is_contiguous() and attended.data_ptr() % 16 == 0
+        few = _few_values(attended, kv_b, v) and attended.is_contiguous() and attended.data_ptr() % 16 == 0
         return _values(attended, kv_b, v) if few else decoded.values_from_latent(attended, kv_b, v)
     w_uv = _by_head(kv_b, attended.shape[1])[:, -v:]
     return _scaled(torch.einsum("thl,hvl->thv", attended, w_uv), kv_b)
@@ -292,6 +291,12 @@ def _few(x: Tensor, kv_b: PreparedWeight) -> bool:
     if x.dtype is not torch.bfloat16 or x.stride(2) != 1 or not kv_b.data.values.is_contiguous():
         return False
     return 0 < tokens <= _FEW_TOKENS and width <= 512 and kv_b.in_features % 64 == 0 and kv_b.in_features <= 512
+
+
+def _few_values(latents: Tensor, kv_b: PreparedWeight, v: int) -> bool:
+    """The same for the values of these latents, a head's last v rows."""
+    _, heads, width = latents.shape
+    return _few(latents, kv_b) and width == kv_b.in_features and heads * v <= kv_b.out_features
 
 
 def _with_rope(q_nope: Tensor, q_rope: Tensor, kv_b: PreparedWeight) -> bool:

@@ -53,7 +53,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """See kernels/reference/norm.py; a launch for all."""
     rows = [x, hidden] if other is None else [x, hidden, other]
-    if not all(_readable(row, weight) for row in rows) or x.shape[1] > LONGEST_ROW:
+    same = all(row.shape == (x.shape[0], weight.shape[0]) for row in rows)
+    if not (same and all(_readable(row, weight) for row in rows)) or x.shape[1] > LONGEST_ROW:
         return reference.add_rms_norm(x, hidden, weight, eps, other)
     together(weight, *rows)
     return sum_and_norm(x, hidden, weight, eps, other)

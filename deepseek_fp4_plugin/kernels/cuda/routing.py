@@ -70,6 +70,8 @@ def placed_router(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels/ops.py; of few tokens in the launch that chooses."""
+    if slots.dtype is not torch.int64 or slots.shape != bias.shape:
+        raise ValueError(f"slots must be int64 {list(bias.shape)}; they are {slots.dtype} {list(slots.shape)}")
     return _router(x, weight, bias, slots.contiguous(), Choice(k, n_group, topk_group, normalize, scaling))
 
 

@@ -13,7 +13,7 @@
 static_assert(LATENT == 512 && ROPE == 64, "two warpgroups have 256 value columns each");
 constexpr int ROWS = 64, CHUNK = 64, COLUMNS = WIDTH / 64, COLUMN = 64 * 128, ENTRY = FP8 ? WIDTH : WIDTH * 2;
 constexpr int HALF = LATENT / 128;  // columns of 128 bytes that a warpgroup's values are
-constexpr float MARGIN = 8.0f;      // how much larger than the largest so far a score is before sums change their unit
+constexpr float MARGIN = 8.0f;      // how much larger than the unit a score is before sums change it
 constexpr int CONSUMERS = 256, PRODUCERS = 128;
 // Of 504 registers that three warpgroups' threads have together. A chunk of FP8 waits in those of what fetches.
 constexpr int PRODUCER_REGISTERS = FP8 ? 88 : 56, CONSUMER_REGISTERS = (504 - PRODUCER_REGISTERS) / 16 * 8;
@@ -22,7 +22,7 @@ struct Shared {
     u8 queries[COLUMNS * COLUMN];
     u8 entries[2][COLUMNS * COLUMN];
     u8 probabilities[COLUMN];
-    float largest[ROWS], totals[2][ROWS];  // scores so far, and sums by the warpgroups
+    float largest[ROWS], totals[2][ROWS];  // rows' units, and sums by the warpgroups
     u64 full[2][2], empty[2][2];           // of the halves of a place
     u64 even_made, sums_made;
     int scores_first;
@@ -234,7 +234,7 @@ __device__ inline void score(float (&s)[32], const u32 (&rotary)[4][4], u32 quer
     wgmma_wait<0>();
 }
 
-// The sums so far in units of a new largest score.
+// The sums so far in a new unit.
 __device__ inline void rescale(State& state, const float (&largest)[2], float (&acc)[128]) {
     float factor[2];
 #pragma unroll
@@ -255,7 +255,7 @@ struct Weights {
     float largest[2], sums[2];
 };
 
-// Of the chunk that begins at `first`. The unit stays while scores are at most MARGIN above it: sums are exact in any.
+// Of the chunk that begins at `first`. The unit stays while scores are at most MARGIN above it.
 __device__ inline void weigh(const State& state, float (&s)[32], int first, int end, float scale, Weights& w) {
     if (first + CHUNK > min(end, min(state.seen[0], state.seen[1]))) {
 #pragma unroll
