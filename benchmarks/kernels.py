@@ -204,8 +204,8 @@ def products(shape: tuple[int, int]) -> list[Case]:
 
 
 def experts() -> list[Case]:
-    """R1's experts, 24 of them (600 MB), 8 a token. Gates are about normal, as behind a norm: the SiLU of -20 is so near
-    zero that exact activations without AVX-512 would hold little else than exceptions."""
+    """R1's experts, 24 of them (600 MB), 8 a token. Gates are about normal, as behind a norm: the SiLU of -20 is so
+    near zero that exact activations without AVX-512 would hold little else than exceptions."""
     count, hidden, inner, k = 24, 7168, 2048, 8
     parts = [
         replace(random_weight(WeightFormat.NVFP4, count, *shape), scale_2=torch.full((count,), 5e-4))

@@ -10,6 +10,7 @@ Sides take turns; medians are printed. Greedy, end-of-text ignored, so that ever
 """
 
 import argparse
+import gc
 import json
 import logging
 import random
@@ -165,6 +166,8 @@ def main() -> None:
         sides["engine, batch 64"] = lambda: run_engine_steady(llm, 64, 24, 100)
         for side in sides.values():
             side()  # warm up
+        gc.collect()
+        gc.freeze()  # as a server does: one collection through four models would take longer than a short side
         seen: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(options.repeats):
             for name, side in sides.items():
