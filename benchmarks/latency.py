@@ -70,8 +70,10 @@ def measure(options: argparse.Namespace) -> None:
             break
     prompt = problem(engines[0])
     rows = []
-    threads = torch.get_num_threads()
-    print(f"{options.model}, one request, {threads} threads, path {cpu.path()}; medians of {options.repeats}")
+    where = f"{torch.get_num_threads()} threads, path {cpu.path()}"
+    if torch.cuda.is_available():  # then `LLM` takes it
+        where = torch.cuda.get_device_name()
+    print(f"{options.model}, one request, {where}; medians of {options.repeats}")
     for length in PROMPTS:
         times = [first_token(engines[0], length, seed) for seed in range(options.repeats + 1)][1:]
         rows.append({"measure": "first token", "prompt": length, "seconds": statistics.median(times)})

@@ -1,12 +1,13 @@
 """Tokens a second: the engine, the bare model loop at the same batch, and transformers, on the same weights in one run.
 
-    python benchmarks/throughput.py [--model r1_nano] [--requests 64] [--repeats 3] [--json FILE]
+    python benchmarks/throughput.py [--model r1_nano] [--requests 64] [--repeats 3] [--device cpu] [--json FILE]
 
 engine      LLM.generate over requests of mixed prompt and answer lengths
 loop        the model called in a bare decode loop at a fixed batch: what scheduling, sampling and bookkeeping add
 transformers  generate() of DeepseekV3ForCausalLM on the dequantized weights, in padded batches of 16 (skipped where
             transformers is not installed)
-Sides take turns; medians are printed. Greedy, end-of-text ignored, so that every side writes the same number of tokens.
+Where there is a GPU all sides run there. Sides take turns; medians are printed. Greedy, end-of-text ignored, so that
+every side writes the same number of tokens.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.numerics import fp8_block
+from deepseek_fp4_plugin.settings.engine import EngineConfig
 
 MTP = {"decoding_type": "MTP", "num_nextn_predict_layers": 3}
 
@@ -116,13 +118,13 @@ def dequantized(model: str, folder: Path) -> Path:
     return folder
 
 
-def load_transformers(folder: Path):
+def load_transformers(folder: Path, device: torch.device):
     try:
         import transformers
     except ImportError:
         return None
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    return transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
 
 
 @torch.inference_mode()
@@ -133,8 +135,10 @@ def run_transformers(model, requests: list[tuple[list[int], int]], batch: int = 
     for at in range(0, len(ordered), batch):
         part = ordered[at : at + batch]
         width = max(len(prompt) for prompt, _ in part)
-        ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt, _ in part])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in part])
+        ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt, _ in part], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in part], device=model.device
+        )
         count = max(n for _, n in part)
         model.generate(
             ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=2
@@ -147,15 +151,18 @@ def main() -> None:
     parser.add_argument("--model", default="r1_nano")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    device = torch.device(EngineConfig(device=options.device).resolved_device())
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     with tempfile.TemporaryDirectory() as scratch:
-        model = DeepseekV3ForCausalLM.from_pretrained(options.model)
+        model = DeepseekV3ForCausalLM.from_pretrained(options.model, device=device)
         llm = LLM(model, max_seq_len=1024)
         drafting = (
             LLM(model, max_seq_len=1024, speculative_config=MTP) if llm.model_config.num_nextn_predict_layers else None
         )
-        peer = load_transformers(dequantized(options.model, Path(scratch) / "bf16"))
+        peer = load_transformers(dequantized(options.model, Path(scratch) / "bf16"), device)
         requests = workload(options.requests, llm.tokenizer.vocab_size if llm.tokenizer else llm.vocab_size)
         sides = {"engine": lambda: run_engine(llm, requests)}
         if drafting is not None:
@@ -173,7 +180,7 @@ def main() -> None:
             for name, side in sides.items():
                 seen[name].append(side())
         medians = {name: statistics.median(values) for name, values in seen.items()}
-        print(f"{options.requests} mixed requests of {options.model}, {torch.get_num_threads()} threads, tokens/s:")
+        print(f"{options.requests} mixed requests of {options.model}, {where}, tokens/s:")
         for name, value in medians.items():
             print(f"  {name:<22}{value:>10.1f}   ({min(seen[name]):.1f} to {max(seen[name]):.1f})")
         ratios = {"engine / loop": medians["engine, batch 64"] / medians["loop, batch 64"]}
