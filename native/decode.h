@@ -19,6 +19,17 @@ constexpr E2m1Pairs e2m1_pairs() {
   return t;
 }
 inline constexpr E2m1Pairs E2M1_PAIRS = e2m1_pairs();
+
+// The four values of the two lowest packed bytes.
+INLINED inline vf four_values(uint64_t packed) {
+  const float *first = E2M1_PAIRS.values[packed & 255], *second = E2M1_PAIRS.values[packed >> 8 & 255];
+#if defined(__SSE2__)
+  const __m128d pair = _mm_load_sd(reinterpret_cast<const double*>(first));
+  return (vf)_mm_loadh_pd(pair, reinterpret_cast<const double*>(second));
+#else
+  return vf{first[0], first[1], second[0], second[1]};
+#endif
+}
 #endif
 
 inline void decode_block16(const uint8_t* packed, float scale, float* out) {
@@ -41,15 +52,9 @@ inline void decode_block16(const uint8_t* packed, float scale, float* out) {
     vst1q_f32(out + i * 8 + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_high_s16(halves[i])), scale * 0.5f));
   }
 #else
-  for (int i = 0; i < 4; i++) {
-    const float *first = E2M1_PAIRS.values[packed[2 * i]], *second = E2M1_PAIRS.values[packed[2 * i + 1]];
-#if defined(__SSE2__)
-    const __m128d pair = _mm_load_sd(reinterpret_cast<const double*>(first));
-    store(out + i * 4, (vf)_mm_loadh_pd(pair, reinterpret_cast<const double*>(second)) * scale);
-#else
-    store(out + i * 4, vf{first[0], first[1], second[0], second[1]} * scale);
-#endif
-  }
+  uint64_t block;
+  __builtin_memcpy(&block, packed, 8);
+  for (int i = 0; i < 4; i++) store(out + i * 4, four_values(block >> 16 * i) * scale);
 #endif
 }
 
@@ -69,6 +74,24 @@ constexpr E4m3Values e4m3_values() {
   return t;
 }
 inline constexpr E4m3Values E4M3_VALUES = e4m3_values();
+#endif
+
+#if defined(__SSE2__) && !defined(__AVX2__)
+// 16 values of E4M3 times scale by moving their bits, if all have a leading one; else nothing, and false.
+INLINED inline bool decode_normal16(const uint8_t* p, vf scale, float* out) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), zero = _mm_setzero_si128();
+  const __m128i magnitudes = _mm_and_si128(codes, _mm_set1_epi8(127));
+  const __m128i others = _mm_or_si128(
+      _mm_cmplt_epi8(magnitudes, _mm_set1_epi8(8)), _mm_cmpeq_epi8(magnitudes, _mm_set1_epi8(127)));
+  if (_mm_movemask_epi8(others)) return false;
+  const __m128i halves[2] = {_mm_unpacklo_epi8(zero, codes), _mm_unpackhi_epi8(zero, codes)};
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m128i top = i % 2 ? _mm_unpackhi_epi16(zero, halves[i / 2]) : _mm_unpacklo_epi16(zero, halves[i / 2]);
+    const __m128i bits = _mm_and_si128(_mm_srai_epi32(top, 4), _mm_set1_epi32(static_cast<int>(0x87f00000)));
+    store(out + i * 4, (vf)_mm_add_epi32(bits, _mm_set1_epi32(120 << 23)) * scale);
+  }
+  return true;
+}
 #endif
 
 // FP32 values [begin, end) of one weight row: begin a multiple of 16.
@@ -101,8 +124,17 @@ inline void decode_values(const View& v, int64_t row, int64_t begin, int64_t end
       const int64_t stop = (i / width + 1) * width < end ? (i / width + 1) * width : end;
 #if !defined(__AVX2__)
       const float* table = E4M3_VALUES.values;
-      for (const uint8_t* p = values + i; i + W <= stop; i += W, p += W)
-        store(out + i - begin, vf{table[p[0]], table[p[1]], table[p[2]], table[p[3]]} * scale);
+      auto decode_some = [&](int64_t last) INLINED {
+        for (const uint8_t* p = values + i; i + W <= last; i += W, p += W)
+          store(out + i - begin, vf{table[p[0]], table[p[1]], table[p[2]], table[p[3]]} * scale);
+      };
+#if defined(__SSE2__)
+      for (; i + 16 <= stop;) {
+        if (__builtin_expect(decode_normal16(values + i, splat(scale), out + i - begin), 1)) i += 16;
+        else decode_some(i + 16);
+      }
+#endif
+      decode_some(stop);
 #else
       for (; i + W <= stop; i += W) store(out + i - begin, from_e4m3(values + i) * scale);
 #endif

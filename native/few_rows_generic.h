@@ -17,6 +17,21 @@ inline void decode_chunk(const View& v, int64_t row, int64_t chunk, float* out) 
 
 inline float decoded_factor(const View& v) { return v.factor; }
 
+#if !defined(__AVX2__) && !defined(__aarch64__)
+// One row, in lines of the first cache, by blocks of NVFP4: to the same bits, without a way through memory for what is decoded.
+inline void one_row_of_nvfp4(const uint8_t* p, const uint8_t* scale, int64_t blocks, const float* x, vf (&total)[2]) {
+  vf sums[2] = {total[0], total[1]};
+  for (int64_t b = 0; b < blocks; b++, p += 8, x += 16) {
+    const float* near = static_cast<const float*>(__builtin_assume_aligned(x, 64));
+    uint64_t block;
+    __builtin_memcpy(&block, p, 8);
+    const vf factor = splat(E4M3_VALUES.values[scale[b]]);
+    UNROLL for (int i = 0; i < 4; i++) sums[i % 2] = fma(four_values(block >> 16 * i) * factor, load(near + i * 4), sums[i % 2]);
+  }
+  total[0] = sums[0], total[1] = sums[1];
+}
+#endif
+
 // out[r * stride + o - first], o in [first, last). A row's results do not depend on the number of rows.
 inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& rows, float* out, int64_t stride) {
   constexpr int O = 4;
@@ -36,6 +51,15 @@ inline void dot_product(const View& v, int64_t first, int64_t last, const Rows& 
       fetch_bytes(next, O * chunk_bytes);
       next += O * chunk_bytes;
       if (v.format == NVFP4) fetch(next_scale + c / CHUNK * O * 16);
+#if !defined(__AVX2__) && !defined(__aarch64__)
+      if (v.format == NVFP4 && rows.count == 1) {
+        const float* x = reinterpret_cast<const float*>(rows.at(0) + c / CHUNK * rows.step);
+        for (int i = 0; i < count; i++)
+          one_row_of_nvfp4(
+              v.values + (o + i) * v.row_bytes + c / 2, v.scale + (o + i) * v.scale_cols + c / 16, left / 16, x, sums[0][i]);
+        continue;
+      }
+#endif
       for (int i = 0; i < O; i++) decode_chunk(v, i < count ? o + i : o, c / CHUNK, decoded[i]);
       for (int64_t r = 0; r < rows.count; r++) {
         const float* x = reinterpret_cast<const float*>(rows.at(r) + c / CHUNK * rows.step);

@@ -103,7 +103,7 @@ def _require() -> None:
     missing = [name for name in ("scipy", "openai", "math_verify") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"evaluation needs {', '.join(missing)}; install the extra: pip install deepseek_fp4_plugin[eval]"
+            f"evaluation needs {', '.join(missing)}; install the extra in the project's folder: pip install .[eval]"
         )
 
 

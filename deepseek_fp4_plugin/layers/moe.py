@@ -120,13 +120,11 @@ class MoE(nn.Module):
         if self.shared_experts:
             self.shared_experts.load(source)
 
-    def forward(self, x: Tensor, dp_tokens: tuple[int, ...] | None = None) -> Tensor:
-        """[T, hidden] to [T, hidden].  dp_tokens: see ForwardBatch. Ranks without a token take part."""
-        routed, shared = self.parts(x, dp_tokens)
-        return routed if shared is None else ops.add(routed, shared)
-
     def parts(self, x: Tensor, dp_tokens: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor | None]:
-        """The routed experts' sum and the shared expert's output, to be added."""
+        """[T, hidden] to the routed experts' sum and the shared expert's output, to be added: [T, hidden] each.
+
+        dp_tokens: see ForwardBatch. Ranks without a token take part.
+        """
         group = self.mesh.dp_group
         if group.size > 1 and dp_tokens is None:
             raise ValueError("attention data parallelism needs every rank's token count in the batch's dp_tokens")

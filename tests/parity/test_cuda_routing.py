@@ -5,16 +5,12 @@ import math
 import pytest
 import torch
 
-from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda.routing import scores
-from deepseek_fp4_plugin.kernels.weights import Case
+from tests.parity.cuda_cases import BF16, DEVICE, ON_A_GPU
 from tests.parity.kernel_cases import error
 
-DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
-REFUSED = cuda.refuses(Case(DEVICE, BF16, WeightFormat.NVFP4))
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSED is not None, reason=f"no CUDA kernels here: {REFUSED}")]
+pytestmark = ON_A_GPU
 
 
 def clear_rows(logits, bias, k: int, n_group: int, topk_group: int) -> tuple[torch.Tensor, torch.Tensor]:
