@@ -24,8 +24,7 @@ struct Shared {
     u8 probabilities[COLUMN];
     float largest[ROWS], totals[2][ROWS];  // rows' units, and sums by the warpgroups
     u64 full[2][2], empty[2][2];           // of the halves of a place
-    u64 even_made, sums_made;
-    int scores_first;
+    u64 even_made, odd_made, sums_made;
 };
 
 // The block's part of a request.
@@ -39,11 +38,17 @@ template <int ID, int THREADS>
 __device__ inline void named_wait() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
+// And whether any of them says so.
 template <int ID, int THREADS>
-__device__ inline void named_arrive() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+__device__ inline bool named_any(bool mine) {
+    u32 any;
+    asm volatile("{\n.reg .pred mine, any;\nsetp.ne.u32 mine, %3, 0;\nbar.red.or.pred any, %1, %2, mine;\nselp.u32 %0, 1, 0, any;\n}"
+                 : "=r"(any)
+                 : "n"(ID), "n"(THREADS), "r"((u32)mine)
+                 : "memory");
+    return any;
 }
-enum { QUERIES_READ = 1, ODD_MADE, ORDER_CHOSEN };
+enum { QUERIES_READ = 1, ORDER_CHOSEN };
 
 // Where 16 bytes of a row of 128 lie.
 __device__ inline u32 place(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
@@ -291,8 +296,9 @@ __device__ inline void weigh(const State& state, float (&s)[32], int first, int 
     }
 }
 
-// For the other warpgroup. A warp's rows take the place of those that its own last products read.
+// For the other warpgroup. A warp's rows take the place of those that its own lanes and last products read.
 __device__ inline void publish(Shared& shared, const State& state, const Weights& w) {
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; half++)
         if (state.quarter == 0) shared.largest[state.row + 8 * half] = w.largest[half];
@@ -337,7 +343,8 @@ __device__ inline void consume(const Parameters& p, const Part& part, Shared& sh
     }
     float acc[128] = {};
     u32 queries = shared_address(shared.queries), entries[2];
-    u32 even_made = shared_address(&shared.even_made), full[2][2], empty[2], values = GROUP * HALF * COLUMN;
+    u32 even_made = shared_address(&shared.even_made), odd_made = shared_address(&shared.odd_made);
+    u32 full[2][2], empty[2], values = GROUP * HALF * COLUMN;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         entries[i] = shared_address(shared.entries[i]);
@@ -367,7 +374,7 @@ __device__ inline void consume(const Parameters& p, const Part& part, Shared& sh
             add_own(state, acc, w, entries[0] + values);
             barrier_arrive_if(empty[0], lane == 0);
             if (odd) {
-                named_wait<ODD_MADE, CONSUMERS>();
+                barrier_wait(odd_made, parity);
                 wait_for_entries(full[1][0], parity);
                 begin_others(shared, state, acc, entries[1] + values);
                 wgmma_wait<0>();
@@ -375,13 +382,10 @@ __device__ inline void consume(const Parameters& p, const Part& part, Shared& sh
             }
         } else {
             // What is there first: the odd chunk, or the even one's probabilities.
-            if (threadIdx.x == 128) {
-                bool scores = false;
-                while (!(scores = odd && barrier_is_past(full[1][1], parity)) && !barrier_is_past(even_made, parity)) {}
-                shared.scores_first = scores;
-            }
-            named_wait<ORDER_CHOSEN, 128>();
-            if (shared.scores_first) {
+            bool odd_came = false;
+            if (threadIdx.x == 128)
+                while (!(odd_came = odd && barrier_is_past(full[1][1], parity)) && !barrier_is_past(even_made, parity)) {}
+            if (named_any<ORDER_CHOSEN, 128>(odd_came)) {
                 score<1>(s, rotary, queries, entries[1], full[1], parity);
                 barrier_wait(even_made, parity);
                 wait_for_entries(full[0][1], parity);
@@ -402,7 +406,7 @@ __device__ inline void consume(const Parameters& p, const Part& part, Shared& sh
             }
             if (odd) {
                 publish(shared, state, w);
-                named_arrive<ODD_MADE, CONSUMERS>();
+                barrier_arrive_if(odd_made, true);
                 add_own(state, acc, w, entries[1] + values);
                 barrier_arrive_if(empty[1], lane == 0);
             }
@@ -415,7 +419,6 @@ __device__ inline void consume(const Parameters& p, const Part& part, Shared& sh
         state.total[half] += __shfl_xor_sync(~0u, state.total[half], 2);
         if (state.quarter == 0) shared.totals[GROUP][state.row + 8 * half] = state.total[half];
     }
-    // Not a named barrier: racecheck does not see that one arrives behind the other's writes there.
     u32 sums_made = shared_address(&shared.sums_made);
     barrier_arrive_if(sums_made, true);
     barrier_wait(sums_made, 0);
@@ -452,7 +455,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) mla_wgmma
                 barrier_init(shared_address(&shared.empty[stage][half]), CONSUMERS / 64);
             }
         }
+        // Not named barriers: racecheck does not see that one arrives behind the other's writes there.
         barrier_init(shared_address(&shared.even_made), 128);
+        barrier_init(shared_address(&shared.odd_made), 128);
         barrier_init(shared_address(&shared.sums_made), CONSUMERS);
         barrier_fence();
     }
