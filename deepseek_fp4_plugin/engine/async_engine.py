@@ -5,6 +5,7 @@ it looks. An event loop is woken once a step, whatever the number of its readers
 """
 
 import asyncio
+import atexit
 import collections
 import logging
 import queue
@@ -24,6 +25,7 @@ from deepseek_fp4_plugin.tokenizer import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
 
+_AT_EXIT = 10.0  # seconds that a program which ends waits for the step under way
 _WHOLE = 32  # steps after which the reader of a whole answer looks, so that its end is little work
 
 
@@ -49,6 +51,9 @@ class AsyncEngine:
         self._lock = threading.Lock()  # nothing is queued after the thread's last look
         self._thread = threading.Thread(target=self._run, name="deepseek-fp4-engine", daemon=True)
         self._thread.start()
+        # A program that ends with a step under way would end in an abort: the interpreter takes its threads away in the
+        # middle of native code.
+        atexit.register(self.close, _AT_EXIT)
         engine.executor.watch(self._lose)
 
     def submit(self, handle: "RequestHandle") -> None:
@@ -82,13 +87,13 @@ class AsyncEngine:
         if self._closed:
             raise EngineDeadError("the engine was shut down")
 
-    def close(self) -> None:
-        """Cancel what is running and end the thread."""
+    def close(self, patience: float | None = None) -> None:
+        """Cancel what is running and end the thread.  patience: seconds to wait for it at the most."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._commands.put(None)
-        self._thread.join()
+        self._thread.join(patience)
 
     def _lose(self, failure: BaseException) -> None:
         """Any thread: a worker is lost. A step under way ends with the same failure; an idle engine learns it here."""
@@ -117,6 +122,7 @@ class AsyncEngine:
                 command()
         reason = "cancelled" if self.failure is None else "error"
         self._deliver([Emission(request, finish_reason=reason) for request in list(self._handles)])
+        atexit.unregister(self.close)
 
     def _take_commands(self) -> bool:
         """Run the commands that have come, waiting for one when there is nothing else to do; False to stop."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -254,6 +256,19 @@ def test_shutdown_answers_everyone(tiny_with_tokenizer):
     assert {handle.result(timeout=5).outputs[0].finish_reason for handle in handles} == {"cancelled"}
     with pytest.raises(EngineDeadError, match="shut down"):
         llm.generate("abc")
+
+
+def test_a_program_may_end_while_it_is_answered(tiny_with_tokenizer):
+    """Nobody shuts the engine down, and its thread is in the middle of a step when the interpreter goes."""
+    program = f"""
+from deepseek_fp4_plugin import LLM, SamplingParams
+llm = LLM({str(tiny_with_tokenizer)!r})
+prompts = [[5 + i] * 100 for i in range(64)]
+handles = [llm.generate_async(p, SamplingParams(max_tokens=400, ignore_eos=True), streaming=True) for p in prompts]
+print(len(next(iter(handles[0])).outputs[0].token_ids) > 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
 
 
 def test_cache_salt_isolates(llm):
