@@ -7,7 +7,7 @@ no cache helps; the median of replays is printed, in microseconds a call. The ro
 read rate (a sum of FP32 over 2 GiB) and the operations at the rate of torch's BF16 product of 8192 x 8192 x 8192, both
 measured here first. --dry prints every shape and its cut, and needs no GPU.
 
-groups: products, dense, experts, attention, small
+groups: products, dense, experts, attention, prompts, small
 """
 
 import argparse
@@ -29,6 +29,7 @@ from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, t
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
 from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER, few_tokens
+from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.kernels.weights import Case, PreparedRouter, PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
@@ -63,6 +64,9 @@ DENSE_SHAPES = {
 ATTENTION = tuple(
     itertools.product((16, 128), (1, 4), ((1, 1024), (1, 4096), (1, 32768), (4, 4096), (16, 4096), (64, 4096)))
 )
+
+# Prompts that attend together: each one's tokens in a step, and all that it sees.
+PROMPTS = (((64,) * 64, (64,) * 64), ((512,) * 8, (512,) * 8), ((512,) * 4, (1024,) * 4), ((2048,), (32768,)))
 
 
 @dataclass
@@ -321,6 +325,25 @@ def attention(bench: Bench, rows: list[int]) -> None:
             torch.cuda.empty_cache()
 
 
+def prompts(bench: Bench, rows: list[int]) -> None:
+    """R1's expanded attention of several prompts, in one launch and one after the other; rows here are tokens."""
+    for heads, (queries, contexts) in itertools.product((16, 128), PROMPTS):
+        spans = Spans.of(queries, contexts, DEVICE)
+        q = torch.randn(sum(queries), heads, 192, device=DEVICE, dtype=BF16)
+        k, v = (torch.randn(sum(contexts), heads, d, device=DEVICE, dtype=BF16) for d in (192, 128))
+        alone = [
+            (q[asking], k[seen], v[seen], 0.07, Spans.of([length], [context], DEVICE))
+            for (asking, seen), length, context in zip(spans.rows(), queries, contexts, strict=True)
+        ]
+        seen = sum(length * (context - (length - 1) / 2) for length, context in zip(queries, contexts, strict=True))
+        name, size = f"{heads} heads, {len(queries)} x {queries[0]} of {contexts[0]}", 2.0 * (q.numel() + k.numel())
+        sides = {"prompts": lambda c=(q, k, v, 0.07, spans): ops.expanded_attention(*c)}
+        if len(alone) > 1:
+            sides["prompts, one by one"] = lambda c=alone: [ops.expanded_attention(*one) for one in c]
+        for side, call in sides.items():
+            bench.add(side, name, len(q), size + 4.0 * v.numel(), 2.0 * heads * seen * (192 + 128), [call] * 4)
+
+
 def small(bench: Bench, rows: list[int]) -> None:
     for count in (n for n in rows if n <= 64):
         x, weight = torch.randn(count, 7168, device=DEVICE, dtype=BF16), torch.randn(7168, device=DEVICE, dtype=BF16)
@@ -382,7 +405,14 @@ def dry(rows: list[int]) -> Iterator[str]:
 
 
 def main() -> None:
-    groups = {"products": products, "dense": dense, "experts": experts, "attention": attention, "small": small}
+    groups = {
+        "products": products,
+        "dense": dense,
+        "experts": experts,
+        "attention": attention,
+        "prompts": prompts,
+        "small": small,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups))

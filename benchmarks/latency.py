@@ -7,6 +7,7 @@ good as they get) where the model is r1_nano, else over a random prompt.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--nvfp4-activations", choices=("bf16", "fp4", "int8"), default="bf16")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    with cpu.use_path(options.path or cpu.path()):
+    with cpu.use_path(options.path) if options.path else contextlib.nullcontext():
         measure(options)
 
 
@@ -70,9 +71,10 @@ def measure(options: argparse.Namespace) -> None:
             break
     prompt = problem(engines[0])
     rows = []
-    where = f"{torch.get_num_threads()} threads, path {cpu.path()}"
     if torch.cuda.is_available():  # then `LLM` takes it
         where = torch.cuda.get_device_name()
+    else:
+        where = f"{torch.get_num_threads()} threads, path {cpu.path() if cpu.available() else 'without native kernels'}"
     print(f"{options.model}, one request, {where}; medians of {options.repeats}")
     for length in PROMPTS:
         times = [first_token(engines[0], length, seed) for seed in range(options.repeats + 1)][1:]

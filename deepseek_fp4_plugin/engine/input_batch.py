@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.engine.slots import Slots, to_device
+from deepseek_fp4_plugin.engine.slots import Slots
 from deepseek_fp4_plugin.engine.step_plan import PlanRow
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
+from deepseek_fp4_plugin.kernels.transfer import to_device
+from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch, grouped
 
 # Up to this many tokens attend in absorbed form; above, expanding the context once costs less than it saves.
 MAX_ABSORBED_QUERY = 8
@@ -90,7 +91,7 @@ class Step:
             num_decode_tokens=self.num_short_tokens,
             max_query=self.max_query,
             max_context=self.num_blocks * block_size,
-            chunks=self.chunks,
+            groups=grouped(self.chunks, tables.device, tables, block_size),
             dp_tokens=self.dp_tokens or None,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.engine import diagnosis, sampler
 from deepseek_fp4_plugin.engine.input_batch import Step, build, build_uniform, in_batch_order, most_blocks
 from deepseek_fp4_plugin.engine.recorded_steps import Kind, RecordedSteps, Sizes
-from deepseek_fp4_plugin.engine.slots import Slots, to_device
+from deepseek_fp4_plugin.engine.slots import Slots
 from deepseek_fp4_plugin.engine.speculative import MtpDrafter, Verified, passes_relaxed, thinking_after, verify
 from deepseek_fp4_plugin.engine.step_plan import (
     NOT_FINITE,
@@ -31,6 +31,7 @@ from deepseek_fp4_plugin.engine.step_plan import (
 )
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.recording import Results, cut
+from deepseek_fp4_plugin.kernels.transfer import to_device
 from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.config import CudaGraphConfig
-from deepseek_fp4_plugin.engine.slots import to_device
 from deepseek_fp4_plugin.engine.step_plan import StepPlan
 from deepseek_fp4_plugin.kernels import select
 from deepseek_fp4_plugin.kernels.recording import Recorder, Results, Unrecordable
+from deepseek_fp4_plugin.kernels.transfer import to_device
 
 # On a CPU every row costs its time, so nothing is filled up: every size of few tokens is recorded, then every eighth
 # while the host's share of a step still shows.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup
+from deepseek_fp4_plugin.kernels.transfer import to_device
 
 NOBODY = Setup(0, Sampling())
 
@@ -94,9 +95,3 @@ class Slots:
         self.top_k[where], self.seeds[where] = values[:, 7], values[:, 8]
         self.relaxed_delta[where], self.temperature[where] = fractions[:, 0].float(), fractions[:, 1].float()
         self.top_p[where], self.min_p[where] = fractions[:, 2], fractions[:, 3]
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; the host does not wait for it."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference, select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
+from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedRouter, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
@@ -343,12 +344,12 @@ def gated_mlp(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tenso
     return gate_up.backend.gated_mlp(x, gate_up, down)
 
 
-def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one request's newest T tokens over its context of S >= T.
+def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spans) -> Tensor:
+    """Causal attention of each request's newest tokens over its whole context, T and S tokens in all.
 
     q: [T, heads, d].  k: [S, heads, d].  v: [S, heads, dv].  Returns [T, heads, dv].
     """
-    return select.kernels(q.device, q.dtype).expanded_attention(q, k, v, scale)
+    return select.kernels(q.device, q.dtype).expanded_attention(q, k, v, scale, spans)
 
 
 def absorbed_attention(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
+from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
 Activations = Literal["bf16", "fp4", "int8"]
@@ -238,7 +239,7 @@ class Backend(Protocol):
         self, cache: Tensor, slots: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, /
     ) -> Tensor: ...
 
-    def expanded_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, /) -> Tensor: ...
+    def expanded_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spans, /) -> Tensor: ...
 
     def absorbed_attention(
         self,

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from deepseek_fp4_plugin.kernels import ops
 from deepseek_fp4_plugin.kernels.recording import beside, cut
+from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
-from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
+from deepseek_fp4_plugin.layers.batch import ForwardBatch
 from deepseek_fp4_plugin.layers.linear import Linear, column_parallel, row_parallel
 from deepseek_fp4_plugin.layers.norm import RMSNorm
 from deepseek_fp4_plugin.layers.weight_source import OUT, Cut, WeightSource
@@ -77,7 +78,7 @@ class MLA(nn.Module):
         scale = self.cache_scale if cache is not None and cache.dtype == torch.float8_e4m3fn else 1.0
 
         split = batch.num_decode_tokens
-        absorbed = split > 0 and not batch.chunks  # of all tokens, which branches off with the queries
+        absorbed = split > 0 and not batch.groups  # of all tokens, which branches off with the queries
         if absorbed and cache is not None and scale == 1.0:
             together = self._queries_and_latents(x, cos, sin, cache, batch.slot_mapping)
             if together:
@@ -97,10 +98,13 @@ class MLA(nn.Module):
             assert cache is not None
             q_latent = q if absorbed else ops.absorb(q[:split], self.kv_b_proj)
             outputs.append(self._absorbed(q_latent, q_rope[:split], batch, cache, scale))
-        for chunk in batch.chunks:
-            rows = slice(chunk.start, chunk.stop)
-            context = entries[rows] if cache is None else _times(_gather(cache, batch, chunk, x.dtype), scale)
-            outputs.append(self._expanded(q[rows], q_rope[rows], context))
+        for group in batch.groups:
+            rows = group.rows
+            context = entries[rows]
+            if cache is not None:
+                assert group.slots is not None
+                context = _times(_gather(cache, group.slots, x.dtype), scale)
+            outputs.append(self._expanded(q[rows], q_rope[rows], context, group.spans))
         if len(outputs) == 1:
             attended = outputs[0]
         else:
@@ -164,13 +168,13 @@ class MLA(nn.Module):
         """
         return rope if self.config.rope_interleave else rope.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, context: Tensor, spans: Spans) -> Tensor:
         c = self.config
         latent, rope = context.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         keys_and_values = ops.linear(latent, self.kv_b_proj).unflatten(-1, (self.heads, -1))
         k_nope, v = keys_and_values.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k = torch.cat((k_nope, rope.unsqueeze(1).expand(-1, self.heads, -1)), -1)
-        return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, c.softmax_scale)
+        return ops.expanded_attention(torch.cat((q_nope, q_rope), -1), k, v, c.softmax_scale, spans)
 
     def _absorbed(
         self, q_latent: Tensor, q_rope: Tensor, batch: ForwardBatch, cache: Tensor, cache_scale: float
@@ -201,9 +205,7 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else cut(lambda y: (y * factor,), x)[0]
 
 
-def _gather(cache: Tensor, batch: ForwardBatch, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """A chunk's whole context from the cache: [S, latent + rope]."""
-    assert batch.block_tables is not None
-    blocks = batch.block_tables[chunk.request, : -(-chunk.context // cache.shape[1])]
+def _gather(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries of the cache: [S, latent + rope]."""
     raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache  # FP8 tensors cannot be indexed
-    return raw[blocks].flatten(0, 1)[: chunk.context].view(cache.dtype).to(dtype)
+    return raw.flatten(0, 1).index_select(0, slots).view(cache.dtype).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from deepseek_fp4_plugin import LLM, SamplingParams
 from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader, read_json
-from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
+from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch, grouped
 from deepseek_fp4_plugin.layers.mla import MLA
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
@@ -159,7 +159,7 @@ def attended(mla: MLA, config: DeepseekV3Config, x: torch.Tensor, dtype: torch.d
             num_decode_tokens=int(short),
             max_query=int(short),
             max_context=stop if short else 0,
-            chunks=() if short else (Chunk(0, start, stop, stop),),
+            groups=() if short else grouped([Chunk(0, start, stop, stop)], table.device, table, 16),
         )
         outputs.append(mla(x[start:stop], cos[start:stop], sin[start:stop], batch, cache))
     return torch.cat(outputs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.kernels import ops, reference
+from deepseek_fp4_plugin.kernels.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,26 @@ def test_absorbed_attention(case):
     assert error < (1e-5 if case.dtype == torch.float32 else 2e-2)  # BF16 probabilities carry 8 bits
 
 
-@pytest.mark.parametrize(("length", "context"), [(1, 1), (1, 9), (7, 7), (3, 20)])
-def test_expanded_attention(length, context):
-    q, k, v = torch.randn(length, 4, 24), torch.randn(context, 4, 24), torch.randn(context, 4, 16)
-    expected = reference.expanded_attention(q, k, v, 0.3)
-    assert (ops.expanded_attention(q, k, v, 0.3) - expected).abs().max() < 1e-5
+SPANS = [((1,), (1,)), ((1,), (9,)), ((7,), (7,)), ((3,), (20,)), ((2, 1, 7, 3), (2, 9, 7, 20))]
+
+
+@pytest.mark.parametrize(("queries", "contexts"), SPANS)
+def test_expanded_attention(queries, contexts):
+    spans = Spans.of(queries, contexts, torch.device("cpu"))
+    q, k, v = torch.randn(sum(queries), 4, 24), torch.randn(sum(contexts), 4, 24), torch.randn(sum(contexts), 4, 16)
+    expected = reference.expanded_attention(q, k, v, 0.3, spans)
+    assert (ops.expanded_attention(q, k, v, 0.3, spans) - expected).abs().max() < 1e-5
+
+
+def test_requests_do_not_see_each_other():
+    queries, contexts = (3, 5), (9, 5)
+    spans = Spans.of(queries, contexts, torch.device("cpu"))
+    q, k, v = torch.randn(8, 2, 24), torch.randn(14, 2, 24), torch.randn(14, 2, 16)
+    k[9:], v[9:] = float("nan"), float("nan")
+    alone = Spans.of(queries[:1], contexts[:1], torch.device("cpu"))
+    for attention in (ops.expanded_attention, reference.expanded_attention):
+        own = attention(q[:3], k[:9], v[:9], 0.3, alone)
+        assert torch.equal(attention(q, k, v, 0.3, spans)[:3], own) and own.isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 4, 20])
@@ -73,6 +89,7 @@ def test_expanded_attention(length, context):
 def test_nothing_that_is_not_finite_is_lost_in_expanded_attention(length, what, value):
     q, k, v = torch.randn(length, 4, 24), torch.randn(length + 2, 4, 24), torch.randn(length + 2, 4, 24)
     {"q": q, "k": k}[what][:, 1] = value  # a whole head, as a damaged scale makes it
-    expected = reference.expanded_attention(q, k, v, 0.3).isfinite()
+    spans = Spans.of([length], [length + 2], torch.device("cpu"))
+    expected = reference.expanded_attention(q, k, v, 0.3, spans).isfinite()
     assert not expected[:, 1].any()
-    assert (ops.expanded_attention(q, k, v, 0.3).isfinite() == expected).all()
+    assert (ops.expanded_attention(q, k, v, 0.3, spans).isfinite() == expected).all()

@@ -6,6 +6,7 @@ import torch
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import ops, reference
 from deepseek_fp4_plugin.kernels.cuda import attention
+from deepseek_fp4_plugin.kernels.spans import Spans
 from tests.parity.cuda_cases import BF16, DEVICE, ON_A_GPU, both, poisoned
 from tests.parity.kernel_cases import TWO_STEPS, attention_case, error, random_part
 
@@ -96,6 +97,29 @@ def test_values_of_parts_that_are_not_merged(cache_dtype, context, heads, latent
         assert torch.equal(values, ops.values_from_latent(ops.absorbed_attention(*case), kv_b, 40)), bound
     two = attention_case(cache_dtype, (1, 1), (context, context), heads, latent, rope)[0]
     assert ops.attended_values(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in two), kv_b, 40) is None
+
+
+@pytest.mark.parametrize(("heads", "width", "value"), [(16, 192, 128), (8, 64, 32), (3, 40, 40), (2, 50, 24)])
+def test_prompts_of_several_requests(heads, width, value):
+    """Whole prompts, chunks behind others, a few tokens behind many; each gets the bits that it gets alone, whatever
+    its neighbours hold."""
+    queries, contexts = (1, 70, 9, 300, 64), (1, 70, 1400, 333, 64)
+    spans = Spans.of(queries, contexts, DEVICE)
+    q = torch.randn(sum(queries), heads, width, device=DEVICE).to(BF16)
+    k, v = (torch.randn(sum(contexts), heads, d, device=DEVICE).to(BF16) for d in (width, value))
+    scale = width**-0.5
+    own = ops.expanded_attention(q, k, v, scale, spans)
+    assert error(own, reference.expanded_attention(q, k, v, scale, spans)) <= 2 * TWO_STEPS
+    rows = list(spans.rows())
+    for (asking, seen), *counts in zip(rows, queries, contexts, strict=True):
+        alone = Spans.of(*([count] for count in counts), DEVICE)
+        assert torch.equal(ops.expanded_attention(q[asking], k[seen], v[seen], scale, alone), own[asking]), counts
+    asking, seen = rows[2]
+    k[seen] = v[seen] = float("nan")
+    poisoned_one = ops.expanded_attention(q, k, v, scale, spans)
+    assert poisoned_one[asking].isnan().all()
+    assert torch.equal(poisoned_one[: asking.start], own[: asking.start])
+    assert torch.equal(poisoned_one[asking.stop :], own[asking.stop :])
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "fp8"])

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
+from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch, grouped
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.engine_core import make_engine, make_request, run_all
 from tests.tiny import write_checkpoint
@@ -17,7 +17,8 @@ def mtp_logits(model: DeepseekV3ForCausalLM, tokens: list[int]) -> torch.Tensor:
     whole = ForwardBatch.from_sequences([tokens])
     hidden = model(whole)[:-1]
     count = len(tokens) - 1
-    batch = ForwardBatch(whole.input_ids[1:], whole.positions[:-1], chunks=(Chunk(0, 0, count, count),))
+    groups = grouped([Chunk(0, 0, count, count)], whole.positions.device)
+    batch = ForwardBatch(whole.input_ids[1:], whole.positions[:-1], groups=groups)
     cos, sin = model.model.rotary(batch.positions)
     return model.compute_logits(model.mtp(model.model.embed_tokens(batch.input_ids), hidden, cos, sin, batch, None))
 

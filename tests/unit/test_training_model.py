@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.reader import CheckpointReader
-from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch
+from deepseek_fp4_plugin.layers.batch import Chunk, ForwardBatch, grouped
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_fp4_plugin.models.inventory import weights
@@ -61,7 +61,7 @@ def test_logits_and_drafts_equal_the_package_model(exported):
             slot_mapping=blocks[0, place // 8] * 8 + place % 8,
             block_tables=blocks,
             context_lens=torch.tensor([first + length]),
-            chunks=(Chunk(0, 0, length, first + length),),
+            groups=grouped([Chunk(0, 0, length, first + length)], blocks.device, blocks, 8),
         )
         state = package.mtp(package.model.embed_tokens(tokens), state, cos, sin, forward, cache)[-1:]
         assert (state[0] - outputs[step][0, 20]).abs().max() < 1e-4

@@ -5,9 +5,11 @@ import contextlib
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from deepseek_fp4_plugin.kernels.reference.attention import store_latents
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 # cuDNN's attention is up to twice as fast as the others, but plans each new pair of query and context lengths, and
@@ -16,15 +18,35 @@ _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 _PLANNED_QUERIES = 4096  # without a mask, from here on the plan is the smaller part
 
 
-def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See kernels/reference/attention.py; heads in front, fused softmax."""
+def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spans) -> Tensor:
+    """See kernels/reference/attention.py; fused softmax, on a GPU all requests in one launch."""
+    # Only with values as wide as keys does the platform take its fused path; unfused it holds every score in memory.
+    width = v.shape[-1]
+    v = torch.nn.functional.pad(v, (0, max(0, k.shape[-1] - width)))
+    planned = len(spans.queries) == 1 and q.shape[0] == k.shape[0] >= _PLANNED_QUERIES
+    if not planned and _at_once(q):
+        most = max(spans.queries), max(spans.contexts)
+        # Queries are the last of what they see, and see nothing behind themselves.
+        y = varlen_attn(q, k, v, spans.query_start, spans.context_start, *most, scale=scale, window_size=(-1, 0))
+        assert isinstance(y, Tensor)
+        return y[..., :width]
+    outputs = [_of_one(q[own], k[seen], v[seen], scale)[..., :width] for own, seen in spans.rows()]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _at_once(q: Tensor) -> bool:
+    """Whether the platform has attention of several requests of different lengths."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 8 and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+
+
+def _of_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Of one request; heads in front."""
     length, context = q.shape[0], k.shape[0]
     mask = None
     if 1 < length < context:
         mask = torch.ones(length, context, dtype=torch.bool, device=q.device).tril(context - length)
-    # Only with values as wide as keys does the platform take its fused path; unfused it holds every score in memory.
-    width = v.shape[-1]
-    v = torch.nn.functional.pad(v, (0, max(0, k.shape[-1] - width)))
     # The platform's CPU kernel takes scores that are all NaN for a query without keys, and answers zeros.
     broken = None
     if q.device.type == "cpu":
@@ -35,7 +57,7 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         output = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=length == context and length > 1, scale=scale
         )
-    output = output.squeeze(0).transpose(0, 1)[..., :width]
+    output = output.squeeze(0).transpose(0, 1)
     return output if broken is None else output.masked_fill(broken, torch.nan)
 
 

@@ -6,18 +6,22 @@ from torch import Tensor
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
+from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 
-def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one request's newest tokens over its whole context.
+def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spans) -> Tensor:
+    """Causal attention of each request's newest tokens over its whole context, one request after the other.
 
-    q: [T, heads, d].  k: [S, heads, d] and v: [S, heads, dv], S >= T; query t sees keys 0 .. S - T + t.
-    Scores and softmax FP32.  Returns [T, heads, dv] in q's dtype.
+    q: [T, heads, d].  k: [S, heads, d] and v: [S, heads, dv]; of a request's t queries and s keys query i sees keys
+    0 .. s - t + i.  Scores and softmax FP32.  Returns [T, heads, dv] in q's dtype.
     """
-    scores = torch.einsum("thd,shd->hts", q.float(), k.float()) * scale
-    scores = scores.masked_fill(_future(q.shape[0], k.shape[0], q.device), float("-inf"))
-    return torch.einsum("hts,shv->thv", scores.softmax(-1), v.float()).to(q.dtype)
+    output = q.new_empty(*q.shape[:2], v.shape[2])
+    for own, seen in spans.rows():
+        scores = torch.einsum("thd,shd->hts", q[own].float(), k[seen].float()) * scale
+        scores = scores.masked_fill(_future(scores.shape[1], scores.shape[2], q.device), float("-inf"))
+        output[own] = torch.einsum("hts,shv->thv", scores.softmax(-1), v[seen].float()).to(q.dtype)
+    return output
 
 
 def absorbed_attention(
