@@ -47,8 +47,8 @@ def choose(groups: int, slabs: int, rows: int) -> Cut | None:
     while cluster < 4 and 2 * cluster * groups <= 2 * _MULTIPROCESSORS and 2 * cluster * _WARPS <= slabs:
         cluster *= 2
     if cluster * groups <= 2 * _MULTIPROCESSORS:
-        return Cut(1, _WARPS, 5, 4, 2, cluster, groups)
-    return Cut(1, _WARPS, 5, 2, 3, cluster, groups)
+        return Cut(1, _WARPS, 4, 4, 2, cluster, groups)
+    return Cut(1, _WARPS, 4, 2, 3, cluster, groups)
 
 
 @functools.cache
