@@ -1,7 +1,8 @@
 """One rank's share of the whole DeepSeek-R1 on one GPU, step by step, beside what it must read and compute.
 
     python benchmarks/shard.py [--layout tp8 tp8ep2 ep8dp tp4ep2] [--checkpoint v1] [--batch 1 ...] [--context 1024 ...]
-        [--drafts 0 3] [--only decode prefill] [--layers 61] [--steps 9] [--json FILE] [--dry]
+        [--drafts 0 3] [--only decode prefill] [--prompt 8192 ...] [--prompts 1 ...] [--layers 61] [--steps 9]
+        [--json FILE] [--dry]
 
 The model, the runner, its recorded steps and their CUDA graph are the engine's own; weights are random, of the exact
 shapes of 61 layers and the MTP module, in the formats of the published checkpoint. Communication is left out: what
@@ -10,7 +11,7 @@ rank's).
 
 decode   a recorded step of `batch` requests whose newest token sees `context` tokens: from the host's word to the
          sampled tokens, drafts included. With drafts a step is 1 + drafts tokens a request; drafts are random.
-prefill  one prompt of 8192 tokens in one step, on the host's clock.
+prefill  whole prompts of --prompt tokens, --prompts of them in one step, on the host's clock.
 
 Every step begins with other random tokens, so that experts are chosen anew; `hit` is the share of a layer's experts
 that were, beside the share that models/ledger.py expects. The roofline is its bytes at this card's read rate and its
@@ -44,7 +45,7 @@ from deepseek_fp4_plugin.parallel.collectives import Group
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 from deepseek_fp4_plugin.quantization.plan import becomes_nvfp4
 
-BLOCK, PROMPT = 64, 8192
+BLOCK = 64
 LAYOUTS: dict[str, dict] = {
     "tp8": {},
     "tp8ep2": {"moe_expert_parallel_size": 2},
@@ -251,11 +252,10 @@ def _expanded(config: DeepseekV3Config, cell: Cell, mesh: Mesh) -> Line:
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for what in options.only:
         for drafts in options.drafts:
+            sizes = options.context, options.batch
             if what == "prefill":
-                yield Cell(what, 1, PROMPT, drafts)
-                continue
-            for context in options.context:
-                yield from (Cell(what, batch, context, drafts) for batch in options.batch)
+                sizes = options.prompt, options.prompts
+            yield from (Cell(what, batch, context, drafts) for context in sizes[0] for batch in sizes[1])
 
 
 def published(config: DeepseekV3Config, checkpoint: str) -> FormatOf:
@@ -352,6 +352,8 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--drafts", nargs="+", type=int, default=list(DRAFTS))
     parser.add_argument("--only", nargs="+", choices=("decode", "prefill"), default=["decode", "prefill"])
+    parser.add_argument("--prompt", nargs="+", type=int, default=[8192], help="tokens of a prompt")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1], help="that many at once")
     parser.add_argument("--layers", type=int, default=DEEPSEEK_R1.num_hidden_layers, help="fewer, to look closer")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--json", metavar="FILE")
