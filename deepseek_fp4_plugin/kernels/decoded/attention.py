@@ -15,6 +15,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 # cuDNN's attention is up to twice as fast as the others, but plans each new pair of query and context lengths, and
 # hardly two prompts are alike: 45 to 100 ms where they are equal, a second where a mask is needed (H100, torch 2.11).
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_GATHERED = 1 << 18  # entries of the cache that are gathered at a time: gigabytes with their scores, not all of a GPU
 _PLANNED_QUERIES = 4096  # without a mask, from here on the plan is the smaller part
 
 
@@ -72,38 +73,45 @@ def absorbed_attention(
     max_context: int,
     scale: float,
 ) -> Tensor:
-    """See kernels/reference/attention.py; all requests at once, padded to the longest query and context."""
-    requests, latent = context_lens.shape[0], q_latent.shape[-1]
-    blocks = block_tables[:, : -(-max_context // cache.shape[1])]
-    # A row of the block table past a request's blocks may hold anything: masked scores must not meet NaN values.
-    key = torch.arange(blocks.shape[1] * cache.shape[1], device=cache.device)
-    present = key < context_lens.unsqueeze(1)
-    in_use = present[:, :: cache.shape[1]]
-    raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
-    entries = raw[torch.where(in_use, blocks, 0)].flatten(1, 2).view(cache.dtype).to(q_latent.dtype)
-    entries = entries.masked_fill(~present.unsqueeze(-1), 0)
+    """See kernels/reference/attention.py; many requests at once, padded to the longest query and context."""
+    requests, latent, block_size = context_lens.shape[0], q_latent.shape[-1], cache.shape[1]
+    blocks = block_tables[:, : -(-max_context // block_size)]
     lengths = query_start.diff()
     q = torch.cat((q_latent, q_rope), -1)
     padded = q.shape[0] != requests * max_query
+    row = torch.arange(max_query, device=q.device).expand(requests, -1)
     if padded:
-        row = torch.arange(max_query, device=q.device).expand(requests, -1)
         source = (query_start[:-1, None] + row).clamp(max=q.shape[0] - 1)
         q = q[source]
     else:
-        row = torch.arange(max_query, device=q.device).expand(requests, -1)
         q = q.unflatten(0, (requests, max_query))
-    heads = q.shape[2]
-    scores = (q.flatten(1, 2) @ entries.transpose(1, 2)).float() * scale  # [R, Q * heads, S]
     position = context_lens.unsqueeze(1) - lengths.unsqueeze(1) + row  # of each query
-    visible = key <= position.unsqueeze(-1)  # [R, Q, S]
-    scores = scores.unflatten(1, (max_query, heads)).masked_fill(~visible.unsqueeze(2), float("-inf"))
-    weights = scores.softmax(-1).to(q.dtype).flatten(1, 2)
-    output = (weights @ entries[..., :latent]).unflatten(1, (max_query, heads))
+    each = max(1, _GATHERED // max(1, blocks.shape[1] * block_size))
+    parts = zip(q.split(each), blocks.split(each), context_lens.split(each), position.split(each), strict=True)
+    output = torch.cat([_gathered(*part, cache, latent, scale) for part in parts])
     if not padded:
         return output.flatten(0, 1)
     token = torch.arange(q_latent.shape[0], device=q.device)
     request = torch.searchsorted(query_start, token, right=True) - 1
     return output[request, token - query_start[request]]
+
+
+def _gathered(
+    q: Tensor, blocks: Tensor, context_lens: Tensor, position: Tensor, cache: Tensor, latent: int, scale: float
+) -> Tensor:
+    """Of some requests whose queries stand at `position` [R, Q].  q: [R, Q, heads, latent + rope]."""
+    # A row of the block table past a request's blocks may hold anything: masked scores must not meet NaN values.
+    key = torch.arange(blocks.shape[1] * cache.shape[1], device=cache.device)
+    present = key < context_lens.unsqueeze(1)
+    in_use = present[:, :: cache.shape[1]]
+    raw = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+    entries = raw[torch.where(in_use, blocks, 0)].flatten(1, 2).view(cache.dtype).to(q.dtype)
+    entries = entries.masked_fill(~present.unsqueeze(-1), 0)
+    scores = (q.flatten(1, 2) @ entries.transpose(1, 2)).float() * scale  # [R, Q * heads, S]
+    visible = key <= position.unsqueeze(-1)  # [R, Q, S]
+    scores = scores.unflatten(1, q.shape[1:3]).masked_fill(~visible.unsqueeze(2), float("-inf"))
+    weights = scores.softmax(-1).to(q.dtype).flatten(1, 2)
+    return (weights @ entries[..., :latent]).unflatten(1, q.shape[1:3])
 
 
 def absorb(q_nope: Tensor, kv_b: PreparedWeight) -> Tensor:
