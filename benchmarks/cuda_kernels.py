@@ -336,12 +336,13 @@ def prompts(bench: Bench, rows: list[int]) -> None:
             for (asking, seen), length, context in zip(spans.rows(), queries, contexts, strict=True)
         ]
         seen = sum(length * (context - (length - 1) / 2) for length, context in zip(queries, contexts, strict=True))
-        name, size = f"{heads} heads, {len(queries)} x {queries[0]} of {contexts[0]}", 2.0 * (q.numel() + k.numel())
+        name = f"{heads} heads, {len(queries)} x {queries[0]} of {contexts[0]}"
+        size = 2.0 * (q.numel() + k.numel() + v.numel() + len(q) * heads * 128)
         sides = {"prompts": lambda c=(q, k, v, 0.07, spans): ops.expanded_attention(*c)}
         if len(alone) > 1:
             sides["prompts, one by one"] = lambda c=alone: [ops.expanded_attention(*one) for one in c]
         for side, call in sides.items():
-            bench.add(side, name, len(q), size + 4.0 * v.numel(), 2.0 * heads * seen * (192 + 128), [call] * 4)
+            bench.add(side, name, len(q), size, 2.0 * heads * seen * (192 + 128), [call] * 4)
 
 
 def small(bench: Bench, rows: list[int]) -> None:

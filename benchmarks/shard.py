@@ -127,11 +127,10 @@ class Rank:
         blocks = torch.randperm(cell.batch * cell.blocks_each).view(cell.batch, -1).tolist()
         start, prefill = cell.context - cell.width, cell.what == "prefill"
         setup = Setup(start, Sampling()) if first else None
-        tokens = torch.randint(self._vocab, (cell.context,)).tolist() if prefill else ()
+        drafts = 0 if prefill else cell.drafts
+        tokens = torch.randint(self._vocab, (cell.batch, cell.context if prefill else 0)).tolist()
         rows = [
-            PlanRow(
-                slot, tokens, start, 0 if prefill else cell.drafts, True, new_blocks=tuple(own) * first, setup=setup
-            )
+            PlanRow(slot, tokens[slot], start, drafts, True, new_blocks=tuple(own) * first, setup=setup)
             for slot, own in enumerate(blocks)
         ]
         total, uniform = cell.batch * cell.width, not prefill

@@ -39,10 +39,14 @@ def sizes_of(runner: ModelRunner, max_num_tokens: int) -> tuple[int, ...]:
 
 
 def prompts_of(runner: ModelRunner, max_num_tokens: int) -> tuple[int, ...]:
-    """Tokens of prompts, the longest first: as many as a step can have, with room for the drafts behind them."""
-    room = runner.slots.max_blocks * runner.block_size - 1 - 2 * runner.num_drafts
-    most = max(1, min(max_num_tokens, room))
+    """Tokens of prompts in a step, the most first: as many as one can have."""
+    most = min(max_num_tokens, _room(runner) * runner.slots.count)
     return most, *(count for count in reversed(_PROMPTS) if count < most)
+
+
+def _room(runner: ModelRunner) -> int:
+    """Tokens of one prompt, with room for the drafts behind them."""
+    return max(1, runner.slots.max_blocks * runner.block_size - 1 - 2 * runner.num_drafts)
 
 
 def warm_up(
@@ -52,13 +56,14 @@ def warm_up(
     prompts: Sequence[int],
     progress: WarmUpProgress | None = None,
 ) -> None:
-    """Uniform steps of each size and kind, then prompts of so many tokens, and chunks behind others.
+    """Uniform steps of each size and kind, then prompts of so many tokens in all, and chunks behind others.
 
     progress: called with (steps done, steps in all). Raises ValueError where a GPU's memory does not suffice.
     """
     steps = [(f"{size} requests", partial(runner.prepare, size, kind)) for size in sizes for kind in kinds]
     steps += [(f"{count} prompt tokens", partial(_prompt, runner, count)) for count in prompts]
-    chunks = [(count, start) for start in _CONTEXTS for count in (*_SHORT, start) if count + start <= max(prompts)]
+    longest = min(max(prompts), _room(runner))
+    chunks = [(count, start) for start in _CONTEXTS for count in (*_SHORT, start) if count + start <= longest]
     steps += [(f"{count} prompt tokens", partial(_prompt, runner, count, start)) for count, start in chunks]
     for done, (what, step) in enumerate(steps):
         if progress is not None:
@@ -78,8 +83,13 @@ def warm_up(
 
 
 def _prompt(runner: ModelRunner, count: int, start: int = 0) -> None:
-    """So many tokens of a prompt behind `start` others on every rank, and a token drawn behind them."""
-    tokens = [token % runner.model.config.vocab_size for token in range(count)]
-    row = PlanRow(runner.slots.dummy, tokens, start, 0, True, setup=Setup(start, Sampling(greedy=False)))
+    """So many tokens on every rank, each prompt's behind `start` others, and a token drawn behind each prompt."""
+    each, vocabulary = _room(runner) - start, runner.model.config.vocab_size
+    parts = [range(first, min(first + each, count)) for first in range(0, count, each)]
+    setup = Setup(start, Sampling(greedy=False))
+    rows = [
+        PlanRow(runner.slots.dummy, [token % vocabulary for token in part], start, 0, True, setup=setup)
+        for part in parts
+    ]
     ranks = runner.dp_ranks
-    runner.run(StepPlan([row], count, False, (count,) * ranks, (1,) * ranks, False))
+    runner.run(StepPlan(rows, count, False, (count,) * ranks, (len(rows),) * ranks, False))

@@ -12,7 +12,7 @@ from deepseek_fp4_plugin.kernels.transfer import to_device
 
 @dataclass(frozen=True)
 class Spans:
-    """queries: each request's newest tokens, one at least.  contexts: all its tokens, the newest among them.
+    """queries: each request's newest tokens.  contexts: all its tokens, the newest among them.
     query_start, context_start: int32 [requests + 1] on the device, where the rows of each begin and end.
     """
 

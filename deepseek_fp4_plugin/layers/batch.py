@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.spans import Spans
 
-# Tokens of context that several chunks have together at the most: enough for a device to be busy, and their keys and
-# values take no more memory than those of one longer prompt.
+# Tokens of context that several chunks have together at the most: enough for a device to be busy, and few enough that
+# their keys and values take little memory.
 _AT_ONCE = 4096
 
 
@@ -42,7 +42,7 @@ class ChunkGroup(NamedTuple):
 def grouped(
     chunks: Sequence[Chunk], device: torch.device, block_tables: Tensor | None = None, block_size: int = 0
 ) -> tuple[ChunkGroup, ...]:
-    """Chunks of requests one behind the other, as many in a group as may attend at once.
+    """Chunks of requests one behind the other and without gaps, as many in a group as may attend at once.
 
     block_tables: int64 [requests, blocks] of cache blocks of block_size tokens; None without a cache.
     """
@@ -53,6 +53,7 @@ def grouped(
         if not parts or tokens > _AT_ONCE:
             parts.append([])
             tokens = chunk.context
+        assert not parts[-1] or (chunk.request, chunk.start) == (parts[-1][-1].request + 1, parts[-1][-1].stop)
         parts[-1].append(chunk)
     groups = []
     for part in parts:

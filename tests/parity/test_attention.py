@@ -1,5 +1,6 @@
 """Attention kernels against the reference: mixed query lengths, long contexts, poisoned memory."""
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -24,6 +25,7 @@ CASES = [
     Case("equal queries", (1, 1, 1), (5, 32, 33)),
     Case("drafts", (4, 4), (4, 70)),
     Case("mixed queries", (1, 4, 2), (9, 64, 2)),
+    Case("mixed queries of many", (1, 3, 2, 1, 4), (9, 40, 2, 33, 12)),
     Case("bf16", (2, 1), (40, 17), torch.bfloat16, torch.bfloat16),
     Case("fp8 cache", (2, 1), (40, 17), torch.bfloat16, torch.float8_e4m3fn),
 ]
@@ -60,11 +62,17 @@ def test_absorbed_attention(case, monkeypatch):
     )
     expected = reference.absorbed_attention(*arguments).float()
     bound = 1e-5 if case.dtype == torch.float32 else 2e-2  # BF16 probabilities carry 8 bits
-    for entries in (1 << 18, 100, 1):  # that `decoded` gathers at a time: of all requests, of one or two, of one
-        monkeypatch.setattr(decoded_attention, "_GATHERED", entries)
-        for kernels in (ops, decoded):
-            error = (kernels.absorbed_attention(*arguments).float() - expected).abs().max() / expected.abs().max()
-            assert error < bound, (kernels, entries)
+    kernels = [ops.absorbed_attention]
+    for entries in (1 << 18, 100, 1):  # that `decoded` gathers at a time: of all requests, of some, of one
+        kernels.append(functools.partial(gathering, monkeypatch, entries))
+    for attention in kernels:
+        error = (attention(*arguments).float() - expected).abs().max() / expected.abs().max()
+        assert error < bound, attention
+
+
+def gathering(monkeypatch, entries: int, *arguments) -> torch.Tensor:
+    monkeypatch.setattr(decoded_attention, "_GATHERED", entries)
+    return decoded.absorbed_attention(*arguments)
 
 
 SPANS = [((1,), (1,)), ((1,), (9,)), ((7,), (7,)), ((3,), (20,)), ((2, 1, 7, 3), (2, 9, 7, 20))]

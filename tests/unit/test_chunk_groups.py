@@ -34,5 +34,5 @@ def test_whole_sequences_have_no_cache():
     batch = ForwardBatch.from_sequences([[1, 2, 3], [4]])
     (group,) = batch.groups
     assert group.slots is None and group.spans.queries == group.spans.contexts == (3, 1)
-    assert batch.chunks == [Chunk(0, 0, 3, 3), Chunk(1, 3, 4, 4)]
+    assert batch.chunks == [Chunk(0, 0, 3, 3), Chunk(1, 3, 4, 1)]
     assert ForwardBatch.from_sequences([]).groups == ()

@@ -110,7 +110,8 @@ def test_what_is_run(tiny_fp8):
     runner = make_engine(model, drafts=2, batch=64, blocks=16, sizes=Sizes((1, 4, 8, 64))).executor.runner
     assert sizes_of(runner, 512) == (64, 8, 4, 1) and sizes_of(runner, 24) == (8, 4, 1)  # tokens of a step
     assert prompts_of(runner, 100) == (100, 64, 32, 16, 8)
-    assert prompts_of(runner, 512)[0] == 16 * 8 - 5  # what the cache holds beside drafts
+    assert prompts_of(runner, 512) == (512, 256, 128, 64, 32, 16, 8)
+    assert prompts_of(make_engine(model, drafts=2, batch=3, blocks=16).executor.runner, 512)[0] == 3 * (16 * 8 - 5)
     assert kinds_of(None) == (Kind(True), Kind(False))
     assert kinds_of(RELAXED) == (Kind(True, 4), Kind(False, 4))
 

@@ -25,7 +25,7 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spa
     width = v.shape[-1]
     v = torch.nn.functional.pad(v, (0, max(0, k.shape[-1] - width)))
     planned = len(spans.queries) == 1 and q.shape[0] == k.shape[0] >= _PLANNED_QUERIES
-    if not planned and _at_once(q):
+    if not planned and _at_once(q, v):
         most = max(spans.queries), max(spans.contexts)
         # Queries are the last of what they see, and see nothing behind themselves.
         y = varlen_attn(q, k, v, spans.query_start, spans.context_start, *most, scale=scale, window_size=(-1, 0))
@@ -35,9 +35,9 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spa
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _at_once(q: Tensor) -> bool:
+def _at_once(q: Tensor, v: Tensor) -> bool:
     """Whether the platform has attention of several requests of different lengths."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] != v.shape[2]:
         return False
     return torch.cuda.get_device_capability(q.device)[0] >= 8 and q.shape[2] % 8 == 0 and q.shape[2] <= 256
 

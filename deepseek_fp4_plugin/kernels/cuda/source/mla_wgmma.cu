@@ -38,7 +38,7 @@ template <int ID, int THREADS>
 __device__ inline void named_wait() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
-// And whether any of them says so.
+// Waits in the same way, and tells whether any of the threads says so.
 template <int ID, int THREADS>
 __device__ inline bool named_any(bool mine) {
     u32 any;
@@ -455,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) mla_wgmma
                 barrier_init(shared_address(&shared.empty[stage][half]), CONSUMERS / 64);
             }
         }
-        // Not named barriers: racecheck does not see that one arrives behind the other's writes there.
+        // Not named barriers, at which one side only arrives: racecheck does not see that its writes come before.
         barrier_init(shared_address(&shared.even_made), 128);
         barrier_init(shared_address(&shared.odd_made), 128);
         barrier_init(shared_address(&shared.sums_made), CONSUMERS);
