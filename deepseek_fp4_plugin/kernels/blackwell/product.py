@@ -28,6 +28,7 @@ def scaled_product(
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     from_row = tl.load(source + row).to(tl.int64)
     there, wanted = (from_row >= 0)[:, None], output < out
+    more = wanted[:, None]
     own = expert * out + output
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for first in range(0, width, INPUTS):
@@ -35,10 +36,8 @@ def scaled_product(
         bytes_in, scales_in = (byte < width // 2)[None, :], (scale < width // 16)[None, :]
         a = tl.load(x + from_row[:, None] * (width // 2) + byte[None, :], there & bytes_in, 0)
         a_scale = tl.load(x_scale + from_row[:, None] * (width // 16) + scale[None, :], there & scales_in, 0.0)
-        b = tl.load(weight + own[:, None] * (width // 2) + byte[None, :], wanted[:, None] & bytes_in, 0)
-        b_scale = tl.load(
-            weight_scale + own[:, None] * (width // 16) + scale[None, :], wanted[:, None] & scales_in, 0.0
-        )
+        b = tl.load(weight + own[:, None] * (width // 2) + byte[None, :], more & bytes_in, 0)
+        b_scale = tl.load(weight_scale + own[:, None] * (width // 16) + scale[None, :], more & scales_in, 0.0)
         sums = tl.dot_scaled(a, a_scale, "e2m1", b.T, b_scale, "e2m1", sums)
     scaled = sums * tl.load(factor + own, wanted, 0.0)[None, :]
     at = y + row.to(tl.int64)[:, None] * out + output[None, :]
