@@ -70,6 +70,7 @@ def test_on_a_gpu_it_is_the_reference():
     assert ended.stdout == "all alike\n", ended.stderr
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_compiled_it_uses_the_fp4_tensor_cores():
     """Blocks of 16 with E4M3 scales, straight from the codes; on Hopper the same source is BF16 products."""
     from triton.backends.compiler import GPUTarget
