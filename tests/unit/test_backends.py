@@ -79,5 +79,5 @@ def test_8_bit_activations_are_for_cpus():
 
 def test_names():
     assert select.named("reference").backend is reference
-    with pytest.raises(ValueError, match=r"^unknown kernel backend 'gpu'; .* blackwell, cuda, decoded, reference$"):
+    with pytest.raises(ValueError, match="unknown kernel backend 'gpu'; choose from cpu, cuda, decoded, reference"):
         select.named("gpu")
