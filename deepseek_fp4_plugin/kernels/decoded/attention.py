@@ -15,8 +15,8 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 # cuDNN's attention is up to twice as fast as the others, but plans each new pair of query and context lengths, and
 # hardly two prompts are alike: 45 to 100 ms where they are equal, a second where a mask is needed (H100, torch 2.11).
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_GATHERED = 1 << 18  # entries of the cache that are gathered at a time: gigabytes with their scores, not all of a GPU
 _PLANNED_QUERIES = 4096  # without a mask, from here on the plan is the smaller part
+_GATHERED = 1 << 18  # entries of the cache that are gathered at a time: gigabytes with their scores, not all of a GPU
 
 
 def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spans) -> Tensor:
