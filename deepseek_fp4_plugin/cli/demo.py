@@ -31,7 +31,7 @@ _SAMPLES, _TOKENS = 32, 256
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
 @click.option(
     "--nvfp4-activations",
-    type=click.Choice(["auto", "bf16", "fp4", "int8"]),
+    type=click.Choice(["auto", "bf16", "fp4", "fp8", "int8"]),
     default="auto",
     show_default=True,
     help="What the NVFP4 weights are multiplied by.",

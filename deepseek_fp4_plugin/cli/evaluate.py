@@ -296,7 +296,7 @@ def regrade(file: Path, name: str, data: Path | None, show: int) -> None:
 @click.option(
     "--activations",
     multiple=True,
-    type=click.Choice(["bf16", "fp4", "int8"]),
+    type=click.Choice(["bf16", "fp4", "fp8", "int8"]),
     default=("bf16", "fp4"),
     show_default=True,
 )

@@ -4,8 +4,11 @@
 works without a prepared weight is the first one's on the device.
 
     cpu        native kernels on the checkpoint's bytes, BF16 activations; where the extension was built
+    blackwell  NVFP4 weights by FP4 activations on FP4 tensor cores; NVIDIA GPUs of compute capability 10.0
+               where a trial of it gives the reference's results
     cuda       kernels on NVFP4 weights in tiles, on BF16 and FP8 ones as they are, BF16 activations; NVIDIA GPUs of
                compute capability 9.0 and 10.0
+    humming    NVFP4 weights by the humming-kernels package, where installed; BF16 activations; other NVIDIA GPUs
     decoded    weights decoded once at load to the compute dtype, then the platform's matrix product; any device
     reference  checkpoint bytes, decoded in FP32 on every call: the law that the others are tested against
 """
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, reference
+from deepseek_fp4_plugin.kernels import blackwell, cpu, cuda, decoded, humming, reference
 from deepseek_fp4_plugin.kernels.cuda_graph import GraphRecorder
 from deepseek_fp4_plugin.kernels.recording import Recorder
 from deepseek_fp4_plugin.kernels.weights import Backend, Case
@@ -56,7 +59,9 @@ def checked(name: str, backend: Backend) -> Backend:
 
 TABLE: tuple[Entry, ...] = (
     Entry("cpu", checked("cpu", cpu), cpu.refuses, "native kernels on the checkpoint's bytes"),
+    Entry("blackwell", checked("blackwell", blackwell), blackwell.refuses, "FP4 tensor cores, the checkpoint's bytes"),
     Entry("cuda", checked("cuda", cuda), cuda.refuses, "NVFP4 decoded in registers, BF16 and FP8 as they are"),
+    Entry("humming", checked("humming", humming), humming.refuses, "NVFP4 decoded in registers by humming-kernels"),
     Entry("decoded", checked("decoded", decoded), lambda case: None, "decoded once at load, the platform's products"),
     Entry("reference", checked("reference", reference), lambda case: None, "plain torch, decoded on every call"),
 )
@@ -77,6 +82,10 @@ def named(name: str) -> Entry:
                 raise ValueError(f"kernel backend 'cpu' cannot run here: {cpu.NOT_BUILT}")
             if name == "cuda" and not cuda.available():
                 raise ValueError(f"kernel backend 'cuda' cannot run here: {cuda.NOT_INSTALLED}")
+            if name == "humming" and not humming.available():
+                raise ValueError(f"kernel backend 'humming' cannot run here: {humming.NOT_INSTALLED}")
+            if name == "blackwell" and not blackwell.available():
+                raise ValueError(f"kernel backend 'blackwell' cannot run here: {blackwell.NOT_INSTALLED}")
             return entry
     raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(entry.name for entry in TABLE)}")
 

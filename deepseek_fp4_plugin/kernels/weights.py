@@ -11,7 +11,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.spans import Spans
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
-Activations = Literal["bf16", "fp4", "int8"]
+Activations = Literal["bf16", "fp4", "fp8", "int8"]
 OptionalTensor = Any  # a Tensor; None where the weight's format has none, which `format` says
 
 
@@ -46,7 +46,7 @@ class PreparedWeight:
     """A weight in the layout of the backend that will multiply by it; `data` is that backend's own.
 
     dtype: the activations' dtype.  activations: "fp4" rounds the input to NVFP4 with `input_scale` before multiplying,
-    "int8" to 8-bit integers with a scale a block of 16.
+    "int8" to 8-bit integers with a scale a block of 16, "fp8" input and weight to E4M3 (numerics/fp8_rows.py).
     """
 
     backend: "Backend"

@@ -75,7 +75,7 @@ class DeepseekV3ForCausalLM(nn.Module):
     ) -> "DeepseekV3ForCausalLM":
         """Load a folder, a Hugging Face id, or the embedded `r1_nano`; in evaluation mode.
 
-        dtype: of activations and decoded weights; "auto" is BF16.  nvfp4_activations: auto, bf16, fp4 or int8.
+        dtype: of activations and decoded weights; "auto" is BF16.  nvfp4_activations: auto, bf16, fp4, fp8 or int8.
         mesh: this rank's place; only its slices are read.  load_format: dummy makes random weights of the folder's
         config.json and hf_quant_config.json, and reads none.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong choice.

@@ -143,4 +143,8 @@ def resolve_activations(choice: str, device: torch.device) -> Activations:
         if device.type != "cpu":
             raise ValueError(f"nvfp4_activations=int8 is for CPUs; on {device} use bf16 or fp4")
         return "int8"
-    raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4, int8")
+    if choice == "fp8":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+            raise ValueError(f"nvfp4_activations=fp8 is for Hopper GPUs (compute capability 9.0), not for {device}")
+        return "fp8"
+    raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4, fp8, int8")

@@ -75,9 +75,10 @@ class EngineConfig(Choices):
         Flag("cpu, cuda or cuda:N; left out, a GPU where there is one.", metavar="NAME"),
     ] = "auto"
     nvfp4_activations: Annotated[
-        Literal["auto", "bf16", "fp4", "int8"],
+        Literal["auto", "bf16", "fp4", "fp8", "int8"],
         Flag(
-            "What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16. int8: CPUs."
+            "What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16. fp8: Hopper "
+            "GPUs, for prompts. int8: CPUs."
         ),
     ] = "auto"
     tensor_parallel_size: Annotated[Count, Flag("Ranks that share the model, each a process [1].")] = 1

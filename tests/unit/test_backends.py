@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, reference, select
+from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, humming, reference, select
 from deepseek_fp4_plugin.kernels.cuda.dense import fp8_blocks
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.models.loading import resolve_activations
@@ -45,7 +45,8 @@ def test_choices():
         assert select.choose(Case(CPU, BF16, weight)).backend is cpu
         assert select.choose(Case(CPU, torch.float32, weight)).backend is decoded
         case = Case(CUDA, BF16, weight)
-        assert select.choose(case).backend is (decoded if cuda.refuses(case) else cuda)
+        served = [backend for backend in (cuda, humming, decoded) if backend is decoded or not backend.refuses(case)]
+        assert select.choose(case).backend is served[0]
     assert select.choose(Case(CPU, BF16, WeightFormat.FP8_BLOCK, scale_columns=32)).backend is decoded
     assert select.kernels(CPU, BF16) is select.kernels(CPU) is cpu
     assert select.kernels(CPU, torch.float32) is decoded
@@ -73,11 +74,27 @@ def test_8_bit_activations_are_for_cpus():
     assert resolve_activations("int8", CPU) == "int8"
     with pytest.raises(ValueError, match=r"^nvfp4_activations=int8 is for CPUs; on cuda:0 use bf16 or fp4$"):
         resolve_activations("int8", torch.device("cuda:0"))
-    with pytest.raises(ValueError, match="is not one of auto, bf16, fp4, int8"):
+    with pytest.raises(ValueError, match="is not one of auto, bf16, fp4, fp8, int8"):
         resolve_activations("int4", CPU)
+
+
+def test_fp8_activations_are_for_hopper(monkeypatch):
+    with pytest.raises(ValueError, match=r"^nvfp4_activations=fp8 is for Hopper GPUs \(.*9\.0\), not for cpu$"):
+        resolve_activations("fp8", CPU)
+    for capability in ((9, 0), (8, 9), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device, own=capability: own)
+        if capability == (9, 0):
+            assert resolve_activations("fp8", CUDA) == "fp8"
+            continue
+        with pytest.raises(ValueError, match="is for Hopper GPUs"):
+            resolve_activations("fp8", CUDA)
+    assert "cpu: it has no FP8 activations" in select.explain(Case(CPU, BF16, WeightFormat.NVFP4, "fp8"))
 
 
 def test_names():
     assert select.named("reference").backend is reference
-    with pytest.raises(ValueError, match="unknown kernel backend 'gpu'; choose from cpu, cuda, decoded, reference"):
+    with pytest.raises(ValueError, match=r"unknown kernel backend 'gpu'; .* cpu, .*humming, decoded, reference$"):
         select.named("gpu")
+    if not humming.available():
+        with pytest.raises(ValueError, match=r"^kernel backend 'humming' cannot run here: .*plugin\[humming\]$"):
+            select.named("humming")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_fp4_plugin.numerics import e2m1, fp8_block, int8, nvfp4, scale_layout
+from deepseek_fp4_plugin.numerics import e2m1, fp8_block, fp8_rows, int8, nvfp4, scale_layout
 
 
 def all_finite_bf16() -> torch.Tensor:
@@ -93,6 +93,45 @@ def test_int8_of_nothing_and_of_what_is_no_number():
     integers, scale = int8.quantize(x)
     assert integers.unique().tolist() == [-127, 0] and integers[0, 66] == -127
     assert scale[0, :2].tolist() == [0, 0] and scale[0, 2:4].isnan().all() and scale[0, 4] == torch.tensor(0.5) / 127
+
+
+def test_fp8_rows_are_the_nearest_numbers_under_the_largest_scale():
+    """Against FP64, number by number; where the FP32 quotient is a rounding away from a tie, either may be meant."""
+    x = (torch.randn(300, 72) * torch.logspace(-20, 20, 300).unsqueeze(1)).to(torch.bfloat16)
+    numbers, scale = fp8_rows.quantize(x)
+    amax = x.double().abs().amax(-1, keepdim=True)
+    assert torch.equal(scale, amax.squeeze(-1).float() / 448)
+    assert (numbers.float().abs().amax(-1) == 448).all()
+    legal = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    legal = legal[legal.isfinite()]
+    quotients = x.double() * 448 / amax
+    nearest = (quotients.unsqueeze(-1) - legal).abs().amin(-1)
+    assert ((numbers.double() - quotients).abs() <= nearest * (1 + 1e-5) + 1e-6).all()
+    assert (
+        (fp8_rows.values(numbers, scale).double() - x.double()).abs() <= x.double().abs() / 15.9 + amax / 2**18
+    ).all()
+
+
+def test_fp8_rows_of_nothing_and_of_what_is_no_number():
+    x = torch.zeros(5, 16)
+    x[1, 3], x[2, 3], x[3, 3], x[4, 3] = 1e-31, float("inf"), float("nan"), -0.5
+    numbers, scale = fp8_rows.quantize(x)
+    assert numbers[:2].float().abs().max() == 0 and scale[:2].tolist() == [0, 0] and scale[2:4].isnan().all()
+    assert numbers[4, 3] == -448 and scale[4] == torch.tensor(0.5) / 448
+
+
+def test_fp8_keeps_nvfp4_weights_but_for_odd_multiples():
+    """Every code under every block scale: four significant bits of up to six; powers of two times a scale are exact."""
+    scale = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = e2m1.decode(torch.arange(16, dtype=torch.uint8))
+    exact = scale.unsqueeze(1) * codes
+    rounded = fp8_rows.rounded_weights(exact)
+    normal = exact.abs() >= fp8_rows.WEIGHT_SCALE * 2.0**-6
+    assert ((rounded - exact).abs() <= exact.abs() / 17)[normal].all()
+    power = torch.isin(codes.abs(), torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0])).expand_as(exact)
+    assert torch.equal(rounded[power & normal], exact[power & normal])
+    assert 0 < (rounded != exact)[normal & ~power].float().mean() < 1
+    assert torch.equal(fp8_rows.rounded_weights(exact.bfloat16()), rounded.bfloat16())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (130, 5), (256, 448)])

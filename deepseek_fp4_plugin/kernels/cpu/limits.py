@@ -17,6 +17,8 @@ def refuses(case: Case) -> str | None:
         return NOT_BUILT
     if case.dtype not in (None, torch.bfloat16):
         return "its activations are BF16"
+    if case.activations == "fp8":
+        return "it has no FP8 activations"
     if case.format is WeightFormat.FP8_BLOCK and case.scale_columns % _ALIGNED_COLUMNS:
         return f"FP8 scale blocks must be multiples of {_ALIGNED_COLUMNS} columns"
     return None

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import decoded, reference
+from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
-from deepseek_fp4_plugin.kernels.cuda.linear import decode
 from deepseek_fp4_plugin.kernels.cuda.norm import store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import rotary
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE

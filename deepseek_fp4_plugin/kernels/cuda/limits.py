@@ -21,5 +21,7 @@ def refuses(case: Case) -> str | None:
     if case.dtype not in (None, torch.bfloat16):
         return "its activations are BF16"
     if case.activations == "int8":
-        return "it has no 8-bit activations"
+        return "it has no activations of 8-bit integers"
+    if case.activations == "fp8" and capability[0] != 9:
+        return "its FP8 products are for compute capability 9.0"
     return None

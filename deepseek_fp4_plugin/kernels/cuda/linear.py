@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import dense, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import dense, fp8, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.norm import rms_norm
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tiles, pack
@@ -22,7 +23,6 @@ from deepseek_fp4_plugin.numerics import nvfp4
 MANY_ROWS = 128  # above, decoding once and the library's product are ahead
 _BLOCKS = 100  # fewer do not fill the multiprocessors
 _RESIDENT = 264  # blocks that run at once: where there would be more, each takes several turns
-_SLABS = 4096  # to decode; more go several to a warp, fewer would leave multiprocessors idle then
 
 
 def prepare(
@@ -68,7 +68,7 @@ def gated(x: Tensor, weight: PreparedWeight) -> Tensor:
     """silu(gate x) * up x of fused gate and up in tiles, BF16 [rows, in] to [rows, out / 2]."""
     x, tiles = rounded_input(x, weight), weight.data
     few, cut = _cuts(x, tiles)
-    if not few and not cut and x.shape[0] > MANY_ROWS:
+    if fp8.serves(x.shape[0], weight) or (not few and not cut and x.shape[0] > MANY_ROWS):
         gate, up = _product(x, weight, 0).chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
     h = torch.empty(x.shape[0], tiles.half, dtype=torch.bfloat16, device=x.device)
@@ -84,6 +84,8 @@ def gated(x: Tensor, weight: PreparedWeight) -> Tensor:
 def _product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
     """Of rows as `rounded_input` makes them, on tiles."""
     tiles: Tiles = weight.data
+    if fp8.serves(x.shape[0], weight):
+        return fp8.product(x, weight, expert)
     y = torch.empty(x.shape[0], weight.out_features, dtype=torch.bfloat16, device=x.device)
     few, cut = _cuts(x, tiles)
     if few:
@@ -205,26 +207,3 @@ def _many_rows(x: Tensor, weight: PreparedWeight, expert: int, y: Tensor) -> Ten
     parts = values.split(weight.out_features // len(scales))
     products = [torch.mm(x, part.T, out_dtype=torch.float32) for part in parts]
     return torch.cat([(p * (s * VALUE_SCALE)).bfloat16() for p, s in zip(products, scales, strict=True)], 1)
-
-
-def decode(tiles: Tiles, expert: int | None, out: int, width: int) -> Tensor:
-    """BF16 [out, width], or of all experts [experts, out, width]: the weights without the tensor scale, divided by
-    VALUE_SCALE; exact."""
-    data = tiles.data if expert is None else tiles.data[expert : expert + 1]
-    values = torch.empty(data.shape[0], out, width, dtype=torch.bfloat16, device=data.device)
-    slabs = tiles.groups * tiles.slabs
-    turns = 4 if slabs * data.shape[0] > _SLABS else 1
-    blocks = -(-slabs // (8 * turns))
-    kernel("nvfp4_decode.cu", "nvfp4_decode", "2P5i", (("TURNS", turns),), values.device.index)(
-        (blocks, data.shape[0], 1),
-        256,
-        0,
-        data.data_ptr(),
-        values.data_ptr(),
-        tiles.groups,
-        tiles.slabs,
-        out,
-        width,
-        tiles.half,
-    )
-    return values if expert is None else values[0]

@@ -10,7 +10,7 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
-from deepseek_fp4_plugin.numerics import int8, nvfp4
+from deepseek_fp4_plugin.numerics import fp8_rows, int8, nvfp4
 
 
 class Decoded(NamedTuple):
@@ -26,6 +26,8 @@ def prepare(
     """One tensor for all parts."""
     if parts[0].format is WeightFormat.NVFP4:
         values = torch.cat([nvfp4.block_values(part.weight, part.scale, dtype) for part in parts], -2)
+        if activations == "fp8":
+            values = fp8_rows.rounded_weights(values)
         scales = [part.scale_2.unsqueeze(-1).expand(*part.weight.shape[:-1]) for part in parts]
         row_scale = torch.cat(scales, -1)
         if activations == "fp4":
@@ -59,10 +61,12 @@ def products(x: Tensor, weight: PreparedWeight) -> Tensor:
 
 
 def _rounded(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """`x`, or its rounding in its own dtype: to integers, or to NVFP4 but for the input scale (see `prepare`)."""
+    """`x`, or its rounding in its own dtype: integers or E4M3, or NVFP4 but for the input scale (see `prepare`)."""
     if weight.activations == "bf16":
         return x
     if weight.activations == "int8":
         return int8.values(*int8.quantize(x)).to(x.dtype)
+    if weight.activations == "fp8":
+        return fp8_rows.values(*fp8_rows.quantize(x)).to(x.dtype)
     packed, scale = nvfp4.quantize_activation(x.reshape(-1, x.shape[-1]), weight.input_scale)
     return nvfp4.block_values(packed, scale, x.dtype).view(x.shape)

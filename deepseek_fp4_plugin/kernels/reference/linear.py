@@ -9,7 +9,7 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
-from deepseek_fp4_plugin.numerics import fp8_block, int8, nvfp4
+from deepseek_fp4_plugin.numerics import fp8_block, fp8_rows, int8, nvfp4
 
 
 def prepare(
@@ -25,6 +25,8 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
     outputs = []
     for part in weight.data:
         values, scale = _decode(part, expert)
+        if weight.activations == "fp8":
+            values = fp8_rows.rounded_weights(values)
         outputs.append((x32 @ values.T) * scale)
     return torch.cat(outputs, -1).to(x.dtype)
 
@@ -59,11 +61,13 @@ def dequantized(part: WeightTensors) -> Tensor:
 
 
 def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:
-    """`x`, or its FP32 rounding to NVFP4 (exact in BF16 up to the global scale) or to integers."""
+    """`x`, or its FP32 rounding to NVFP4 (exact in BF16 up to the global scale), to integers or to E4M3."""
     if weight.activations == "bf16":
         return x
     if weight.activations == "int8":
         return int8.values(*int8.quantize(x))
+    if weight.activations == "fp8":
+        return fp8_rows.values(*fp8_rows.quantize(x))
     packed, scale = nvfp4.quantize_activation(x, weight.input_scale)
     return nvfp4.block_values(packed, scale) * weight.input_scale
 

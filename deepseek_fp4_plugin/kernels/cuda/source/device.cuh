@@ -237,14 +237,16 @@ __device__ inline u32 pack_bf16(float low, float high) {
     return bits;
 }
 
-// Two BF16 values as E4M3; what is too large becomes the largest.
-__device__ inline u16 to_fp8(u32 pair) {
+// Two BF16 values times a factor as E4M3; what is too large becomes the largest.
+__device__ inline u16 to_fp8(u32 pair, float factor = 1.0f) {
     u16 bytes;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
         : "=h"(bytes)
-        : "f"(from_bf16((u16)(pair >> 16))), "f"(from_bf16((u16)pair)));
+        : "f"(from_bf16((u16)(pair >> 16)) * factor), "f"(from_bf16((u16)pair) * factor));
     return bytes;
 }
+
+__device__ inline u32 to_fp8(u32 low, u32 high, float factor) { return to_fp8(low, factor) | (u32)to_fp8(high, factor) << 16; }
 
 // Eight BF16 values to FP32 sums, and back.
 __device__ inline void add(float (&sums)[8], const Quad& q) {
