@@ -7,7 +7,8 @@ no cache helps; the median of replays is printed, in microseconds a call. The ro
 read rate (a sum of FP32 over 2 GiB) and the operations at the rate of torch's BF16 product of 8192 x 8192 x 8192, both
 measured here first. --dry prints every shape and its cut, and needs no GPU.
 
-groups: products, dense, experts, attention, prompts, small
+groups: products, dense, experts, attention, prompts, small, rounding (no times: what FP8 and FP4 activations cost in
+the output)
 """
 
 import argparse
@@ -24,13 +25,14 @@ from torch import Tensor
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
 from deepseek_fp4_plugin.kernels.cuda import dense as dense_kernel
-from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
 from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER, few_tokens
 from deepseek_fp4_plugin.kernels.spans import Spans
-from deepseek_fp4_plugin.kernels.weights import Case, PreparedRouter, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedRouter, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.numerics import nvfp4
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
 ROTATED = 250_000_000  # bytes
@@ -133,8 +135,8 @@ def random_part(out: int, width: int, experts: int = 0) -> WeightTensors:
     return WeightTensors(WeightFormat.NVFP4, packed, scale.view(torch.float8_e4m3fn), torch.full(lead, 1e-2))
 
 
-def prepared(parts: list[WeightTensors]) -> PreparedWeight:
-    weight = ops.prepare(parts, DEVICE, BF16)
+def prepared(parts: list[WeightTensors], activations: Activations = "bf16") -> PreparedWeight:
+    weight = ops.prepare(parts, DEVICE, BF16, activations)
     assert weight.backend is cuda
     return weight
 
@@ -178,16 +180,19 @@ def products(bench: Bench, rows: list[int]) -> None:
         size = nvfp4_bytes(out, width)
         parts = [random_part(out, width) for _ in range(min(64, copies(size)))]
         ours, peers = [prepared([part]) for part in parts], humming_layers(parts)
+        rounded = [prepared([part], "fp8") for part in parts]
         plain = [torch.randn(out, width, device=DEVICE, dtype=BF16) for _ in range(copies(2 * out * width))]
         for count in rows:
             x = torch.randn(count, width, device=DEVICE, dtype=BF16)
             moved, flops, shape = 2.0 * count * (out + width), 2.0 * count * out * width, f"{name} {out} x {width}"
             bench.add("w4a16", shape, count, size + moved, flops, [partial(ops.linear, x, w) for w in ours])
+            if fp8.serves(count, rounded[0]):
+                bench.add("fp8", shape, count, size + moved, flops, [partial(ops.linear, x, w) for w in rounded])
             if peers:
                 bench.add("humming", shape, count, size + moved, flops, [partial(w, x) for w in peers])
             library = [partial(torch.nn.functional.linear, x, w) for w in plain]
             bench.add("torch bf16", shape, count, 2 * out * width + moved, flops, library)
-        del parts, ours, peers, plain
+        del parts, ours, rounded, peers, plain
         torch.cuda.empty_cache()
 
 
@@ -365,6 +370,31 @@ def small(bench: Bench, rows: list[int]) -> None:
             bench.add(f"{name}, torch", "", count, size, 0.0, [lambda f=call: f(reference)] * 20)
 
 
+def rounding(bench: Bench, rows: list[int]) -> None:
+    """The change of the output in percent of its energy: by NVFP4 weights, and by activations beside exact ones."""
+    out, width, count = 4096, 7168, 512
+    exact = torch.randn(out, width, device=DEVICE).to(BF16) * 0.02
+    packed, scale, scale_2 = nvfp4.quantize(exact)
+    student = torch.distributions.StudentT(torch.tensor(3.0, device=DEVICE))
+    outliers = torch.randn(count, width, device=DEVICE)
+    outliers[:, 0] = 100
+    inputs = {
+        "normal": torch.randn(count, width, device=DEVICE),
+        "Student's t, 3 degrees": student.sample((count, width)),
+        "normal, one value of 100 a row": outliers,
+    }
+    for name, x in inputs.items():
+        x = x.to(BF16)
+        part = WeightTensors(WeightFormat.NVFP4, packed, scale, scale_2, x.abs().max().float() / (6 * 448))
+        true = x.float() @ exact.float().T
+        law = ops.linear(x, ops.prepare([part], DEVICE, BF16, backend="reference")).float()
+        kinds: tuple[Activations, ...] = ("bf16", "fp8", "fp4")
+        for kind in kinds:
+            y = ops.linear(x, prepared([part], kind)).float()
+            change, whole = ((y - side).square().sum() / side.square().sum() * 100 for side in (law, true))
+            print(f"{kind:<6}{name:<34}{change:>9.4f} % beside exact activations, {whole:.4f} % beside BF16 weights")
+
+
 def dry(rows: list[int]) -> Iterator[str]:
     """Every product's cut, on a Hopper GPU, checked against what a block can have."""
     for name, (out, width) in SHAPES.items():
@@ -413,6 +443,7 @@ def main() -> None:
         "attention": attention,
         "prompts": prompts,
         "small": small,
+        "rounding": rounding,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")

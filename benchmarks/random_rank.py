@@ -58,8 +58,15 @@ class Absent:
 class RandomRank(RandomWeights):
     """Random weights in a published checkpoint's formats; on the device `meta` shapes alone, multiplied by `Shapes`."""
 
-    def __init__(self, config: DeepseekV3Config, layout: str, device: torch.device, mesh: Mesh):
-        super().__init__(config, lambda weight: becomes_nvfp4(weight, config, layout), device, BF16, mesh)
+    def __init__(
+        self,
+        config: DeepseekV3Config,
+        layout: str,
+        device: torch.device,
+        mesh: Mesh,
+        activations: Activations = "bf16",
+    ):
+        super().__init__(config, lambda weight: becomes_nvfp4(weight, config, layout), device, BF16, mesh, activations)
 
     def _prepare(self, parts: Sequence[WeightTensors], activations: Activations | None = None) -> PreparedWeight:
         if self.device.type != "meta":

@@ -2,7 +2,7 @@
 
     python benchmarks/shard.py [--layout tp8 tp8ep2 ep8dp tp4ep2] [--checkpoint v1] [--batch 1 ...] [--context 1024 ...]
         [--drafts 0 3] [--only decode prefill] [--prompt 8192 ...] [--prompts 1 ...] [--layers 61] [--steps 9]
-        [--json FILE] [--dry]
+        [--activations bf16] [--json FILE] [--dry]
 
 The model, the runner, its recorded steps and their CUDA graph are the engine's own; weights are random, of the exact
 shapes of 61 layers and the MTP module, in the formats of the published checkpoint. Communication is left out: what
@@ -35,6 +35,7 @@ from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup, StepPlan
+from deepseek_fp4_plugin.kernels.weights import Activations
 from deepseek_fp4_plugin.layers.moe import MoE
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_r1 import DEEPSEEK_R1
@@ -92,11 +93,19 @@ class Row:
 class Rank:
     """One rank's model and cache on a device, and its steps."""
 
-    def __init__(self, config: DeepseekV3Config, cuts: dict, checkpoint: str, group: Group, device: torch.device):
+    def __init__(
+        self,
+        config: DeepseekV3Config,
+        cuts: dict,
+        checkpoint: str,
+        group: Group,
+        device: torch.device,
+        activations: Activations = "bf16",
+    ):
         self.config, self.device = config, device
         self.mesh = Mesh(group.rank, group.size, group=group, **cuts)
         self.model = DeepseekV3ForCausalLM(config, self.mesh)
-        source = RandomRank(config, checkpoint, device, self.mesh)
+        source = RandomRank(config, checkpoint, device, self.mesh, activations)
         for part in self.model.parts():
             part.load(source)
         self.names = source.asked
@@ -274,7 +283,8 @@ def measure(options: argparse.Namespace, config: DeepseekV3Config) -> list[Row]:
         rank = None  # gives the layout before back
         torch.cuda.empty_cache()
         try:
-            rank = Rank(config, LAYOUTS[layout], options.checkpoint, Absent(0, RANKS[layout]), device)
+            group = Absent(0, RANKS[layout])
+            rank = Rank(config, LAYOUTS[layout], options.checkpoint, group, device, options.activations)
         except torch.cuda.OutOfMemoryError:
             print(f"{layout}: the weights do not fit this GPU")
             continue
@@ -354,6 +364,7 @@ def main() -> None:
     parser.add_argument("--prompt", nargs="+", type=int, default=[8192], help="tokens of a prompt")
     parser.add_argument("--prompts", nargs="+", type=int, default=[1], help="that many at once")
     parser.add_argument("--layers", type=int, default=DEEPSEEK_R1.num_hidden_layers, help="fewer, to look closer")
+    parser.add_argument("--activations", choices=("bf16", "fp8"), default="bf16", help="of NVFP4 weights")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--dry", action="store_true", help="every shape of every cell; needs no GPU")

@@ -57,16 +57,18 @@ def _kernels() -> dict[str, str]:
 
     from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
     from deepseek_fp4_plugin.kernels import select
-    from deepseek_fp4_plugin.kernels.weights import Case
+    from deepseek_fp4_plugin.kernels.weights import Activations, Case
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     facts = {}
     for device in devices:
-        for weight in WeightFormat:
-            facts[f"{weight.name} weights on {device}"] = select.explain(Case(device, torch.bfloat16, weight))
-        facts[f"attention, norms, routing on {device}"] = select.explain(Case(device, torch.bfloat16))
         fp4 = select.has_fp4_tensor_cores(device)
+        for weight in WeightFormat:
+            activations: Activations = "fp4" if fp4 and weight is WeightFormat.NVFP4 else "bf16"
+            case = Case(device, torch.bfloat16, weight, activations)
+            facts[f"{weight.name} weights on {device}"] = select.explain(case)
+        facts[f"attention, norms, routing on {device}"] = select.explain(Case(device, torch.bfloat16))
         int8 = "; int8 can be asked for" if device.type == "cpu" else ""
         facts[f"nvfp4_activations=auto on {device}"] = "fp4" if fp4 else f"bf16 (no FP4 tensor cores{int8})"
     return facts

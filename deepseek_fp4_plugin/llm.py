@@ -242,6 +242,11 @@ class LLM:
         return {"weights": facts.weight_bytes, "cache": facts.cache_bytes} | steps
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """Which kernels serve which weights of the first rank, and why: a line each."""
+        return self._executor.facts.kernels
+
+    @property
     def warm_up(self) -> WarmUp | None:
         """What the warm-up took, where there was one."""
         return self._executor.facts.warm_up

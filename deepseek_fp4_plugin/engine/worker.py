@@ -3,7 +3,8 @@
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.warm_up import kinds_of, prompts_of, sizes_of, warm_up
-from deepseek_fp4_plugin.kernels.weights import PreparedRouter, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels import select
+from deepseek_fp4_plugin.kernels.weights import Case, PreparedRouter, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 
@@ -46,6 +48,7 @@ class WorkerFacts:
     asynchronous: bool  # steps are computed beside the host
     weight_bytes: int
     cache_bytes: int
+    kernels: tuple[str, ...] = ()  # which serve which weights, and why
     warm_up: WarmUp | None = None
 
 
@@ -79,6 +82,7 @@ class Worker:
         self._shape = shape, layers, block_size, dtype, device
         self._seconds, self._step_bytes = 0.0, 0  # of the warm-up
         self._warms = device.type == "cuda" if config.warm_up is None else config.warm_up
+        held = list(_held(model))
         self.facts = WorkerFacts(
             shape,
             model.path,
@@ -87,8 +91,9 @@ class Worker:
             0,
             block_size,
             device.type != "cpu",
-            sum(_storages(model).values()),
+            _weight_bytes(held),
             0,
+            _kernels(held, device),
         )
         blocks = functools.partial(
             kv_cache.num_blocks,
@@ -166,17 +171,33 @@ def _num_drafts(config: EngineConfig, model: DeepseekV3ForCausalLM) -> int:
     return config.speculative_config.num_nextn_predict_layers
 
 
-def _storages(holder: Any, found: dict[int, int] | None = None) -> dict[int, int]:
-    """Bytes of each tensor storage that a module or a prepared weight holds, by address."""
-    found = {} if found is None else found
-    if isinstance(holder, torch.Tensor):
-        storage = holder.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(holder, torch.nn.Module | PreparedWeight | PreparedRouter | WeightTensors):
-        _storages(vars(holder), found)
+def _weight_bytes(held: Sequence[Tensor | PreparedWeight]) -> int:
+    """Of every storage once."""
+    storages = [part.untyped_storage() for part in held if isinstance(part, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _kernels(held: Sequence[Tensor | PreparedWeight], device: torch.device) -> tuple[str, ...]:
+    """Which kernels serve which weights, and why: a line each."""
+    weights = {id(part): part for part in held if isinstance(part, PreparedWeight)}.values()
+    kinds = Counter((weight.format, weight.activations, weight.backend, weight.dtype) for weight in weights)
+    lines = []
+    for (weight_format, activations, backend, dtype), count in kinds.items():
+        chosen = Case(device, dtype, weight_format, activations)
+        rounded = "" if activations == "bf16" else f" by {activations} activations"
+        lines.append(f"{count} {weight_format.name} weights{rounded}: {select.explain(chosen, backend)}")
+    dtypes = {weight.dtype for weight in weights}
+    return (*lines, *(f"attention, norms, routing: {select.explain(Case(device, dtype))}" for dtype in dtypes))
+
+
+def _held(holder: Any) -> Iterator[Tensor | PreparedWeight]:
+    """The prepared weights that a module holds, and all tensors, some of them several times."""
+    if isinstance(holder, Tensor | PreparedWeight):
+        yield holder
+    if isinstance(holder, torch.nn.Module | PreparedWeight | PreparedRouter | WeightTensors):
+        holder = list(vars(holder).values())
     elif isinstance(holder, dict):
-        _storages(list(holder.values()), found)
-    elif isinstance(holder, list | tuple):
+        holder = list(holder.values())
+    if isinstance(holder, list | tuple):
         for part in holder:
-            _storages(part, found)
-    return found
+            yield from _held(part)

@@ -96,9 +96,11 @@ def kernels(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     return choose(Case(device, dtype)).backend
 
 
-def explain(case: Case) -> str:
-    """Which backend serves a case, and why: for people."""
+def explain(case: Case, backend: Backend | None = None) -> str:
+    """Which backend serves a case, and why: for people.  backend: that was asked for by name; None: the first."""
     chosen = choose(case)
+    if backend is not None and chosen.backend is not backend:
+        return f"{next(entry.name for entry in TABLE if entry.backend is backend)} (it was asked for)"
     refused = [f"{e.name}: {why}" for e in TABLE[: TABLE.index(chosen)] if (why := e.refuses(case))]
     return f"{chosen.name} ({'; '.join([chosen.reason, *refused])})"
 

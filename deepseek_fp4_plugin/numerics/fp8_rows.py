@@ -21,9 +21,10 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     amax = x.float().abs().amax(-1)
     held = amax >= SMALLEST
-    inverse = torch.where(held, torch.tensor(MAX, device=x.device) / amax, 0.0)  # `MAX / amax` is no division in torch
+    largest = torch.tensor(MAX, device=x.device)  # by a number of the host torch does not divide, but multiplies
+    inverse = torch.where(held, largest / amax, 0.0)
     numbers = (x.float() * inverse.unsqueeze(-1)).clamp(-MAX, MAX).to(torch.float8_e4m3fn)
-    scale = torch.where(held, amax / MAX, 0.0)
+    scale = torch.where(held, amax / largest, 0.0)
     return numbers, torch.where(amax.isfinite(), scale, torch.nan)
 
 

@@ -185,6 +185,8 @@ def _report(service: Service, options: ServerOptions, seconds: float) -> None:
     print(f"sampling defaults: temperature {service.defaults.temperature}, top_p {service.defaults.top_p}, "
           f"top_k {service.defaults.top_k} ({options.sampling_defaults})")  # fmt: skip
     print(f"served as: {', '.join(service.names)} (context of {service.max_model_len} tokens)")
+    for line in service.llm.kernels:
+        print(f"kernels: {line}")
     memory = ", ".join(f"{name} {_size(size)}" for name, size in service.llm.memory_use().items())
     process = psutil.Process(os.getpid()).memory_info().rss
     warmed = service.llm.warm_up

@@ -61,6 +61,7 @@ def test_the_cards_command_is_ready_within_ten_seconds(server):
     log = server.log
     assert '"num_nextn_predict_layers":3' in log.replace(" ", "")
     assert re.search(r"loaded in [\d.]+ s; memory: .*weights [\d.]+ [GM]iB", log)
+    assert re.search(r"\nkernels: \d+ FP8_BLOCK weights: cpu \(native kernels", log)
     assert "sampling defaults: temperature 0.6, top_p 0.95" in log
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels.cuda import fp8
 from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
 from deepseek_fp4_plugin.kernels.cuda.linear import rounded_input
@@ -167,83 +166,44 @@ def grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, do
 
 def _grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
     tiles: Tiles = gate_up.data
-    order = _ordered(ids, tiles.data.shape[0])
-    rows = _gathered(rounded_input(x, gate_up), order)
-    gate_and_up = _by_group(rows, gate_up, order.ends)
-    h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
+    experts, k = tiles.data.shape[0], ids.shape[1]
+    sorted_ids, order = torch.where(ids < 0, experts, ids).flatten().to(torch.int16).sort(stable=True)
+    numbers = torch.arange(experts, dtype=torch.int16, device=x.device)
+    ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)
+    x = rounded_input(x, gate_up)
+    rows = torch.empty(len(order), x.shape[1], dtype=torch.bfloat16, device=x.device)
+    kernel("combine.cu", "gather", "4P4i", (), x.device.index)(
+        (len(order), 1, 1),
+        256,
+        0,
+        x.data_ptr(),
+        order.data_ptr(),
+        sorted_ids.data_ptr(),
+        rows.data_ptr(),
+        x.shape[1],
+        x.stride(0),
+        experts,
+        k,
+    )
+    gate_and_up = _by_group(rows, gate_up, ends)
+    h = torch.empty(len(order), tiles.half, dtype=torch.bfloat16, device=x.device)
     kernel("combine.cu", "activate", "4P3i", (), x.device.index)(
-        (ids.numel(), -(-tiles.half // 1024), 1),
+        (len(order), -(-tiles.half // 1024), 1),
         128,
         0,
         gate_and_up.data_ptr(),
         tiles.row_scale.data_ptr(),
-        order.ids.data_ptr(),
+        sorted_ids.data_ptr(),
         h.data_ptr(),
         tiles.half,
         tiles.row_scale.shape[1],
-        tiles.data.shape[0],
+        experts,
     )
     del rows, gate_and_up
-    outputs = _by_group(rounded_input(h, down), down, order.ends)
-    return combine(outputs, ids, weights * down.data.row_scale[:, 0][ids.clamp(min=0)], order.places())
-
-
-def grouped_fp8(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
-    """As `grouped`, rows and weights rounded to E4M3."""
-    slices = zip(x.split(_SLICE), ids.split(_SLICE), weights.split(_SLICE), strict=True)
-    return torch.cat([_grouped_fp8(*slice_, gate_up, down) for slice_ in slices])
-
-
-def _grouped_fp8(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:
-    order = _ordered(ids, gate_up.data.data.shape[0])
-    numbers, scale = fp8.round_rows(rounded_input(x, gate_up))
-    rows = _gathered(numbers.view(torch.bfloat16), order).view(numbers.dtype)
-    gate, up = fp8.products(rows, scale[order.choices // ids.shape[1]], gate_up, order.ends).chunk(2, -1)
-    h, scale = fp8.round_rows(torch.nn.functional.silu(gate) * up)
-    del rows, gate, up
-    return combine(fp8.products(h, scale, down, order.ends), ids, weights, order.places())
-
-
-class _Order(NamedTuple):
-    """Choices in the order of experts.  ids: int16 [choices], sorted; those that are elsewhere come last, as `experts`.
-    choices: int64 [choices], their numbers.  ends: int32 [experts], where those of each expert end.  k: of a token."""
-
-    ids: Tensor
-    choices: Tensor
-    ends: Tensor
-    k: int
-
-    def places(self) -> Tensor:
-        """Where each choice lies, int32 [choices]."""
-        places = torch.empty(len(self.choices), dtype=torch.int32, device=self.choices.device)
-        places[self.choices] = torch.arange(len(places), dtype=torch.int32, device=places.device)
-        return places
-
-
-def _ordered(ids: Tensor, experts: int) -> _Order:
-    sorted_ids, choices = torch.where(ids < 0, experts, ids).flatten().to(torch.int16).sort(stable=True)
-    numbers = torch.arange(experts, dtype=torch.int16, device=ids.device)
-    ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)
-    return _Order(sorted_ids, choices, ends, ids.shape[1])
-
-
-def _gathered(x: Tensor, order: _Order) -> Tensor:
-    """The row of x, 16 bits a value, that each choice takes."""
-    rows = torch.empty(len(order.choices), x.shape[1], dtype=torch.bfloat16, device=x.device)
-    kernel("combine.cu", "gather", "4P4i", (), x.device.index)(
-        (len(rows), 1, 1),
-        256,
-        0,
-        x.data_ptr(),
-        order.choices.data_ptr(),
-        order.ids.data_ptr(),
-        rows.data_ptr(),
-        x.shape[1],
-        x.stride(0),
-        len(order.ends),
-        order.k,
-    )
-    return rows
+    outputs = _by_group(rounded_input(h, down), down, ends)
+    places = torch.empty(len(order), dtype=torch.int32, device=x.device)
+    places[order] = torch.arange(len(order), dtype=torch.int32, device=x.device)
+    return combine(outputs, ids, weights * down.data.row_scale[:, 0][ids.clamp(min=0)], places)
 
 
 def _by_group(rows: Tensor, weight: PreparedWeight, ends: Tensor) -> Tensor:

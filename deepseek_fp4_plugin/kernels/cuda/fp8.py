@@ -1,6 +1,7 @@
 """FP8 products of many rows: weights decoded to E4M3, rows rounded to it, and the library's product of both.
 
-Fewer rows are bound by what is read, of which FP8 saves nothing: they are multiplied in BF16, whatever was asked for.
+Fewer rows, small weights and routed experts, where this is slower (docs/cuda_kernels.md), are multiplied in BF16,
+whatever was asked for.
 """
 
 import torch
@@ -10,15 +11,15 @@ from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
-MANY_ROWS = 512  # of a weight
-MANY_EXPERT_ROWS = 256  # of each of a rank's experts, on average
+MANY_ROWS, LARGE = 512, 2048  # rows, and inputs and outputs, from which it is ahead
 _MULTIPLE = 16  # of inputs and outputs, for the library
 
 
-def serves(rows: float, weight: PreparedWeight, many: int = MANY_ROWS) -> bool:
-    """Whether FP8 is wanted, possible, and for so many rows faster."""
-    sizes = weight.in_features % _MULTIPLE == weight.out_features % _MULTIPLE == 0
-    return weight.activations == "fp8" and rows >= many and sizes
+def serves(rows: int, weight: PreparedWeight) -> bool:
+    """Whether FP8 is wanted, possible, and faster."""
+    sizes = weight.in_features, weight.out_features
+    fits = all(size >= LARGE and size % _MULTIPLE == 0 for size in sizes)
+    return weight.activations == "fp8" and rows >= MANY_ROWS and fits
 
 
 def product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
@@ -28,15 +29,6 @@ def product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
     values = decode(weight.data, expert, weight.out_features, weight.in_features, scale)
     return torch._scaled_mm(
         numbers, values.T, row_scale.unsqueeze(1), scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-
-
-def products(numbers: Tensor, row_scale: Tensor, weight: PreparedWeight, ends: Tensor) -> Tensor:
-    """Of rows as `round_rows` gives them, those of expert e ending at ends[e], int32 [experts]: BF16 [rows, out]."""
-    scale = torch.empty(len(ends), weight.out_features, dtype=torch.float32, device=numbers.device)
-    values = decode(weight.data, None, weight.out_features, weight.in_features, scale)
-    return torch._scaled_grouped_mm(
-        numbers, values.transpose(1, 2), row_scale, scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
     )
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels import decoded, reference
-from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8, matvec
-from deepseek_fp4_plugin.kernels.cuda.experts import combine, expected_rows, grouped, grouped_fp8, listed
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, matvec
+from deepseek_fp4_plugin.kernels.cuda.experts import combine, expected_rows, grouped, listed
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, together
 from deepseek_fp4_plugin.kernels.cuda.linear import gated, linear, rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
@@ -43,8 +43,6 @@ def experts_mlp(
     # Which of two FP4 numbers a hidden value becomes follows from its last bit; the others round it differently.
     if rows <= (LISTED_ROWS_HOPPER if hopper else LISTED_ROWS) or down.activations == "fp4":
         return listed(x, ids, weights, gate_up, down)
-    if fp8.serves(rows, gate_up, fp8.MANY_EXPERT_ROWS) and fp8.serves(rows, down, fp8.MANY_EXPERT_ROWS):
-        return grouped_fp8(x, ids, weights, gate_up, down)
     if hopper:
         return experts_wgmma.by_blocks(x, ids, weights, gate_up, down, experts_wgmma.blocks_for(rows))
     return grouped(x, ids, weights, gate_up, down)

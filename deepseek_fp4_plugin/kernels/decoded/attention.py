@@ -5,7 +5,6 @@ import contextlib
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from deepseek_fp4_plugin.kernels.reference.attention import store_latents
 from deepseek_fp4_plugin.kernels.reference.rotary import rotary
@@ -26,6 +25,8 @@ def expanded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Spa
     v = torch.nn.functional.pad(v, (0, max(0, k.shape[-1] - width)))
     planned = len(spans.queries) == 1 and q.shape[0] == k.shape[0] >= _PLANNED_QUERIES
     if not planned and _at_once(q, v):
+        from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler along, which takes a while
+
         most = max(spans.queries), max(spans.contexts)
         # Queries are the last of what they see, and see nothing behind themselves.
         y = varlen_attn(q, k, v, spans.query_start, spans.context_start, *most, scale=scale, window_size=(-1, 0))

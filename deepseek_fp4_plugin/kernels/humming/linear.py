@@ -1,8 +1,7 @@
 """y = x W^T by humming-kernels: block scales times values in BF16, FP32 sums, times the tensor scale, one rounding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +16,15 @@ _MULTIPLE = 128  # of outputs and inputs, in its layout
 _FORMAT = {"quant_method": "modelopt", "quant_algo": "nvfp4"}
 
 
-@dataclass(frozen=True)
-class Layers:
+class Layers(NamedTuple):
     """parts: a HummingLayer for each part of a fused weight, each with a tensor scale of its own; filled up with zeros.
-    kernels: see tuning.py.  outputs: that each has.  width: inputs that they are given.  values: see
-    per_head.py."""
+    kernels: see tuning.py.  outputs: that each has.  width: inputs that they are given.  values: see per_head.py."""
 
     parts: tuple[Any, ...]
     kernels: tuple[str, ...]
     outputs: tuple[int, ...]
     width: int
-    values: list[Tensor] = field(default_factory=list)
+    values: list[Tensor]
 
 
 def prepare(
@@ -39,7 +36,7 @@ def prepare(
     width = -(-parts[0].in_features // _MULTIPLE) * _MULTIPLE
     layers = tuple(_layer(part, width) for part in parts)
     outputs = tuple(part.out_features for part in parts)
-    return Layers(layers, tuple(tuning.kernels(layer) for layer in layers), outputs, width)
+    return Layers(layers, tuple(tuning.kernels(layer) for layer in layers), outputs, width, [])
 
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
