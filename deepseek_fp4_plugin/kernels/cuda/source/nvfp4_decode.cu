@@ -46,15 +46,17 @@ __device__ inline void store(const Parameters& p, u8* values_at, long long slab,
 #else
 using Value = u16;
 
+// With the lane that has the output four further on, or four before.
 __device__ inline Quad exchange(Quad mine) {
-    return Quad{__shfl_xor_sync(~0u, mine.x, 1), __shfl_xor_sync(~0u, mine.y, 1), __shfl_xor_sync(~0u, mine.z, 1),
-                __shfl_xor_sync(~0u, mine.w, 1)};
+    return Quad{__shfl_xor_sync(~0u, mine.x, 16), __shfl_xor_sync(~0u, mine.y, 16), __shfl_xor_sync(~0u, mine.z, 16),
+                __shfl_xor_sync(~0u, mine.w, 16)};
 }
 
 // A slab's values, where outputs and inputs are not filled up.
 __device__ inline void store(const Parameters& p, u16* values_at, long long slab, int lane, const Quad (&tiles)[2], u32 scales) {
     int g = lane >> 2, quarter = lane & 3;
-    int group = (int)(slab / p.slabs), input = (int)(slab % p.slabs) * SLAB_INPUTS + quarter * 16;
+    int group = (int)(slab / p.slabs), first = (int)(slab % p.slabs) * SLAB_INPUTS + quarter * 16;
+    bool later = g >= 4;
 #pragma unroll
     for (int tile = 0; tile < 2; tile++) {
         Quad q = tiles[tile];
@@ -63,16 +65,17 @@ __device__ inline void store(const Parameters& p, u16* values_at, long long slab
             u32 pairs[8];
             decode_block(pairs, row ? q.z : q.x, row ? q.w : q.y, block_scale(scales, 2 * tile + row));
             Quad low = {pairs[0], pairs[1], pairs[2], pairs[3]}, high = {pairs[4], pairs[5], pairs[6], pairs[7]};
-            // A lane's 32 bytes in two stores would touch half of every sector twice: neighbours swap halves.
-            bool odd = lane & 1;
-            Quad theirs = exchange(odd ? low : high);
-            int n = p.half ? group * 8 + g : group * 16 + row * 8 + g, limit = p.half ? p.half : p.out;
-            int even_input = input - (odd ? 16 : 0) + tile * 64;
-            if (n >= limit) continue;
-            if (p.half && row) n += p.half;
-            u16* to = values_at + (u64)n * p.width + even_input + (odd ? 8 : 0);
-            if (even_input < p.width) *(Quad*)to = odd ? theirs : low;
-            if (even_input + 16 < p.width) *(Quad*)(to + 16) = odd ? high : theirs;
+            // A store is whole lines of four outputs, 64 inputs each, not half of the lines of eight: so lanes swap halves.
+            Quad theirs = exchange(later ? low : high);
+            int input = first + tile * 64, limit = p.half ? p.half : p.out;
+#pragma unroll
+            for (int turn = 0; turn < 2; turn++) {
+                int output = g % 4 + 4 * turn, n = p.half ? group * 8 + output : group * 16 + row * 8 + output;
+                if (n >= limit || input >= p.width) continue;
+                if (p.half && row) n += p.half;
+                u16* to = values_at + (u64)n * p.width + input + (later ? 8 : 0);
+                *(Quad*)to = later == (bool)turn ? (turn ? high : low) : theirs;
+            }
         }
     }
 }
