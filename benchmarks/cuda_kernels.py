@@ -64,7 +64,7 @@ DENSE_SHAPES = {
     "4096 x 7168": (4096, 7168),
 }
 ATTENTION = tuple(
-    itertools.product((16, 128), (1, 4), ((1, 1024), (1, 4096), (1, 32768), (4, 4096), (16, 4096), (64, 4096)))
+    itertools.product((16, 128), (1, 4), ((1, 1024), (1, 4096), (1, 32768), *((n, 4096) for n in (4, 16, 64, 128))))
 )
 
 # Prompts that attend together: each one's tokens in a step, and all that it sees.

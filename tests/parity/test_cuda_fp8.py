@@ -10,7 +10,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import ops
-from deepseek_fp4_plugin.kernels.cuda import fp8
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8
 from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.numerics import fp8_rows, nvfp4
 from tests.parity.cuda_cases import BF16, DEVICE, ON_A_GPU, both, poisoned
@@ -92,13 +92,40 @@ def test_gated_mlp():
     assert relative(ops.gated_mlp(x, a, b), ops.gated_mlp(x, c, d)) < 0.02
 
 
-def test_routed_experts_stay_bf16():
-    parts, tokens = [random_part(NVFP4, 256, 256, 2) for _ in range(2)], 700
-    down = [random_part(NVFP4, 256, 256, 2)]
-    (a, _), (b, _), (c, _), (d, _) = both(parts, "fp8"), both(down, "fp8"), both(parts), both(down)
-    ids, weights = torch.zeros(tokens, 1, dtype=torch.int64, device=DEVICE), torch.ones(tokens, 1, device=DEVICE)
-    x = poisoned(tokens, 256)
-    assert torch.equal(ops.experts_mlp(x, ids, weights, a, b), ops.experts_mlp(x, ids, weights, c, d))
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "k"), [(6, 272, 144, 3), (5, 16, 16, 2), (9, 1024, 256, 8), (300, 256, 128, 2)]
+)
+def test_experts(experts, hidden, inner, k):
+    """Blocks of every number of columns; experts elsewhere, and that nobody chose; NaN beside rows and in scratch."""
+    gate_up = [random_part(NVFP4, inner, hidden, experts) for _ in range(2)]
+    (a, c), (b, d) = both(gate_up, "fp8"), both([random_part(NVFP4, hidden, inner, experts)], "fp8")
+    for tokens in (1, 17, 150, 700, 2500):
+        ids = torch.stack([torch.randperm(experts - 1)[:k] for _ in range(tokens)])
+        ids[:, 0] = torch.where(torch.rand(tokens) < 0.4, 2, ids[:, 0])  # one expert with many rows
+        ids[torch.rand(tokens, k) < 0.3] = -1
+        ids, weights, x = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE), poisoned(tokens, hidden) * 0.1
+        torch.full((1 << 26,), float("nan"), dtype=BF16, device=DEVICE)  # what the allocator hands out next
+        actual = experts_wgmma.by_blocks(x, ids, weights, a, b, experts_wgmma.FP8)
+        assert relative(actual, ops.experts_mlp(x, ids, weights, c, d)) < 0.02, tokens
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = experts_wgmma.by_blocks(x, ids, weights, a, b, experts_wgmma.FP8)
+    graph.replay()
+    assert torch.equal(captured, actual)
+
+
+def test_experts_of_many_rows_are_chosen():
+    """Others stay BF16, bit for bit. 32 experts: expected_rows counts on a model of 32 times as many as a token takes."""
+    gate_up, down = [random_part(NVFP4, 32, 64, 32) for _ in range(2)], [random_part(NVFP4, 64, 32, 32)]
+    (a, _), (b, _), (c, _), (d, _) = both(gate_up, "fp8"), both(down, "fp8"), both(gate_up), both(down)
+    for tokens in (1, 64, 32 * experts_wgmma.FP8_ROWS - 32, 32 * experts_wgmma.FP8_ROWS):
+        ids = torch.randint(0, 32, (tokens, 1), device=DEVICE)
+        weights, x = torch.rand(tokens, 1, device=DEVICE), poisoned(tokens, 64)
+        y = ops.experts_mlp(x, ids, weights, a, b)
+        if tokens < 32 * experts_wgmma.FP8_ROWS:
+            assert torch.equal(y, ops.experts_mlp(x, ids, weights, c, d)), tokens
+        else:
+            assert torch.equal(y, experts_wgmma.by_blocks(x, ids, weights, a, b, experts_wgmma.FP8))
 
 
 def test_what_rounding_costs():

@@ -10,17 +10,17 @@ from deepseek_fp4_plugin.kernels.cuda.experts import combine, multiprocessors, s
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel
 from deepseek_fp4_plugin.kernels.cuda.linear import rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight
 
-_GROUPS = 16  # of outputs that a block of threads has
 _WARPS = 8 + 4  # of a block: those that multiply, and those that copy
 _SIZES = 8  # numbers of columns of a block's rows, as in source/experts_work.cu
-_SLICE = 8192  # tokens whose rows are sorted and multiplied together
+_SLICE, _SLICE_FP8 = 8192, 16384  # tokens whose rows are sorted and multiplied together
 
 
 class Blocks(NamedTuple):
     """rows: of a block, at most.  first, first + step, ... rows: columns of the matrix unit that there is code for.
     stages: slabs in the ring.  resident: blocks that a multiprocessor holds.  launches: one for each number of columns.
+    outs: times 128 outputs of a block of threads.  fp8: both sides are rounded to E4M3.
     """
 
     rows: int
@@ -29,11 +29,18 @@ class Blocks(NamedTuple):
     stages: int
     resident: int
     launches: bool = False
+    outs: int = 2
+    fp8: bool = False
+
+    @property
+    def input_bytes(self) -> int:
+        """Of a row's slab."""
+        return SLAB if self.fp8 else 2 * SLAB
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory: the ring, and what aligns it."""
-        return 1024 + self.stages * (256 * self.rows + _GROUPS * SLAB_BYTES)
+        return 1024 + self.stages * (self.input_bytes * self.rows + 8 * self.outs * SLAB_BYTES)
 
     @property
     def columns(self) -> list[int]:
@@ -44,7 +51,7 @@ class Blocks(NamedTuple):
         """Of the launch for so many columns: with as many slabs as there is room for."""
         if not columns:
             return self
-        slab = Blocks(columns, columns, columns, 1, 1).shared - 1024
+        slab = self._replace(rows=columns, stages=1).shared - 1024
         return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab))
 
 
@@ -58,8 +65,13 @@ MEASURED = {
 }
 
 
-def blocks_for(rows: float) -> Blocks:
+FP8_ROWS, FP8 = 384, Blocks(256, 128, 32, 5, 1, True, 1, True)  # of FP8 products; for fewer rows BF16 ones are ahead
+
+
+def blocks_for(rows: float, activations: Activations = "bf16") -> Blocks:
     """What fits experts of so many rows on average."""
+    if activations == "fp8" and rows >= FP8_ROWS:
+        return FP8
     return next((cut for most, cut in MEASURED.items() if rows <= most), MEASURED[128])
 
 
@@ -72,7 +84,9 @@ def by_blocks(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight, cut: Blocks
 ) -> Tensor:
     """As `experts.listed`; hidden values have no FP4 rounding of their own."""
-    slices = zip(x.split(_SLICE), ids.split(_SLICE), weights.split(_SLICE), strict=True)
+    most = _SLICE_FP8 if cut.fp8 else _SLICE
+    each = -(-len(x) // -(-len(x) // most))
+    slices = zip(x.split(each), ids.split(each), weights.split(each), strict=True)
     results = [_by_blocks(*slice_, gate_up, down, cut) for slice_ in slices]
     return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -81,58 +95,109 @@ def _by_blocks(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight, cut: Blocks
 ) -> Tensor:
     tiles: Tiles = gate_up.data
-    choices, experts, device = ids.numel(), tiles.data.shape[0], x.device
-    most = choices // cut.rows + min(experts, choices)  # blocks; how many there are the device knows
-    order = torch.empty(choices, dtype=torch.int32, device=device)
-    blocks = torch.empty(_SIZES + 4 * most, dtype=torch.int32, device=device)
-    first, step = (cut.first, cut.step) if cut.launches else (cut.rows, 1)
-    sort_choices(ids, order, experts, blocks=blocks, rows=cut.rows, first=first, step=step)
-    arranged = _arranged(rounded_input(x, gate_up), tiles.slabs, order, blocks, most, ids.shape[1], cut)
-    h = torch.empty(most * down.data.slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=device)
-    _product(arranged, tiles, h, order, blocks, 0, cut)
-    del arranged
-    outputs = torch.empty(choices, down.out_features, dtype=torch.bfloat16, device=device)
-    _product(h, down.data, outputs, order, blocks, down.out_features, cut)
+    turns = Turns.of(ids, tiles.data.shape[0], cut)
+    x = rounded_input(x, gate_up)
+    if cut.fp8:
+        h = torch.empty(ids.numel(), tiles.half, dtype=torch.bfloat16, device=x.device)
+        _product(_rounded(x, tiles.slabs, turns, ids.shape[1]), tiles, h, turns, 0)
+        hidden = _rounded(h, down.data.slabs, turns, 0)
+    else:
+        h = torch.empty(turns.most * down.data.slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=x.device)
+        _product(_arranged(x, tiles.slabs, turns, ids.shape[1]), tiles, h, turns, 0)
+        hidden = Rows(h)
+    outputs = torch.empty(ids.numel(), down.out_features, dtype=torch.bfloat16, device=x.device)
+    _product(hidden, down.data, outputs, turns, down.out_features)
     return combine(outputs, ids, weights)
 
 
-def _arranged(x: Tensor, slabs: int, order: Tensor, blocks: Tensor, most: int, k: int, cut: Blocks) -> Tensor:
-    """The blocks' rows of x, as the product's kernel reads them."""
-    arranged = torch.empty(most * slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=x.device)
+class Turns(NamedTuple):
+    """Choices in the order of experts, cut into blocks: see source/experts_work.cu.  most: blocks that there may be;
+    how many there are the device knows."""
+
+    order: Tensor
+    blocks: Tensor
+    most: int
+    cut: Blocks
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int, cut: Blocks) -> "Turns":
+        choices, device = ids.numel(), ids.device
+        most = choices // cut.rows + min(experts, choices)
+        order = torch.empty(choices, dtype=torch.int32, device=device)
+        blocks = torch.empty(_SIZES + 4 * most, dtype=torch.int32, device=device)
+        first, step = (cut.first, cut.step) if cut.launches else (cut.rows, 1)
+        sort_choices(ids, order, experts, blocks=blocks, rows=cut.rows, first=first, step=step)
+        return cls(order, blocks, most, cut)
+
+
+class Rows(NamedTuple):
+    """The blocks' rows as the product's kernel reads them; of FP8 the scale of each, FP32 [choices]."""
+
+    data: Tensor
+    scale: Tensor | None = None
+
+
+def _arranged(x: Tensor, slabs: int, turns: Turns, k: int) -> Rows:
+    """Choice i takes row i / k of x."""
+    cut = turns.cut
+    data = torch.empty(turns.most * slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=x.device)
     kernel("nvfp4_experts_wgmma.cu", "arrange_rows", "4P4i", _defines(cut, True, cut.columns[0]), x.device.index)(
         (3 * multiprocessors(x.device.index), 1, 1),
         512,
         0,
         x.data_ptr(),
-        arranged.data_ptr(),
-        order.data_ptr(),
-        blocks.data_ptr(),
+        data.data_ptr(),
+        turns.order.data_ptr(),
+        turns.blocks.data_ptr(),
         x.shape[1],
         x.stride(0),
         slabs,
         k,
     )
-    return arranged
+    return Rows(data)
 
 
-def _product(x: Tensor, tiles: Tiles, y: Tensor, order: Tensor, blocks: Tensor, out: int, cut: Blocks) -> None:
+def _rounded(x: Tensor, slabs: int, turns: Turns, k: int) -> Rows:
+    """As `_arranged`, in E4M3.  k: 0 where rows are in the order of experts."""
+    cut = turns.cut
+    data = torch.empty(turns.most * slabs * cut.rows * SLAB, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(turns.order.numel(), dtype=torch.float32, device=x.device)
+    kernel("nvfp4_experts_wgmma.cu", "round_rows", "5P4i", _defines(cut, True, cut.columns[0]), x.device.index)(
+        (12 * multiprocessors(x.device.index), 1, 1),
+        128,
+        0,
+        x.data_ptr(),
+        data.data_ptr(),
+        scale.data_ptr(),
+        turns.order.data_ptr() if k else 0,
+        turns.blocks.data_ptr(),
+        x.shape[1],
+        x.stride(0),
+        slabs,
+        k,
+    )
+    return Rows(data, scale)
+
+
+def _product(x: Rows, tiles: Tiles, y: Tensor, turns: Turns, out: int) -> None:
     """Each block's rows by its expert's tiles; out: outputs of a row, 0 where hidden values are what is stored."""
+    cut, device = turns.cut, y.device.index
     for columns in cut.columns:
-        kernel(
-            "nvfp4_experts_wgmma.cu", "nvfp4_experts_wgmma", "6P3i", _defines(cut, not out, columns), x.device.index
-        )(
-            (multiprocessors(x.device.index) * cut.resident, 1, 1),
+        kernel("nvfp4_experts_wgmma.cu", "nvfp4_experts_wgmma", "7P4i", _defines(cut, not out, columns), device)(
+            (multiprocessors(device) * cut.resident, 1, 1),
             32 * _WARPS,
             cut.of(columns).shared,
             tiles.data.data_ptr(),
             tiles.row_scale.data_ptr(),
-            x.data_ptr(),
+            x.data.data_ptr(),
             y.data_ptr(),
-            order.data_ptr(),
-            blocks.data_ptr(),
+            turns.order.data_ptr(),
+            turns.blocks.data_ptr(),
+            0 if x.scale is None else x.scale.data_ptr(),
             tiles.groups,
             tiles.slabs,
             out,
+            tiles.half,
         )
 
 
@@ -143,6 +208,8 @@ def _defines(cut: Blocks, gated: bool, columns: int) -> tuple[tuple[str, int], .
         ("STEP", cut.step),
         ("STAGES", cut.of(columns).stages),
         ("MIN_BLOCKS", cut.resident),
+        ("OUTS", cut.outs),
         ("GATED", int(gated)),
+        ("FP8", int(cut.fp8)),
         ("ONLY", columns),
     )

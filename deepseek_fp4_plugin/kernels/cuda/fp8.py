@@ -1,7 +1,7 @@
-"""FP8 products of many rows: weights decoded to E4M3, rows rounded to it, and the library's product of both.
+"""FP8 products of many rows by a dense weight: decoded to E4M3, rows rounded to it, the library's product of both.
 
-Fewer rows, small weights and routed experts, where this is slower (docs/cuda_kernels.md), are multiplied in BF16,
-whatever was asked for.
+Fewer rows and small weights, where this is slower (docs/cuda_kernels.md), are multiplied in BF16, whatever was asked
+for. Routed experts are experts_wgmma's.
 """
 
 import torch

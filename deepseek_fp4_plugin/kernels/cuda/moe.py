@@ -44,7 +44,8 @@ def experts_mlp(
     if rows <= (LISTED_ROWS_HOPPER if hopper else LISTED_ROWS) or down.activations == "fp4":
         return listed(x, ids, weights, gate_up, down)
     if hopper:
-        return experts_wgmma.by_blocks(x, ids, weights, gate_up, down, experts_wgmma.blocks_for(rows))
+        cut = experts_wgmma.blocks_for(rows, gate_up.activations)
+        return experts_wgmma.by_blocks(x, ids, weights, gate_up, down, cut)
     return grouped(x, ids, weights, gate_up, down)
 
 

@@ -231,7 +231,7 @@ __device__ inline void score(float (&s)[32], const u32 (&rotary)[4][4], u32 quer
         for (int step = 0; step < (turn ? HALF : HALF + 1) * 4; step++) {
             int column = step / 4 == HALF ? 2 * HALF : (turn ? 1 - GROUP : GROUP) * HALF + step / 4;
             int at = (column * COLUMN + step % 4 * 32) >> 4;
-            if (column == 2 * HALF) wgmma(s, rotary[step % 4], b + at);
+            if (column == 2 * HALF) wgmma_bf16(s, rotary[step % 4], b + at);
             else wgmma_rows(s, a + at, b + at, turn + step > 0);
         }
         wgmma_commit();

@@ -71,3 +71,22 @@ __device__ inline void decode_tile(u32 (&a)[4][4], u32 tile, u32 scales_at, int 
         a[step][2] = upper[2 * step + 1], a[step][3] = lower[2 * step + 1];
     }
 }
+
+// The same as E4M3 for two products of 32 inputs: eight of every lane's block in turn. Values are the weights (without the
+// tensor scale) times 2^-7, rounded: the smaller the exponent, the more of them lose bits; with a larger one the scale, which
+// makes up for 2^126, would be no BF16 number.
+__device__ inline void decode_tile_fp8(u32 (&a)[2][4], u32 tile, u32 scales_at, int index) {
+    constexpr u32 TIMES_512 = 9 << 23 | 9 << 7;
+    Quad codes = shared_quad(tile);
+    u32 scales = shared_word(scales_at), upper[8], lower[8];
+    decode_block(upper, codes.x, codes.y, block_scale(scales, 2 * index) + TIMES_512);
+    decode_block(lower, codes.z, codes.w, block_scale(scales, 2 * index + 1) + TIMES_512);
+#pragma unroll
+    for (int step = 0; step < 2; step++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int pair = 4 * step + 2 * half;
+            a[step][2 * half] = to_fp8(upper[pair]) | (u32)to_fp8(upper[pair + 1]) << 16;
+            a[step][2 * half + 1] = to_fp8(lower[pair]) | (u32)to_fp8(lower[pair + 1]) << 16;
+        }
+}

@@ -7,10 +7,13 @@
 //
 // ROWS: of a block of rows, at most.  FIRST, FIRST + STEP, ... ROWS: columns that there is code for.
 // STAGES: slabs in the ring.  MIN_BLOCKS: that a multiprocessor holds.
+// OUTS: times 64 outputs of a warpgroup.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
+// FP8: both sides are E4M3. `round_rows` takes the place of `arrange_rows`; hidden values are BF16 rows for it to round.
 // ONLY: of these numbers of columns the one that this launch is for, or 0. Code for several takes more registers than there
 // are: products would be serialized. So each has a launch of its own, the largest first, which begins as multiprocessors
 // become free.
+#include "fp8.cuh"
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
@@ -23,11 +26,28 @@
 #define S48 S32, S16(32)
 #define S72 S64, S4(64), S4(68)
 #define S80 S64, S16(64)
-WGMMA(48, N24, S24, 24, 25, 26, 27, 28)
-WGMMA(80, N40, S40, 40, 41, 42, 43, 44)
-WGMMA(96, N48, S48, 48, 49, 50, 51, 52)
-WGMMA(144, N72, S72, 72, 73, 74, 75, 76)
-WGMMA(160, N80, S80, 80, 81, 82, 83, 84)
+#if FP8
+#define multiply wgmma_e4m3
+#define N112 N96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define S96 S80, S16(80)
+#define S112 S96, S16(96)
+WGMMA(e4m3, 64, N32, S32, 32, 33, 34, 35, 36)
+WGMMA(e4m3, 96, N48, S48, 48, 49, 50, 51, 52)
+WGMMA(e4m3, 128, N64, S64, 64, 65, 66, 67, 68)
+WGMMA(e4m3, 160, N80, S80, 80, 81, 82, 83, 84)
+WGMMA(e4m3, 192, N96, S96, 96, 97, 98, 99, 100)
+WGMMA(e4m3, 224, N112, S112, 112, 113, 114, 115, 116)
+WGMMA(e4m3, 256, N128, S128, 128, 129, 130, 131, 132)
+#else
+#define multiply wgmma_bf16
+WGMMA(bf16, 48, N24, S24, 24, 25, 26, 27, 28)
+WGMMA(bf16, 80, N40, S40, 40, 41, 42, 43, 44)
+WGMMA(bf16, 96, N48, S48, 48, 49, 50, 51, 52)
+WGMMA(bf16, 144, N72, S72, 72, 73, 74, 75, 76)
+WGMMA(bf16, 160, N80, S80, 80, 81, 82, 83, 84)
+#endif
+
+constexpr int INPUT_BYTES = FP8 ? 128 : 256;  // of a row's slab
 
 struct Rows {  // a block of rows
     int expert, first, count, unused;  // places first, ... of `order`
@@ -103,24 +123,65 @@ extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_c
     }
 }
 
+struct RoundParameters {
+    const u16* x;      // [rows][x_stride]
+    u8* rounded;       // [blocks of rows][slabs][columns][128 bytes], ROWS * 128 bytes for each slab of a block
+    float* scale;      // of each row, in the order of experts
+    const int* order;  // choice i takes row i / k; null: rows are in the order of experts
+    const int* blocks;
+    int width, x_stride, slabs, k;
+};
+
+// The rows as E4M3, a block of threads one; zeros past the width and the rows. A product's 32 inputs are eight of each of a
+// tile's four blocks (nvfp4.cuh): word 4 i + 2 j + h of a row's 64 inputs goes to word 8 j + 4 h + i.
+constexpr int ROUNDERS = 4;  // warps
+
+extern "C" __global__ void __launch_bounds__(32 * ROUNDERS) round_rows(const __grid_constant__ RoundParameters p) {
+    __shared__ u32 of_warps[2][ROUNDERS];  // in turns
+    int turn = 0;
+    wait_for_kernels_before();
+    let_next_kernel_begin();
+    Work work{p.blocks};
+    int items = work.count() * ROWS;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        int block = item / ROWS, row = item - block * ROWS;
+        Rows rows = work[block];
+        int columns = columns_of(rows.count), place = rows.first + row, width = row < rows.count ? p.width : 0;
+        if (row >= columns) continue;
+        const u16* x = p.x + (u64)(!width ? 0 : p.order ? p.order[place] / p.k : place) * p.x_stride;
+        RowScale scale = row_scale(x, width, of_warps[turn ^= 1]);
+        if (threadIdx.x == 0 && width) p.scale[place] = scale.scale;
+        u8* to = p.rounded + ((u64)block * p.slabs * ROWS + row) * 128;
+        for (int i = (int)threadIdx.x * 8; i < p.slabs * SLAB_INPUTS; i += 32 * ROUNDERS * 8) {
+            Quad q = i < width ? load_quad(x + i) : Quad{0, 0, 0, 0};
+            int piece = (i >> 6 & 1) * 4 + (i >> 3 & 1) * 2, at = i >> 4 & 3;
+            u8* slab = to + (u64)(i / SLAB_INPUTS) * columns * 128 + at * 4;
+            *(u32*)(slab + (piece ^ (row & 7)) * 16) = to_fp8(q.x, q.y, scale.inverse);
+            *(u32*)(slab + ((piece + 1) ^ (row & 7)) * 16) = to_fp8(q.z, q.w, scale.inverse);
+        }
+    }
+}
+
 struct Parameters {
     const u8* tiles;         // [experts][groups][slabs][1152]
     const float* row_scale;  // [experts][groups * 16], in the order of the tiles
-    const u8* x;             // as `arrange_rows` leaves them
+    const u8* x;             // as `arrange_rows` or `round_rows` leaves them
     u8* y;                   // gated: hidden values as `arrange_rows` would leave them, else BF16 [choices][out]
     const int* order;
     const int* blocks;
+    const float* x_scale;  // as `round_rows` leaves them
     int groups, slabs;
-    int out;  // outputs, not gated
+    int out;   // outputs, not gated
+    int half;  // hidden values of a row, gated; FP8: y is BF16 rows of them in the order of experts
 };
 
-constexpr int WARPS = 8, OUTS = 2, GROUPS = WARPS * OUTS;  // OUTS times 64 outputs of a warpgroup
+constexpr int WARPS = 8, GROUPS = WARPS * OUTS;
 constexpr int THREADS = 32 * WARPS + 128, COPIER_REGISTERS = 32;
 // Registers move from the warpgroup that copies to those that multiply, within what a block is launched with.
 constexpr int LAUNCHED = 65536 / MIN_BLOCKS / THREADS / 8 * 8;
 constexpr int SHARE = (LAUNCHED * THREADS - 128 * COPIER_REGISTERS) / (32 * WARPS) / 8 * 8;
 constexpr int REGISTERS = SHARE < 240 ? SHARE : 240;
-constexpr int WEIGHTS_AT = (ONLY ? ONLY : ROWS) * 256, STAGE_BYTES = WEIGHTS_AT + GROUPS * SLAB_BYTES;  // a slab of the ring
+constexpr int WEIGHTS_AT = (ONLY ? ONLY : ROWS) * INPUT_BYTES, STAGE_BYTES = WEIGHTS_AT + GROUPS * SLAB_BYTES;  // a slab of the ring
 
 struct Ring {
     u32 memory, barriers, slot, parity;  // for each slab of the ring whether it is full, then whether it is empty
@@ -141,9 +202,9 @@ __device__ inline void copy(const Parameters& p, Ring ring) {
     for (int item = work.begin() * sets + blockIdx.x; item < end; item += gridDim.x) {
         int block = item / sets, first_group = (item - block * sets) * GROUPS, present = min(GROUPS, p.groups - first_group);
         Rows rows = work[block];
-        u32 bytes = columns_of(rows.count) * 256;
+        u32 bytes = columns_of(rows.count) * INPUT_BYTES;
         const u8* tiles = p.tiles + ((u64)rows.expert * p.groups + first_group + lane) * p.slabs * SLAB_BYTES;
-        const u8* x = p.x + (u64)block * p.slabs * ROWS * 256;
+        const u8* x = p.x + (u64)block * p.slabs * ROWS * INPUT_BYTES;
         for (int slab = 0; slab < p.slabs; slab++, filled++) {
             if (filled >= STAGES) barrier_wait(ring.empty(), ring.parity);
             if (lane == 0) {
@@ -165,16 +226,18 @@ __device__ inline u32 transposed(u32 bits) {
     return result;
 }
 
-// 256 outputs of one block of rows, COLUMNS of them filled up with zeros.
+// OUTS * 128 outputs of one block of rows, COLUMNS of them filled up with zeros.
 template <int COLUMNS>
 __device__ inline void products(const Parameters& p, Ring& ring, const Rows& rows, int block, int first_group) {
     // A warpgroup's warps have neighbouring groups: of m64 tile m warp w has group 4 OUTS (w / 4) + 4 m + w % 4.
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, own = (warp >> 2) * (4 * OUTS) + (warp & 3);
     float sums[OUTS][COLUMNS / 2] = {};
-    u32 a[2][4][4], before = 0;
+    constexpr int STEPS = FP8 ? 2 : 4;  // products of a tile
+    u32 a[2][STEPS][4], before = 0;
     // What the end needs is asked for here: an expert has one scale, or one of gate and one of up.
     const float* scales = p.row_scale + (u64)rows.expert * p.groups * 16;
-    float factor[2] = {load_float(scales), load_float(scales + 8)};
+    constexpr float MADE_UP = FP8 ? 0x1p-9f : 1.0f;  // see decode_tile_fp8
+    float factor[2] = {load_float(scales) * MADE_UP, load_float(scales + 8) * MADE_UP};
 #if !GATED
     int places[(COLUMNS + 31) / 32];  // of row 32 i + lane
 #pragma unroll
@@ -187,11 +250,16 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
         for (int index = 0; index < 2 * OUTS; index++) {
             int tile = index / OUTS, m = index % OUTS;
             u32 here = ring.at() + WEIGHTS_AT + (own + 4 * m) * SLAB_BYTES;
+#if FP8
+            decode_tile_fp8(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
+            u64 b = swizzled_rows(ring.at()) + 4 * tile;
+#else
             decode_tile(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
             u64 b = swizzled_rows(ring.at() + tile * COLUMNS * 128);
+#endif
             wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma(sums[m], a[index & 1][step], b + 2 * step);
+            for (int step = 0; step < STEPS; step++) multiply(sums[m], a[index & 1][step], b + 2 * step);
             wgmma_commit();
             wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
             if (index == 0) {
@@ -207,21 +275,26 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
     barrier_arrive_if(before, true);
 
     int quarter = lane & 3;
+    auto scale_of = [&](int row) { return !FP8 ? 1.0f : row < rows.count ? load_early(p.x_scale + rows.first + row) : 0.0f; };
 #pragma unroll
     for (int m = 0; m < OUTS; m++) {
         int group = first_group + own + 4 * m;
 #if GATED
         // Eight hidden values of each row; 64 of them are a row's 128 bytes. Zeros in what is filled up.
+        u16* rows_at = (u16*)p.y + (u64)rows.first * p.half + group * 8 + 2 * quarter;
         u8* to = p.y + (u64)block * ((p.groups + GROUPS - 1) / GROUPS) * ROWS * 256 + (u64)(group >> 3) * COLUMNS * 128;
 #pragma unroll
         for (int c = 0; c < COLUMNS / 8; c++) {
             float h[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                h[i] = round_bf16(silu(round_bf16(sums[m][4 * c + i] * factor[0]))) * round_bf16(sums[m][4 * c + 2 + i] * factor[1]);
+            for (int i = 0; i < 2; i++) {
+                float scale = scale_of(8 * c + 2 * quarter + i), gate = sums[m][4 * c + i], up = sums[m][4 * c + 2 + i];
+                h[i] = round_bf16(silu(round_bf16(gate * factor[0] * scale))) * round_bf16(up * factor[1] * scale);
+            }
             u32 word = transposed(group < p.groups ? pack_bf16(h[0], h[1]) : 0);
             int row = 8 * c + (lane >> 2);
-            *(u32*)(to + row * 128 + place_of((group & 7) * 4 + quarter, row)) = word;
+            if (!FP8) *(u32*)(to + row * 128 + place_of((group & 7) * 4 + quarter, row)) = word;
+            else if (group < p.groups && row < rows.count) *(u32*)(rows_at + row * p.half) = word;
         }
 #else
         u16* to = (u16*)p.y + group * 16 + 2 * quarter;
@@ -229,10 +302,11 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
         for (int c = 0; c < COLUMNS / 8; c++) {
             int place = __shfl_sync(~0u, places[c / 4], 8 * (c % 4) + (lane >> 2));
             u16* at = to + (u64)max(place, 0) * p.out;
+            float scale[2] = {scale_of(8 * c + 2 * quarter), scale_of(8 * c + 2 * quarter + 1)};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float* sum = &sums[m][4 * c + 2 * half];
-                u32 word = transposed(pack_bf16(sum[0] * factor[half], sum[1] * factor[half]));
+                u32 word = transposed(pack_bf16(sum[0] * factor[half] * scale[0], sum[1] * factor[half] * scale[1]));
                 if (place >= 0 && group * 16 + 8 * half < p.out) *(u32*)(at + 8 * half) = word;
             }
         }

@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
                 u64 b = swizzled_rows(activations + (slot * 2 + tile) * HALF_BYTES);
                 wgmma_fence();
 #pragma unroll
-                for (int step = 0; step < 4; step++) wgmma(sums[m], a[index & 1][step], b + 2 * step);
+                for (int step = 0; step < 4; step++) wgmma_bf16(sums[m], a[index & 1][step], b + 2 * step);
                 wgmma_commit();
                 wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
                 if (index == 0) {

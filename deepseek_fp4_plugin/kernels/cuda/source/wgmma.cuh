@@ -1,4 +1,5 @@
-// Hopper's matrix unit: sums[64 x N] += a[64 x 16] b[16 x N] of a warpgroup, a in registers, b in shared memory.
+// Hopper's matrix unit: sums[64 x N] += a[64 x K] b[K x N] of a warpgroup, a in registers, b in shared memory. K is 16 BF16
+// values, or 32 of E4M3, whose sums have fewer bits than FP32 has.
 #pragma once
 #include "device.cuh"
 
@@ -21,10 +22,14 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 }
 
 // The instruction for N columns: N / 2 sums a thread, named by PTX numbers and by constraints, then the operands behind them.
-#define WGMMA(N, NUMBERS, SUMS, A0, A1, A2, A3, B)                                                                     \
-    __device__ inline void wgmma(float (&s)[N / 2], const u32 (&a)[4], u64 b) {                                        \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NUMBERS "}, {%" #A0 ", %" #A1 ", %"  \
-                     #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 0;"                                                           \
+#define KIND_bf16 "k16.f32.bf16.bf16"
+#define FLAGS_bf16 "1, 1, 1, 0"
+#define KIND_e4m3 "k32.f32.e4m3.e4m3"
+#define FLAGS_e4m3 "1, 1, 1"
+#define WGMMA(TYPE, N, NUMBERS, SUMS, A0, A1, A2, A3, B)                                                               \
+    __device__ inline void wgmma_##TYPE(float (&s)[N / 2], const u32 (&a)[4], u64 b) {                                 \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N KIND_##TYPE " {" NUMBERS "}, {%" #A0 ", %" #A1 ", %" #A2   \
+                     ", %" #A3 "}, %" #B ", " FLAGS_##TYPE ";"                                                         \
                      : SUMS                                                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
     }
@@ -44,12 +49,12 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define S56 S32, S16(32), S8At(48)
 #define S64 S32, S16(32), S16(48)
 
-WGMMA(8, N4, S4(0), 4, 5, 6, 7, 8)
-WGMMA(16, N8, S8, 8, 9, 10, 11, 12)
-WGMMA(32, N16, S16(0), 16, 17, 18, 19, 20)
-WGMMA(64, N32, S32, 32, 33, 34, 35, 36)
-WGMMA(112, N56, S56, 56, 57, 58, 59, 60)
-WGMMA(128, N64, S64, 64, 65, 66, 67, 68)
+WGMMA(bf16, 8, N4, S4(0), 4, 5, 6, 7, 8)
+WGMMA(bf16, 16, N8, S8, 8, 9, 10, 11, 12)
+WGMMA(bf16, 32, N16, S16(0), 16, 17, 18, 19, 20)
+WGMMA(bf16, 64, N32, S32, 32, 33, 34, 35, 36)
+WGMMA(bf16, 112, N56, S56, 56, 57, 58, 59, 60)
+WGMMA(bf16, 128, N64, S64, 64, 65, 66, 67, 68)
 
 // Both operands in shared memory, by swizzled_rows(). The first product replaces the sums where not `more`.
 __device__ inline void wgmma_rows(float (&s)[32], u64 a, u64 b, bool more) {
