@@ -115,7 +115,7 @@ def test_experts(experts, hidden, inner, k):
 
 
 def test_experts_of_many_rows_are_chosen():
-    """Others stay BF16, bit for bit. 32 experts: expected_rows counts on a model of 32 times as many as a token takes."""
+    """Others stay BF16, bit for bit. As many experts as `expected_rows` takes a model of one choice a token to have."""
     gate_up, down = [random_part(NVFP4, 32, 64, 32) for _ in range(2)], [random_part(NVFP4, 64, 32, 32)]
     (a, _), (b, _), (c, _), (d, _) = both(gate_up, "fp8"), both(down, "fp8"), both(gate_up), both(down)
     for tokens in (1, 64, 32 * experts_wgmma.FP8_ROWS - 32, 32 * experts_wgmma.FP8_ROWS):
