@@ -13,8 +13,9 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8
 from deepseek_fp4_plugin.kernels.cuda.attention import Cut, launch, on_matrix_unit
-from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
 # Contexts, queries of each, heads, widths: by two kernels, several blocks of rows in the last case.
@@ -26,7 +27,7 @@ ATTENTION = (
 )
 
 
-def prepared(*sizes: int, parts: int = 1) -> PreparedWeight:
+def prepared(*sizes: int, parts: int = 1, activations: Activations = "bf16") -> PreparedWeight:
     """sizes: (experts,) out, in."""
     *lead, out, width = sizes
     made = []
@@ -34,7 +35,7 @@ def prepared(*sizes: int, parts: int = 1) -> PreparedWeight:
         packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
         scale = torch.randint(40, 90, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
         made.append(WeightTensors(WeightFormat.NVFP4, packed, scale, torch.full(lead, 1e-2)))
-    weight = ops.prepare(made, DEVICE, BF16)
+    weight = ops.prepare(made, DEVICE, BF16, activations)
     assert weight.backend is cuda
     return weight
 
@@ -55,6 +56,7 @@ def products() -> None:
         for parts in (1, 2):
             ops.linear(values(rows, width), prepared(out, width, parts=parts))
         ops.gated_mlp(values(rows, width), prepared(out, width, parts=2), prepared(width, out))
+        fp8.product(values(rows, width), prepared(out, width, parts=2, activations="fp8"), 0)
 
 
 def dense() -> None:
@@ -87,7 +89,10 @@ def experts() -> None:
             ids = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)])
             ids[0, 1] = -1
             weights = torch.rand(tokens, k)
-            ops.experts_mlp(values(tokens, hidden), ids.to(DEVICE), weights.to(DEVICE), gate_up, down)
+            arguments = values(tokens, hidden), ids.to(DEVICE), weights.to(DEVICE), gate_up, down
+            ops.experts_mlp(*arguments)
+            if torch.cuda.get_device_capability()[0] == 9:
+                experts_wgmma.by_blocks(*arguments, experts_wgmma.FP8)
 
 
 def attention() -> None:
