@@ -15,7 +15,8 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops
 from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8
 from deepseek_fp4_plugin.kernels.cuda.attention import Cut, launch, on_matrix_unit
-from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.cuda.decode import decode
+from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
 
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
 # Contexts, queries of each, heads, widths: by two kernels, several blocks of rows in the last case.
@@ -27,7 +28,7 @@ ATTENTION = (
 )
 
 
-def prepared(*sizes: int, parts: int = 1, activations: Activations = "bf16") -> PreparedWeight:
+def prepared(*sizes: int, parts: int = 1) -> PreparedWeight:
     """sizes: (experts,) out, in."""
     *lead, out, width = sizes
     made = []
@@ -35,7 +36,7 @@ def prepared(*sizes: int, parts: int = 1, activations: Activations = "bf16") -> 
         packed = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
         scale = torch.randint(40, 90, (*lead, out, width // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
         made.append(WeightTensors(WeightFormat.NVFP4, packed, scale, torch.full(lead, 1e-2)))
-    weight = ops.prepare(made, DEVICE, BF16, activations)
+    weight = ops.prepare(made, DEVICE, BF16)
     assert weight.backend is cuda
     return weight
 
@@ -56,7 +57,9 @@ def products() -> None:
         for parts in (1, 2):
             ops.linear(values(rows, width), prepared(out, width, parts=parts))
         ops.gated_mlp(values(rows, width), prepared(out, width, parts=2), prepared(width, out))
-        fp8.product(values(rows, width), prepared(out, width, parts=2, activations="fp8"), 0)
+        # Not the product between them, which is the library's.
+        fp8.round_rows(values(rows, width))
+        decode(prepared(out, width, parts=2).data, 0, 2 * out, width, torch.empty(1, 2 * out, device=DEVICE))
 
 
 def dense() -> None:

@@ -88,6 +88,7 @@ class Row:
     roof_milliseconds: float
     hit: float
     hit_expected: float
+    activations: str
 
 
 class Rank:
@@ -302,7 +303,8 @@ def measure(options: argparse.Namespace, config: DeepseekV3Config) -> list[Row]:
                 continue
             tokens = cell.batch * cell.width * rank.mesh.dp.count
             expected = expected_share(config, tokens)
-            row = Row(layout, *vars(cell).values(), took, roofline(cell, rank.mesh), rank.hit(cell), expected)
+            measured = took, roofline(cell, rank.mesh), rank.hit(cell), expected, options.activations
+            row = Row(layout, *vars(cell).values(), *measured)
             rows.append(row)
             show(row)
         print(f"{layout}: {time.perf_counter() - began:.0f} s in all")
@@ -313,7 +315,8 @@ def show(row: Row) -> None:
     print(
         f"{row.layout:<8}{row.what:<8}batch {row.batch:<4} context {row.context:<6} drafts {row.drafts}"
         f"{row.milliseconds:>10.2f} ms, roof {row.roof_milliseconds:>8.2f}, "
-        f"{row.milliseconds / row.roof_milliseconds:>5.2f} times; hit {row.hit:.2f} of {row.hit_expected:.2f}",
+        f"{row.milliseconds / row.roof_milliseconds:>5.2f} times; hit {row.hit:.2f} of {row.hit_expected:.2f}"
+        f"{'' if row.activations == 'bf16' else f'; {row.activations} activations'}",
         flush=True,
     )
 

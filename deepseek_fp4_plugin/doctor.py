@@ -69,8 +69,9 @@ def _kernels() -> dict[str, str]:
             case = Case(device, torch.bfloat16, weight, activations)
             facts[f"{weight.name} weights on {device}"] = select.explain(case)
         facts[f"attention, norms, routing on {device}"] = select.explain(Case(device, torch.bfloat16))
-        int8 = "; int8 can be asked for" if device.type == "cpu" else ""
-        facts[f"nvfp4_activations=auto on {device}"] = "fp4" if fp4 else f"bf16 (no FP4 tensor cores{int8})"
+        fp8 = select.refusal("cuda", Case(device, torch.bfloat16, WeightFormat.NVFP4, "fp8")) is None
+        other = "; int8 can be asked for" if device.type == "cpu" else "; fp8 can be asked for" if fp8 else ""
+        facts[f"nvfp4_activations=auto on {device}"] = "fp4" if fp4 else f"bf16 (no FP4 tensor cores{other})"
     return facts
 
 

@@ -180,12 +180,15 @@ def _weight_bytes(held: Sequence[Tensor | PreparedWeight]) -> int:
 def _kernels(held: Sequence[Tensor | PreparedWeight], device: torch.device) -> tuple[str, ...]:
     """Which kernels serve which weights, and why: a line each."""
     weights = {id(part): part for part in held if isinstance(part, PreparedWeight)}.values()
-    kinds = Counter((weight.format, weight.activations, weight.backend, weight.dtype) for weight in weights)
+    kinds = Counter(
+        (Case(device, weight.dtype, weight.format, weight.activations, weight.scale_columns), weight.backend)
+        for weight in weights
+    )
     lines = []
-    for (weight_format, activations, backend, dtype), count in kinds.items():
-        chosen = Case(device, dtype, weight_format, activations)
-        rounded = "" if activations == "bf16" else f" by {activations} activations"
-        lines.append(f"{count} {weight_format.name} weights{rounded}: {select.explain(chosen, backend)}")
+    for (case, backend), count in kinds.items():
+        assert case.format is not None
+        rounded = "" if case.activations == "bf16" else f" by {case.activations} activations"
+        lines.append(f"{count} {case.format.name} weights{rounded}: {select.explain(case, backend)}")
     dtypes = {weight.dtype for weight in weights}
     return (*lines, *(f"attention, norms, routing: {select.explain(Case(device, dtype))}" for dtype in dtypes))
 

@@ -91,6 +91,7 @@ def prepare(
         activations=activations,
         input_scale=input_scale,
         data=entry.backend.prepare(moved, dtype, activations, input_scale),
+        scale_columns=columns,
     )
 
 

@@ -7,8 +7,9 @@ works without a prepared weight is the first one's on the device.
     blackwell  NVFP4 weights by FP4 activations on FP4 tensor cores; NVIDIA GPUs of compute capability 10.0
                where a trial of it gives the reference's results
     cuda       kernels on NVFP4 weights in tiles, on BF16 and FP8 ones as they are, BF16 activations; NVIDIA GPUs of
-               compute capability 9.0 and 10.0
-    humming    NVFP4 weights by the humming-kernels package, where installed; BF16 activations; other NVIDIA GPUs
+               compute capability 9.0, there many rows of FP8 activations too, and 10.0
+    humming    NVFP4 weights by the humming-kernels package, where installed; BF16 activations; other NVIDIA GPUs from
+               compute capability 8.0
     decoded    weights decoded once at load to the compute dtype, then the platform's matrix product; any device
     reference  checkpoint bytes, decoded in FP32 on every call: the law that the others are tested against
 """
@@ -29,12 +30,14 @@ from deepseek_fp4_plugin.kernels.weights import Backend, Case
 
 @dataclass(frozen=True)
 class Entry:
-    """refuses: why this backend does not serve a case, or None.  reason: why it is preferred where it does."""
+    """refuses: why this backend does not serve a case, or None.  reason: why it is preferred where it does.
+    missing: what there is not on this machine, so that it cannot be asked for by name, or None."""
 
     name: str
     backend: Backend
     refuses: Callable[[Case], str | None]
     reason: str
+    missing: Callable[[], str | None] = lambda: None
 
 
 def checked(name: str, backend: Backend) -> Backend:
@@ -58,10 +61,34 @@ def checked(name: str, backend: Backend) -> Backend:
 
 
 TABLE: tuple[Entry, ...] = (
-    Entry("cpu", checked("cpu", cpu), cpu.refuses, "native kernels on the checkpoint's bytes"),
-    Entry("blackwell", checked("blackwell", blackwell), blackwell.refuses, "FP4 tensor cores, the checkpoint's bytes"),
-    Entry("cuda", checked("cuda", cuda), cuda.refuses, "NVFP4 decoded in registers, BF16 and FP8 as they are"),
-    Entry("humming", checked("humming", humming), humming.refuses, "NVFP4 decoded in registers by humming-kernels"),
+    Entry(
+        "cpu",
+        checked("cpu", cpu),
+        cpu.refuses,
+        "native kernels on the checkpoint's bytes",
+        lambda: None if cpu.available() else cpu.NOT_BUILT,
+    ),
+    Entry(
+        "blackwell",
+        checked("blackwell", blackwell),
+        blackwell.refuses,
+        "FP4 tensor cores, the checkpoint's bytes",
+        lambda: None if blackwell.available() else blackwell.NOT_INSTALLED,
+    ),
+    Entry(
+        "cuda",
+        checked("cuda", cuda),
+        cuda.refuses,
+        "NVFP4 decoded in registers, BF16 and FP8 as they are",
+        lambda: None if cuda.available() else cuda.NOT_INSTALLED,
+    ),
+    Entry(
+        "humming",
+        checked("humming", humming),
+        humming.refuses,
+        "NVFP4 decoded in registers by humming-kernels",
+        lambda: None if humming.available() else humming.NOT_INSTALLED,
+    ),
     Entry("decoded", checked("decoded", decoded), lambda case: None, "decoded once at load, the platform's products"),
     Entry("reference", checked("reference", reference), lambda case: None, "plain torch, decoded on every call"),
 )
@@ -78,16 +105,15 @@ def named(name: str) -> Entry:
     """The entry of this name. Raises ValueError for one that is unknown or cannot run here."""
     for entry in TABLE:
         if entry.name == name:
-            if name == "cpu" and not cpu.available():
-                raise ValueError(f"kernel backend 'cpu' cannot run here: {cpu.NOT_BUILT}")
-            if name == "cuda" and not cuda.available():
-                raise ValueError(f"kernel backend 'cuda' cannot run here: {cuda.NOT_INSTALLED}")
-            if name == "humming" and not humming.available():
-                raise ValueError(f"kernel backend 'humming' cannot run here: {humming.NOT_INSTALLED}")
-            if name == "blackwell" and not blackwell.available():
-                raise ValueError(f"kernel backend 'blackwell' cannot run here: {blackwell.NOT_INSTALLED}")
+            if missing := entry.missing():
+                raise ValueError(f"kernel backend {name!r} cannot run here: {missing}")
             return entry
     raise ValueError(f"unknown kernel backend {name!r}; choose from {', '.join(entry.name for entry in TABLE)}")
+
+
+def refusal(name: str, case: Case) -> str | None:
+    """Why the backend of this name does not serve a case, or None."""
+    return next(entry for entry in TABLE if entry.name == name).refuses(case)
 
 
 @functools.cache
@@ -123,5 +149,5 @@ def recorder(device: torch.device) -> Recorder | None:
 
 
 def has_fp4_tensor_cores(device: torch.device) -> bool:
-    """True on NVIDIA GPUs of compute capability 10.0 and above."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    """True on NVIDIA GPUs of compute capability 10: those whose FP4 tensor cores there is a kernel for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10

@@ -46,7 +46,9 @@ class PreparedWeight:
     """A weight in the layout of the backend that will multiply by it; `data` is that backend's own.
 
     dtype: the activations' dtype.  activations: "fp4" rounds the input to NVFP4 with `input_scale` before multiplying,
-    "int8" to 8-bit integers with a scale a block of 16, "fp8" input and weight to E4M3 (numerics/fp8_rows.py).
+    "int8" to 8-bit integers with a scale a block of 16, "fp8" input and weight to E4M3 (numerics/fp8_rows.py): always
+    in `reference` and `decoded`, in `cuda` where there are so many rows that it is faster.
+    scale_columns: see `Case`.
     """
 
     backend: "Backend"
@@ -57,6 +59,7 @@ class PreparedWeight:
     activations: Activations
     input_scale: OptionalTensor
     data: Any
+    scale_columns: int = 128
 
 
 @dataclass(frozen=True)

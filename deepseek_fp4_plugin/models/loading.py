@@ -10,10 +10,10 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.errors import CheckpointError
 from deepseek_fp4_plugin.checkpoint.hub import resolve
-from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig
+from deepseek_fp4_plugin.checkpoint.quant_config import QuantConfig, WeightFormat
 from deepseek_fp4_plugin.checkpoint.reader import read_json
 from deepseek_fp4_plugin.kernels import select
-from deepseek_fp4_plugin.kernels.weights import Activations
+from deepseek_fp4_plugin.kernels.weights import Activations, Case
 from deepseek_fp4_plugin.layers.weight_source import WeightSource
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.examination import examine
@@ -141,10 +141,11 @@ def resolve_activations(choice: str, device: torch.device) -> Activations:
         return "fp4"
     if choice == "int8":
         if device.type != "cpu":
-            raise ValueError(f"nvfp4_activations=int8 is for CPUs; on {device} use bf16 or fp4")
+            raise ValueError(f"nvfp4_activations=int8 is for CPUs; on {device} use bf16, fp4 or fp8")
         return "int8"
     if choice == "fp8":
-        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-            raise ValueError(f"nvfp4_activations=fp8 is for Hopper GPUs (compute capability 9.0), not for {device}")
+        refused = select.refusal("cuda", Case(device, torch.bfloat16, WeightFormat.NVFP4, "fp8"))
+        if refused:
+            raise ValueError(f"nvfp4_activations=fp8 is for Hopper GPUs; on {device}: {refused}")
         return "fp8"
     raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4, fp8, int8")

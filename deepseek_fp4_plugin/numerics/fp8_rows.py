@@ -1,8 +1,9 @@
 """E4M3 activations, a scale a row, times NVFP4 weights rounded to E4M3: what `fp8` activations mean.
 
 A block scale of an NVFP4 weight is for 16 inputs, and Hopper's FP8 product has 32, so that the scale cannot stay
-outside: it is multiplied in, and the result, of up to six significant bits, is rounded to four. Only the values 1.5, 3
-and 6 are concerned; the tensor scale stays outside.
+outside: it is multiplied in, and the result, of up to six significant bits, is rounded to four. So the values 1.5, 3
+and 6 may change, and in blocks whose scale is below 4, a hundredth of the largest, others too, by at most an eighth of
+1.0 on the scale on which the largest weight is 2688. The tensor scale stays outside.
 """
 
 import torch

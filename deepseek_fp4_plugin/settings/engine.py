@@ -55,7 +55,8 @@ class EngineConfig(Choices):
     weights, of the model that the folder's config.json and hf_quant_config.json describe, to measure with.  dtype: of
     activations and decoded weights; auto is BF16.  device: auto takes a GPU where there is one.  nvfp4_activations:
     what NVFP4 layers multiply by; auto is fp4 where the device has FP4 tensor cores, else bf16; int8 (numerics/int8.py)
-    is for CPUs.  max_batch_size, max_num_tokens: requests and tokens in one step.  max_seq_len: prompt and answer; None
+    is for CPUs, fp8 (numerics/fp8_rows.py) for Hopper GPUs, which round so only the rows of long prompts and of many
+    requests.  max_batch_size, max_num_tokens: requests and tokens in one step.  max_seq_len: prompt and answer; None
     is the model's own.  max_new_tokens: of requests that do not say; None: as many as the context holds.
     stream_interval: steps between two pieces of a stream.  max_prompt_seconds: that prompt tokens may add to a step,
     by how long the last steps took; None: as long as max_num_tokens take.  disable_overlap_scheduler: on a GPU, await
@@ -78,7 +79,7 @@ class EngineConfig(Choices):
         Literal["auto", "bf16", "fp4", "fp8", "int8"],
         Flag(
             "What NVFP4 weights are multiplied by; auto: fp4 where there are FP4 tensor cores, else bf16. fp8: Hopper "
-            "GPUs, for prompts. int8: CPUs."
+            "GPUs, long prompts. int8: CPUs."
         ),
     ] = "auto"
     tensor_parallel_size: Annotated[Count, Flag("Ranks that share the model, each a process [1].")] = 1

@@ -1,15 +1,20 @@
 """The table of kernel backends: complete by check, chosen once, for a reason that can be read."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, humming, reference, select
+from deepseek_fp4_plugin.engine.worker import _held, _kernels
+from deepseek_fp4_plugin.kernels import cpu, cuda, decoded, humming, ops, reference, select
 from deepseek_fp4_plugin.kernels.cuda.dense import fp8_blocks
 from deepseek_fp4_plugin.kernels.weights import Case, WeightTensors
 from deepseek_fp4_plugin.models.loading import resolve_activations
+from tests.parity.kernel_cases import TWO_STEPS, error, random_part
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 CUDA = torch.device("cuda")  # a choice needs no such device
@@ -72,15 +77,17 @@ def test_the_reason_is_told(monkeypatch):
 
 def test_8_bit_activations_are_for_cpus():
     assert resolve_activations("int8", CPU) == "int8"
-    with pytest.raises(ValueError, match=r"^nvfp4_activations=int8 is for CPUs; on cuda:0 use bf16 or fp4$"):
+    with pytest.raises(ValueError, match=r"^nvfp4_activations=int8 is for CPUs; on cuda:0 use bf16, fp4 or fp8$"):
         resolve_activations("int8", torch.device("cuda:0"))
     with pytest.raises(ValueError, match="is not one of auto, bf16, fp4, fp8, int8"):
         resolve_activations("int4", CPU)
 
 
 def test_fp8_activations_are_for_hopper(monkeypatch):
-    with pytest.raises(ValueError, match=r"^nvfp4_activations=fp8 is for Hopper GPUs \(.*9\.0\), not for cpu$"):
+    with pytest.raises(ValueError, match=r"^nvfp4_activations=fp8 is for Hopper GPUs; on cpu: it is for NVIDIA GPUs$"):
         resolve_activations("fp8", CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("deepseek_fp4_plugin.kernels.cuda.limits.available", lambda: True)
     for capability in ((9, 0), (8, 9), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device, own=capability: own)
         if capability == (9, 0):
@@ -98,3 +105,33 @@ def test_names():
     if not humming.available():
         with pytest.raises(ValueError, match=r"^kernel backend 'humming' cannot run here: .*plugin\[humming\]$"):
             select.named("humming")
+
+
+def test_what_serves_is_told_with_its_reason():
+    """Counted by kind; by name where somebody asked for it, not where a slice's blocks are too narrow for the first."""
+    part = random_part(WeightFormat.NVFP4, 16, 32)
+    narrow = WeightTensors(WeightFormat.FP8_BLOCK, torch.zeros(32, 32).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    narrow = replace(narrow, fp8_block=(32, 32))
+    first, asked = ops.prepare([part], CPU, BF16), ops.prepare([part], CPU, BF16, backend="reference")
+    rounded = ops.prepare([part], CPU, BF16, "int8")
+    held = list(_held([first, {"again": first}, rounded, asked, ops.prepare([narrow], CPU, BF16)]))
+    lines = _kernels(held, CPU)
+    assert lines[0] == "1 NVFP4 weights: cpu (native kernels on the checkpoint's bytes)"
+    assert lines[1].startswith("1 NVFP4 weights by int8 activations: cpu (")
+    assert lines[2] == "1 NVFP4 weights: reference (it was asked for)"
+    assert lines[3].startswith("1 FP8_BLOCK weights: decoded (decoded once") and "64 columns" in lines[3]
+    assert lines[4].startswith("attention, norms, routing: cpu (") and len(lines) == 5
+
+
+def test_an_import_brings_no_compiler():
+    """torch's takes seconds, and prints at the end what it has leaked."""
+    heavy = "torch._dynamo", "torch._inductor", "triton"
+    program = f"import deepseek_fp4_plugin.engine.worker, sys; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_decoded_rounds_to_fp8_as_the_reference_does():
+    parts = [random_part(WeightFormat.NVFP4, out, 272) for out in (24, 40)]
+    ours, law = (ops.prepare(parts, CPU, BF16, "fp8", backend=name) for name in ("decoded", "reference"))
+    x = torch.randn(9, 272).to(BF16)
+    assert error(ops.linear(x, ours), ops.linear(x, law)) <= TWO_STEPS

@@ -130,6 +130,7 @@ def test_fp8_keeps_nvfp4_weights_but_for_odd_multiples():
     assert ((rounded - exact).abs() <= exact.abs() / 17)[normal].all()
     power = torch.isin(codes.abs(), torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0])).expand_as(exact)
     assert torch.equal(rounded[power & normal], exact[power & normal])
+    assert (rounded - exact)[~normal].abs().max() == 0.125
     assert 0 < (rounded != exact)[normal & ~power].float().mean() < 1
     assert torch.equal(fp8_rows.rounded_weights(exact.bfloat16()), rounded.bfloat16())
 

@@ -1,14 +1,14 @@
 """FP8 products of many rows by a dense weight: decoded to E4M3, rows rounded to it, the library's product of both.
 
 Fewer rows and small weights, where this is slower (docs/cuda_kernels.md), are multiplied in BF16, whatever was asked
-for. Routed experts are experts_wgmma's.
+for. Routed experts have experts_wgmma.py.
 """
 
 import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cuda.decode import decode
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 MANY_ROWS, LARGE = 512, 2048  # rows, and inputs and outputs, from which it is ahead
@@ -24,6 +24,7 @@ def serves(rows: int, weight: PreparedWeight) -> bool:
 
 def product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
     """y = x W^T of BF16 rows [rows, in] as the kernels read them, by one expert of a stack: BF16 [rows, out]."""
+    together(x, weight.data.data)
     numbers, row_scale = round_rows(x)
     scale = torch.empty(1, weight.out_features, dtype=torch.float32, device=x.device)
     values = decode(weight.data, expert, weight.out_features, weight.in_features, scale)

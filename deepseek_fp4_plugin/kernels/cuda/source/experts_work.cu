@@ -81,8 +81,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_
     auto last = [&](int size) { return parts && last_size == size; };
     int place = sum_before(own, sums[0]), slot = sum_before(own > 0, sums[1]);
     int slot_of_8 = sum_before((own + 7) / 8, sums[2 + SIZES]), slot_of_16 = sum_before((own + 15) / 16, sums[3 + SIZES]);
+    if (p.blocks) {
 #pragma unroll
-    for (int size = 0; size < SIZES; size++) part[size] = sum_before(full(size) + last(size), sums[2 + size]);
+        for (int size = 0; size < SIZES; size++) part[size] = sum_before(full(size) + last(size), sums[2 + size]);
+    }
     __syncthreads();
     place += of_warps(sums[0], all_rows), slot += of_warps(sums[1], all_used);
     next[thread] = place + before;

@@ -162,6 +162,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
                 return sum * factor[output];
             };
             int outputs = GATED ? block_rows / 2 : block_rows;
+#pragma unroll 2
             for (int i = threadIdx.x + rank * 32 * warps; i < outputs * present; i += 32 * warps * cluster) {
                 int output = i % outputs, column = i / outputs;
                 if (first_group + output / (GATED ? 8 : 16) >= p.groups) continue;
