@@ -1,4 +1,4 @@
-"""NVFP4 weights times FP4 activations on Blackwell's FP4 tensor cores; all else is `cuda`'s.
+"""NVFP4 weights times FP4 activations on Blackwell's FP4 tensor cores; norms, attention and routing are `cuda`'s.
 
 No such GPU has run it yet: see docs/cuda_kernels.md.
 """

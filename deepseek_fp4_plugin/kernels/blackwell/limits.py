@@ -32,6 +32,8 @@ def refuses(case: Case) -> str | None:
         return f"it is for compute capability 10.0, not {capability[0]}.{capability[1]}"
     if not available():
         return NOT_INSTALLED
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "Triton would interpret it (TRITON_INTERPRET), not run it on the GPU"
     if case.format is not WeightFormat.NVFP4 or case.activations != "fp4" or case.dtype is not torch.bfloat16:
         return "it is for NVFP4 weights and FP4 activations of a BF16 model"
     index = torch.cuda.current_device() if case.device.index is None else case.device.index
@@ -46,10 +48,12 @@ def failure(device: str) -> str | None:
     this one with it.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path}
+    environment.pop("TRITON_INTERPRET", None)  # the compiled kernel is tried
     try:
         trial = subprocess.run(
             [sys.executable, "-c", _PROGRAM, device],
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -64,5 +68,6 @@ def failure(device: str) -> str | None:
     if trial.returncode == 0 and said == RIGHT:
         return None
     if said in ("", RIGHT):
-        said = f"it ended with status {trial.returncode}"
+        last = trial.stderr.strip().rpartition("\n")[2].strip()
+        said = f"it ended with status {trial.returncode}" + (f": {last}" if last else "")
     return f"its trial on {device} failed: {said}"

@@ -1,14 +1,15 @@
 """y = x W^T of NVFP4 weights and NVFP4 activations, and the routed experts: the checkpoint's own bytes."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.reference.norm import rms_norm
-from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels import cuda, reference
+from deepseek_fp4_plugin.kernels.weights import Activations, Case, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import nvfp4
 
 
@@ -49,7 +50,7 @@ def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tens
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> Tensor:
     """See kernels/reference/linear.py."""
-    return linear(rms_norm(x, norm, eps), weight)
+    return linear(_rms_norm(x.device)(x, norm, eps), weight)
 
 
 def experts_mlp(
@@ -85,6 +86,12 @@ def experts_mlp(
     chosen = torch.where((ids < experts).unsqueeze(1), chosen, 0)
     placed = torch.empty_like(chosen).index_copy_(0, order, chosen)
     return placed.unflatten(0, (tokens, k)).sum(1).to(x.dtype)
+
+
+@functools.cache
+def _rms_norm(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """`cuda`'s, in one launch, where it serves."""
+    return reference.rms_norm if cuda.refuses(Case(device, torch.bfloat16)) else cuda.rms_norm
 
 
 def _product(x: Tensor, source: Tensor, expert_of: Tensor, weight: PreparedWeight) -> Tensor:

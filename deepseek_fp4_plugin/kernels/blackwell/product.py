@@ -3,6 +3,8 @@
 Imported where it is used: Triton comes with torch's CUDA builds only.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -52,7 +54,9 @@ def product(
     out, width = weight.shape[1], 2 * weight.shape[2]
     y = torch.empty(source.shape[0], out, dtype=torch.bfloat16, device=x.device)
     grid = (expert_of.shape[0], triton.cdiv(out, _OUTPUTS))
-    scaled_product[grid](
-        x, x_scale, source, expert_of, weight, weight_scale, factor, y, out, width, ROWS, _OUTPUTS, _INPUTS
-    )  # fmt: skip
+    # Triton launches on the current device; on a CPU it interprets.
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        scaled_product[grid](
+            x, x_scale, source, expert_of, weight, weight_scale, factor, y, out, width, ROWS, _OUTPUTS, _INPUTS
+        )  # fmt: skip
     return y

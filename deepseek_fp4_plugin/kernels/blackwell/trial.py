@@ -21,8 +21,10 @@ _BF16 = torch.bfloat16
 
 
 def outcome(device: str) -> str:
-    """RIGHT, or what is wrong, in a line."""
+    """RIGHT, or what is wrong, in a line. A GPU becomes the current one; its index is wanted."""
     try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
         with torch.inference_mode():
             _dense(torch.device(device))
             _experts(torch.device(device))

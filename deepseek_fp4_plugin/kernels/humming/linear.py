@@ -34,9 +34,10 @@ def prepare(
     if parts[0].format is not WeightFormat.NVFP4 or dtype is not torch.bfloat16 or activations != "bf16":
         raise ValueError("kernel backend 'humming' multiplies NVFP4 weights by BF16 activations")
     width = -(-parts[0].in_features // _MULTIPLE) * _MULTIPLE
-    layers = tuple(_layer(part, width) for part in parts)
     outputs = tuple(part.out_features for part in parts)
-    return Layers(layers, tuple(tuning.kernels(layer) for layer in layers), outputs, width, [])
+    with torch.cuda.device(parts[0].weight.device):  # humming looks at the current one, and launches on it
+        layers = tuple(_layer(part, width) for part in parts)
+        return Layers(layers, tuple(tuning.kernels(layer) for layer in layers), outputs, width, [])
 
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:
@@ -56,10 +57,11 @@ def product(x: Tensor, weight: PreparedWeight, layout: Tensor | None = None) -> 
         return x.new_empty(0, weight.out_features)
     x = pad(x, (0, layers.width - x.shape[1])).contiguous()
     grouped = {} if layout is None else {"expert_layout": layout, "compute_config": tuning.GROUPED}
-    outputs = [
-        part(x, tuning_config=kernels, **grouped)[:, :out]
-        for part, kernels, out in zip(layers.parts, layers.kernels, layers.outputs, strict=True)
-    ]
+    with torch.cuda.device(x.device):
+        outputs = [
+            part(x, tuning_config=kernels, **grouped)[:, :out]
+            for part, kernels, out in zip(layers.parts, layers.kernels, layers.outputs, strict=True)
+        ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
@@ -71,11 +73,11 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PreparedWeight) -> 
 def _layer(part: WeightTensors, width: int) -> Any:
     from humming.layer import HummingLayer
 
-    device, out = part.weight.device, part.out_features
+    out = part.out_features
     experts = part.weight.shape[0] if part.weight.ndim == 3 else None
     more = 0, 0, 0, -(-out // _MULTIPLE) * _MULTIPLE - out  # rows; of codes and scales the columns that are missing
     scale = part.scale.view(torch.uint8)
-    with torch.device(device), torch.cuda.device(device):
+    with torch.device(part.weight.device):
         layer = HummingLayer(
             shape_n=out + more[3],
             shape_k=width,

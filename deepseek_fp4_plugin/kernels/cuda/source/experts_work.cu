@@ -54,19 +54,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_
     let_next_kernel_begin();
     wait_for_kernels_before();
     __syncthreads();
+    int step = cluster * THREADS, begin = rank * THREADS + thread, held[AT_ONCE];  // ids of its first choices
+    auto load = [&](int first, int (&ids)[AT_ONCE]) {
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) ids[n] = first + n * step < p.choices ? (int)p.ids[first + n * step] : -1;
+    };
+    load(begin, held);
     auto for_choices = [&](auto work) {
-        int step = cluster * THREADS;
-        for (int first = rank * THREADS + thread; first < p.choices; first += AT_ONCE * step) {
-            long long ids[AT_ONCE];
+        int ids[AT_ONCE];
+        for (int first = begin; first < p.choices; first += AT_ONCE * step) {
+            if (first > begin) load(first, ids);
 #pragma unroll
-            for (int n = 0; n < AT_ONCE; n++) ids[n] = first + n * step < p.choices ? p.ids[first + n * step] : -1;
-#pragma unroll
-            for (int n = 0; n < AT_ONCE; n++)
-                if (ids[n] >= 0) work(first + n * step, (int)ids[n]);
+            for (int n = 0; n < AT_ONCE; n++) {
+                int id = first > begin ? ids[n] : held[n];
+                if (id >= 0) work(first + n * step, id);
+            }
         }
     };
+    auto meet = [&]() {
+        if (cluster > 1) cluster_barrier();
+        else __syncthreads();
+    };
     for_choices([&](int, int expert) { atomicAdd(counts + expert, 1); });
-    cluster_barrier();
+    meet();
     int own = 0, before = 0, all_rows, all_used;
     for (int r = 0; r < cluster; r++) {
         int theirs = __float_as_int(cluster_float(shared_address(counts + thread), r));
@@ -108,6 +118,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_
             if (thread == 0) p.blocks[size] = end;
         }
     }
-    cluster_barrier();  // nobody reads another's counts any more
+    meet();  // nobody reads another's counts any more
     for_choices([&](int choice, int expert) { p.order[atomicAdd(next + expert, 1)] = choice; });
 }
