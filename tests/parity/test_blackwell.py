@@ -1,6 +1,7 @@
 """FP4 weights by FP4 activations as Blackwell multiplies them: Triton interprets the kernel here, and compiles it for
 such a GPU, which nobody had. So it is tried on each before it serves there, and what such a trial says is tested."""
 
+import os
 import re
 import subprocess
 import sys
@@ -73,7 +74,7 @@ print("all alike; trial:", outcome(sys.argv[1]))
 
 
 def test_interpreted_it_is_the_reference():
-    environment = {"TRITON_INTERPRET": "1", "PATH": ""}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRETER + ALIKE, "cpu"]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     if NEWER_NUMPY in ended.stderr:
