@@ -28,7 +28,7 @@ _PROGRAM = """
 import json, os, sys
 import torch
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_fp4_plugin.engine.worker import _storages
+from deepseek_fp4_plugin.engine.worker import _held, _weight_bytes
 from deepseek_fp4_plugin.parallel.mesh import Mesh
 
 def peak():
@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 DeepseekV3ForCausalLM.from_pretrained("r1_nano")
 empty = peak()
 model = DeepseekV3ForCausalLM.from_pretrained(sys.argv[1], mesh=Mesh(**json.loads(sys.argv[2])))
-print(json.dumps([empty, peak(), sum(_storages(model).values())]))
+print(json.dumps([empty, peak(), _weight_bytes(list(_held(model)))]))
 """
 
 
