@@ -146,6 +146,6 @@ def resolve_activations(choice: str, device: torch.device) -> Activations:
     if choice == "fp8":
         refused = select.refusal("cuda", Case(device, torch.bfloat16, WeightFormat.NVFP4, "fp8"))
         if refused:
-            raise ValueError(f"nvfp4_activations=fp8 is for Hopper GPUs; on {device}: {refused}")
+            raise ValueError(f"nvfp4_activations=fp8 is for Hopper GPUs, use bf16 or fp4 ({device}: {refused})")
         return "fp8"
     raise ValueError(f"nvfp4_activations={choice!r} is not one of auto, bf16, fp4, fp8, int8")

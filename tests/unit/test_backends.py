@@ -84,7 +84,7 @@ def test_8_bit_activations_are_for_cpus():
 
 
 def test_fp8_activations_are_for_hopper(monkeypatch):
-    with pytest.raises(ValueError, match=r"^nvfp4_activations=fp8 is for Hopper GPUs; on cpu: it is for NVIDIA GPUs$"):
+    with pytest.raises(ValueError, match=r"fp8 is for Hopper GPUs, use bf16 or fp4 \(cpu: it is for NVIDIA GPUs\)$"):
         resolve_activations("fp8", CPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("deepseek_fp4_plugin.kernels.cuda.limits.available", lambda: True)
