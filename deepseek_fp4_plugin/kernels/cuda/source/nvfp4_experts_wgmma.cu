@@ -1,13 +1,13 @@
 // Each expert's NVFP4 weights times the rows that chose it, for many rows: Hopper's matrix unit, as in nvfp4_wgmma.cu.
 //
 // Rows lie in the order of experts, cut into blocks of one expert each (experts_work.cu). `arrange_rows` gathers them once
-// in the order of inputs and pieces that the matrix unit wants. A block of threads has 256 outputs of one block of rows
+// in the order of inputs and pieces that the matrix unit wants. A block of threads has OUTS * 128 outputs of one block of rows
 // after the other, and as many columns as those rows need; a warp of its own copies on into the next while sums are
 // stored. Gated, hidden values are stored as the second product wants to read them.
 //
 // ROWS: of a block of rows, at most.  FIRST, FIRST + STEP, ... ROWS: columns that there is code for.
 // STAGES: slabs in the ring.  MIN_BLOCKS: that a multiprocessor holds.
-// OUTS: times 64 outputs of a warpgroup.
+// OUTS: times 64 outputs of a warpgroup, of which there are two.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 // FP8: both sides are E4M3. `round_rows` takes the place of `arrange_rows`; hidden values are BF16 rows for it to round.
 // ONLY: of these numbers of columns the one that this launch is for, or 0. Code for several takes more registers than there
