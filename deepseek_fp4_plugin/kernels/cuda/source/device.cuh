@@ -122,6 +122,13 @@ __device__ inline void barrier_arrive_if(u32 barrier, bool wanted) {
                  : "memory");
 }
 
+// True in one lane of a whole warp, and known to the compiler as such: copies behind `lane == 0` become loops over lanes.
+__device__ inline bool elected() {
+    u32 one;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(one));
+    return one;
+}
+
 // Bytes (a multiple of 16) of global memory into shared memory, counted on a barrier.
 __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

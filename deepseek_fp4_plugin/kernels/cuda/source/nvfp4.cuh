@@ -22,7 +22,8 @@ __device__ inline u32 rotated(u32 word, int by) { return __funnelshift_l(word, w
 
 // The 16 values of a block, times its scale. Shifts that lose no bit of a pair are not rotations: these take another pipe.
 __device__ inline void decode_block(u32 (&pairs)[8], u32 first, u32 second, u32 scale) {
-    u32 both = (first & FREE_OF_FIRST) | (second & ~FREE_OF_FIRST);
+    u32 both;  // where FREE_OF_FIRST has ones from `first`, elsewhere from `second`: one instruction, not two
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(both) : "r"(first), "r"(second), "r"(FREE_OF_FIRST));
     u32 bits[8] = {first,       first << 4,           rotated(first, 10), second << 2, rotated(second, 8),
                    rotated(second, 14), both << 6, rotated(both, 12)};
 #pragma unroll

@@ -59,6 +59,7 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
     constexpr int SUMS = GROUPS > 2 || COLUMNS > 1 ? 1 : 2, STRIDE = 8 * COLUMNS + 1;
     // Two groups at a time, so that one's decoding fills the other's waits, where the registers suffice.
     constexpr int STEP = HELD ? 1 : 2;
+    constexpr bool ONE = COLUMNS <= 2;  // an entry has no more rows than are multiplied at a time
     constexpr bool HOLDS = HELD > 0 && HELD * COLUMNS <= 8;
     int lane = t.lane, g = lane >> 2, quarter = lane & 3;
     int begin = t.index * p.slabs / t.team, count = (t.index + 1) * p.slabs / t.team - begin;
@@ -67,18 +68,22 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
     Item asked(t, p.groups);
     int ask_index = 0, ask_span = 0, ask_chunk = 0, ask_chunks = 0, ask_stage = 0;
     const u8 *item_from = nullptr, *ask_from = nullptr;
+    u32 ask_bytes = 0;
     auto enter = [&]() {
         if (asked.left <= 0) return;
         const int* entry = table + 2 * asked.slot;
         item_from = p.tiles + ((u64)entry[0] * p.groups + asked.group) * group_bytes + begin * SLAB_BYTES;
-        ask_chunks = (entry[3] - entry[1] + 8 * COLUMNS - 1) / (8 * COLUMNS);
+        if (!ONE) ask_chunks = (entry[3] - entry[1] + 8 * COLUMNS - 1) / (8 * COLUMNS);
+    };
+    auto begin_span = [&]() {
+        ask_from = item_from + ask_span * UNIT_BYTES, ask_bytes = min(SPAN, count - ask_span * SPAN) * SLAB_BYTES;
     };
     auto fill = [&]() {
         if (asked.left <= 0) return;
-        if (lane == 0) {
-            u32 barrier = t.barrier + 8 * ask_stage, bytes = min(SPAN, count - ask_span * SPAN) * SLAB_BYTES;
-            barrier_expect(barrier, bytes);
-            bulk_copy_once(t.ring + ask_stage * UNIT_BYTES, ask_from, bytes, barrier);
+        if (elected()) {
+            u32 barrier = t.barrier + 8 * ask_stage;
+            barrier_expect(barrier, ask_bytes);
+            bulk_copy_once(t.ring + ask_stage * UNIT_BYTES, ask_from, ask_bytes, barrier);
         }
         if (++ask_stage == STAGES) ask_stage = 0;
         ask_from += group_bytes;
@@ -86,16 +91,16 @@ __device__ void products(const Parameters& p, const Team& t, const int* table) {
         ask_index = 0;
         if (++ask_span == spans) {
             ask_span = 0;
-            if (++ask_chunk == ask_chunks) {
+            if (ONE || ++ask_chunk == ask_chunks) {
                 ask_chunk = 0;
                 item_from += asked.present * group_bytes;
                 if (asked.next(p.groups)) enter();
             }
         }
-        ask_from = item_from + ask_span * UNIT_BYTES;
+        begin_span();
     };
     enter();
-    ask_from = item_from;
+    begin_span();
     for (int stage = 0; stage < STAGES; stage++) fill();
 #if EARLY
     let_next_kernel_begin();

@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) nvfp4_linear(const 
         int group = (block + ask_item * blocks) * block_groups + warp_m * GROUPS;
         const u8* from = p.tiles + ((u64)group * p.slabs + begin + ask_slab) * SLAB_BYTES;
         int present = min(GROUPS, p.groups - group);
-        if (lane == 0) {
+        if (elected()) {
             barrier_expect(barrier + 8 * slot, present > 0 ? present * SLAB_BYTES : 0);
             for (int i = 0; i < present; i++)
                 bulk_copy(ring + slot * STAGE_BYTES + i * SLAB_BYTES, from + (u64)i * p.slabs * SLAB_BYTES, SLAB_BYTES,
