@@ -51,7 +51,9 @@ def reference_support(logits, temperature, top_k, top_p, min_p) -> set[int]:
     st.sampled_from([0.1, 0.6, 0.95, 1.0]),
     st.sampled_from([0.0, 0.05, 0.5]),
 )
-@example(seed=345, vocab=300, temperature=3.0, top_k=0, top_p=0.95, min_p=0.0)  # 0.94999992 before a token: a tie in FP32
+@example(
+    seed=345, vocab=300, temperature=3.0, top_k=0, top_p=0.95, min_p=0.0
+)  # 0.94999992 before a token: a tie in FP32
 def test_cuts(seed, vocab, temperature, top_k, top_p, min_p):
     torch.manual_seed(seed)
     logits = torch.randn(1, vocab) * 2

@@ -27,6 +27,11 @@ class Cut(NamedTuple):
         return 16 * self.warps * self.outs
 
     @property
+    def arrangers(self) -> int:
+        """Warps that put a block's inputs in order: they share two halves of each row."""
+        return 16 if 2 * self.rows % 32 else 32
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory of a block: the ring, and in its place at the end the sums."""
         ring = self.stages * (256 * self.rows + self.warps * self.outs * SLAB_BYTES)
@@ -104,7 +109,7 @@ _MEASURED: dict[tuple[int, int], tuple[Cut | None, ...]] = {
         Cut(128, 1, 8, 4, 3),
         Cut(128, 1, 12, 4, 2),
         Cut(112, 1, 12, 4, 1),
-        Cut(128, 1, 12, 4, 2),
+        Cut(152, 2, 8, 3, 1),
         None,
         None,
     ),
@@ -177,7 +182,7 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
     arranged = torch.empty(row_blocks * cut.rows * tiles.slabs * 256, dtype=torch.uint8, device=x.device)
     kernel("nvfp4_wgmma.cu", "arrange", "2P4i", defines, x.device.index)(
         (tiles.slabs, row_blocks, 1),
-        32 * min(32, 2 * cut.rows),
+        32 * cut.arrangers,
         0,
         x.data_ptr(),
         arranged.data_ptr(),

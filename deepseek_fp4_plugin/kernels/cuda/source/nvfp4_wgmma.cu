@@ -6,10 +6,12 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 8, 16, 32, 64, 112 or 128.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// ROWS: 8, 16, 32, 64, 112, 128 or 152.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
+
+WGMMA(bf16, 152, N76, S76, 76, 77, 78, 79, 80)
 
 constexpr int HALF_BYTES = ROWS * 128;  // 64 inputs of a block's activation rows
 
@@ -21,7 +23,7 @@ struct ArrangeParameters {
 
 // Word 8 i + 2 j + h of a row's 64 inputs goes to word 8 j + 4 h + i, 16-byte pieces of row r to their place XOR r % 8. A
 // block a slab of a block of rows, a warp half of a row at a time; zeros past the width and the rows.
-constexpr int ARRANGERS = 2 * ROWS < 32 ? 2 * ROWS : 32;  // warps
+constexpr int ARRANGERS = 2 * ROWS % 32 ? 16 : 32;  // warps
 
 extern "C" __global__ void __launch_bounds__(32 * ARRANGERS) arrange(const __grid_constant__ ArrangeParameters p) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first_row = (int)blockIdx.y * ROWS;
