@@ -24,8 +24,8 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops, reference
+from deepseek_fp4_plugin.kernels.cuda import cuts, experts_wgmma, fp8, matvec
 from deepseek_fp4_plugin.kernels.cuda import dense as dense_kernel
-from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows, residence, team_of
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED
 from deepseek_fp4_plugin.kernels.cuda.linear import MANY_ROWS, geometry
@@ -399,7 +399,7 @@ def dry(rows: list[int]) -> Iterator[str]:
     """Every product's cut, on a Hopper GPU, checked against what a block can have."""
     for name, (out, width) in SHAPES.items():
         for count in rows:
-            kernel = wgmma.nearest if count > 8 else matvec.choose
+            kernel = cuts.on_hopper if count > 8 else matvec.choose
             chosen = kernel(-(-out // 16), -(-width // 128), count)
             if chosen:
                 assert chosen.shared <= MAX_SHARED

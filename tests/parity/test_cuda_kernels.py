@@ -9,7 +9,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
-from deepseek_fp4_plugin.kernels.cuda import dense, experts_wgmma, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import cuts, dense, experts_wgmma, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
 from deepseek_fp4_plugin.kernels.recording import beside
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
@@ -32,10 +32,7 @@ def test_linear(out, width, activations):
             assert error(ops.linear(x, ours), ops.linear(x, law)) <= TWO_STEPS, (parts, rows)
 
 
-WGMMA = sorted({cut for cuts in wgmma._MEASURED.values() for cut in cuts if cut})
-
-
-@pytest.mark.parametrize("cut", WGMMA, ids=lambda cut: "-".join(map(str, cut)))
+@pytest.mark.parametrize("cut", cuts.every(), ids=lambda cut: "-".join(map(str, cut)))
 def test_every_cut_of_wgmma(cut):
     """Whatever shape it was measured for; NaN beside the rows, and where the result will be."""
     if torch.cuda.get_device_capability()[0] != 9:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import compiler, dense, launcher, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import compiler, cuts, dense, launcher, matvec
 from deepseek_fp4_plugin.kernels.cuda.routing import prepare_router
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
@@ -187,6 +187,8 @@ VARIANTS = [
     ("nvfp4_decode.cu", {"TURNS": 4, "FP8": 0}),
     ("nvfp4_decode.cu", {"TURNS": 1, "FP8": 1}),
     ("fp8_rows.cu", {}),
+    ("nvfp4_wgmma.cu", {"ROWS": 152, "OUTS": 2, "WARPS": 8, "STAGES": 3, "MIN_BLOCKS": 1, "GATED": 1}),
+    ("nvfp4_wgmma.cu", {"ROWS": 192, "OUTS": 1, "WARPS": 8, "STAGES": 3, "MIN_BLOCKS": 1, "GATED": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 16, "OUTS": 1, "WARPS": 4, "STAGES": 6, "MIN_BLOCKS": 3, "GATED": 1}),
     ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 6, "FP8": 0, "AHEAD": 4, "NORM": 0, "PACE": 1}),
@@ -221,7 +223,7 @@ def test_the_benchmark_s_shapes_have_cuts():
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
     assert "dense down 7168 x 18432, 8 rows: Cut(groups=2, warps=8" in result.stdout
     assert "dense down 7168 x 18432, 64 rows: Cut(rows=64" in result.stdout
-    assert "o_proj 7168 x 16384, 1024 rows: Cut(rows=128" in result.stdout
+    assert "o_proj 7168 x 16384, 1024 rows: Cut(rows=152" in result.stdout
     assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
     assert "shared down of TP8 7168 x 256, 8192 rows: decoded once" in result.stdout
     assert "experts of TP8/EP2, 64 tokens: Residence(columns=2, blocks=2), teams of [8, 1] warps" in result.stdout
@@ -231,7 +233,7 @@ def test_cuts_of_other_shapes():
     """Every cut fits a block, whatever the shape; no cluster has more blocks than there are slabs to share."""
     for groups, slabs in itertools.product((1, 16, 48, 300, 5000), (1, 2, 7, 56, 200)):
         for rows in (9, 16, 17, 100, 1000, 10000):
-            cut = wgmma.nearest(groups, slabs, rows)
+            cut = cuts.on_hopper(groups, slabs, rows)
             assert cut is None or (cut.shared <= launcher.MAX_SHARED and 1 <= cut.cluster <= slabs)
         for rows, fp8 in itertools.product((1, 8, 9, 16), (False, True)):
             own = dense.geometry(16 * groups, 128 * slabs, rows, fp8)

@@ -1,13 +1,12 @@
 """Routed experts of more than a few tokens: by a list of the experts that were chosen, or all decoded at once."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cuda.decode import decode
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel
+from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, multiprocessors
 from deepseek_fp4_plugin.kernels.cuda.linear import rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight
@@ -148,11 +147,6 @@ def expected_rows(tokens: int, k: int, experts: int) -> float:
     """Rows of each of these experts on average, where the host cannot count them. A rank may hold a few of a model's
     experts; that a model has 32 times as many as a token takes is right for DeepSeek-V3."""
     return tokens * k / max(experts, 32 * k)
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: PreparedWeight, down: PreparedWeight) -> Tensor:

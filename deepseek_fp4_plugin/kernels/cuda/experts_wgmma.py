@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_fp4_plugin.kernels.cuda.experts import combine, multiprocessors, sort_choices
-from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel
+from deepseek_fp4_plugin.kernels.cuda.experts import combine, sort_choices
+from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, kernel, multiprocessors
 from deepseek_fp4_plugin.kernels.cuda.linear import rounded_input
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight

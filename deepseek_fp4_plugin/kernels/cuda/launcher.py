@@ -37,6 +37,11 @@ def architecture(device: int) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def together(*tensors: Tensor) -> None:
     """Kernels take addresses: raises ValueError for tensors that are not all on one GPU."""
     devices = {str(tensor.device) for tensor in tensors}

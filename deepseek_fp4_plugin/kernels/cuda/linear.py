@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import dense, fp8, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import cuts, dense, fp8, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
 from deepseek_fp4_plugin.kernels.cuda.norm import rms_norm
@@ -99,10 +99,10 @@ def _product(x: Tensor, weight: PreparedWeight, expert: int) -> Tensor:
     return y
 
 
-def _cuts(x: Tensor, tiles: Tiles) -> tuple[matvec.Cut | None, wgmma.Cut | None]:
+def _cuts(x: Tensor, tiles: Tiles) -> tuple[matvec.Cut | None, cuts.Cut | None]:
     """The cut of the kernel for so many rows; both None where it is another one's."""
     rows = x.shape[0]
-    return matvec.choose(tiles.groups, tiles.slabs, rows), wgmma.choose(x.device.index, tiles.groups, tiles.slabs, rows)
+    return matvec.choose(tiles.groups, tiles.slabs, rows), cuts.choose(x.device.index, tiles.groups, tiles.slabs, rows)
 
 
 def rounded_input(x: Tensor, weight: PreparedWeight) -> Tensor:

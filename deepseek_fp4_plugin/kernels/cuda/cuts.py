@@ -1,0 +1,193 @@
+"""How a product of many rows is cut for Hopper's matrix unit: as measured for few of them, by an estimate for more."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, multiprocessors
+from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES
+
+
+class Cut(NamedTuple):
+    """rows: of a block.  outs: times 64 outputs of a warpgroup.  warps: of a block.  stages: slabs in its ring.
+    cluster: blocks that share inputs."""
+
+    rows: int
+    outs: int
+    warps: int
+    stages: int
+    cluster: int
+
+    @property
+    def outputs(self) -> int:
+        return 16 * self.warps * self.outs
+
+    @property
+    def arrangers(self) -> int:
+        """Warps that put a block's inputs in order: they share two halves of each row."""
+        return 16 if 2 * self.rows % 32 else 32
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block: the ring, and in its place at the end the sums."""
+        ring = self.stages * (256 * self.rows + self.warps * self.outs * SLAB_BYTES)
+        return 2048 + max(ring, 4 * self.rows * (self.outputs + 4))
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor is compiled to hold."""
+        return max(1, min(MAX_SHARED // self.shared, 768 // (32 * self.warps + 128), 3))
+
+
+_ALL = 1 << 62
+# The fastest of each shape (groups of 16 outputs, slabs of 128 inputs) for so many rows at most, as measured on an
+# H200; None where another way is ahead. More rows than the last entry's are estimated.
+_MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
+    (448, 2): (
+        (16, Cut(16, 1, 4, 6, 1)),
+        (32, Cut(16, 1, 4, 12, 1)),
+        (64, Cut(16, 1, 8, 6, 1)),
+        (128, Cut(32, 1, 8, 5, 1)),
+        (192, Cut(64, 1, 12, 6, 1)),
+        (256, Cut(64, 1, 8, 4, 1)),
+        (288, Cut(96, 1, 12, 5, 1)),
+        (384, Cut(128, 1, 12, 4, 1)),
+        (448, Cut(112, 2, 8, 4, 1)),
+        (_ALL, None),
+    ),
+    (448, 16): (
+        (16, None),
+        (32, Cut(32, 1, 8, 5, 2)),
+        (64, Cut(64, 1, 4, 8, 1)),
+        (96, Cut(96, 1, 4, 6, 1)),
+        (128, Cut(64, 1, 8, 8, 1)),
+    ),
+    (448, 18): (
+        (16, None),
+        (32, Cut(32, 1, 4, 10, 1)),
+        (64, Cut(64, 1, 4, 8, 1)),
+        (96, Cut(96, 1, 4, 6, 1)),
+        (128, Cut(64, 1, 8, 8, 1)),
+    ),
+    (32, 56): (
+        (16, Cut(16, 1, 4, 12, 8)),
+        (32, Cut(32, 1, 4, 5, 8)),
+        (64, Cut(64, 1, 4, 8, 8)),
+        (128, Cut(64, 1, 4, 8, 4)),
+        (192, Cut(64, 1, 4, 8, 4)),
+        (256, Cut(64, 1, 4, 4, 6)),
+        (_ALL, None),
+    ),
+    (256, 56): (
+        (16, Cut(16, 1, 4, 6, 4)),
+        (32, Cut(32, 1, 4, 10, 2)),
+        (64, Cut(64, 1, 4, 8, 2)),
+        (96, Cut(96, 1, 4, 6, 2)),
+        (128, Cut(64, 1, 4, 4, 2)),
+    ),
+    (288, 56): (
+        (16, Cut(16, 1, 4, 6, 4)),
+        (32, Cut(32, 1, 4, 5, 4)),
+        (64, Cut(64, 1, 8, 6, 3)),
+        (96, Cut(96, 1, 8, 6, 3)),
+        (128, Cut(128, 1, 8, 4, 3)),
+    ),
+    (2304, 56): (
+        (16, Cut(16, 1, 4, 6, 1)),
+        (32, Cut(32, 1, 4, 5, 2)),
+        (64, Cut(64, 1, 8, 4, 2)),
+        (96, Cut(96, 1, 12, 5, 2)),
+        (128, Cut(128, 1, 12, 4, 2)),
+    ),
+    (448, 128): (
+        (16, None),
+        (32, Cut(32, 1, 8, 5, 4)),
+        (64, Cut(64, 1, 8, 4, 4)),
+        (96, Cut(96, 1, 8, 6, 2)),
+        (128, Cut(128, 1, 8, 4, 2)),
+    ),
+    (448, 144): (
+        (16, Cut(16, 1, 8, 6, 4)),
+        (32, Cut(32, 1, 4, 5, 3)),
+        (64, Cut(64, 1, 4, 4, 2)),
+        (96, Cut(96, 1, 8, 6, 2)),
+        (128, Cut(128, 1, 8, 4, 2)),
+    ),
+}
+_FEW_ROWS = 8  # for which few-row kernels are ahead
+
+# Blocks run in waves, one on each multiprocessor. A block takes so many microseconds for a slab, and beside its slabs:
+# fitted to 1,641 products of R1's shapes by 160 to 3,072 rows on an H200 (6 % root mean square). Chosen by the estimate,
+# a product takes 1.5 % longer on average than by the best cut that was tried.
+_COSTS = {
+    (96, 1, 8): (0.646, 2.9),
+    (96, 1, 12): (0.965, 2.9),
+    (112, 1, 8): (0.71, 2.9),
+    (112, 2, 8): (1.352, 3.3),
+    (128, 1, 8): (0.801, 2.7),
+    (128, 1, 12): (1.154, 2.6),
+    (128, 2, 8): (1.486, 3.4),
+    (152, 1, 8): (0.849, 4.3),
+    (152, 1, 12): (1.277, 4.6),
+    (152, 2, 8): (1.686, 5.3),
+    (176, 1, 8): (0.989, 3.6),
+    (192, 1, 8): (1.081, 3.6),
+}
+_START, _SUMS = 0.9, 2.5e-3  # microseconds of a launch, and of adding up a cluster's sums, times rows, outs and warps
+# Part of the multiprocessors that clusters of so many blocks find room on: those of a cluster are neighbours.
+_CLUSTERS = {1: 1.0, 2: 1.0, 3: 0.82}
+# Decoding once, then the library's product: microseconds of both launches, of a weight, and of a weight by a row.
+_DECODED = 4.0, 0.952e-6, 2.517e-9
+_AHEAD = 0.97  # of what decoding is estimated at, a product in one launch must be below
+_FITTED = 132  # multiprocessors
+
+
+@functools.cache
+def choose(device: int, groups: int, slabs: int, rows: int) -> Cut | None:
+    """The cut for `rows` rows by tiles of `groups` by `slabs` on this GPU; None where another way is ahead."""
+    if rows <= _FEW_ROWS or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    return on_hopper(groups, slabs, rows, multiprocessors(device))
+
+
+def on_hopper(groups: int, slabs: int, rows: int, processors: int = _FITTED) -> Cut | None:
+    """`choose`, on a Hopper GPU of so many multiprocessors: as the measured shape nearest to it, or by the estimate."""
+    shape = min(_MEASURED, key=lambda shape: abs(math.log(shape[0] / groups)) + abs(math.log(shape[1] / slabs)))
+    for limit, cut in _MEASURED[shape]:
+        if rows <= limit:
+            return cut and cut._replace(cluster=min(cut.cluster, slabs))
+    decoded = _decoded(groups, slabs, rows, processors)
+    best = min(estimated(slabs), key=lambda cut: _estimate(cut, groups, slabs, rows, processors))
+    return best if _estimate(best, groups, slabs, rows, processors) < _AHEAD * decoded else None
+
+
+@functools.cache
+def estimated(slabs: int) -> tuple[Cut, ...]:
+    """All that are estimated, with the longest rings that there is room for."""
+    kinds = ((kind, cluster) for kind in _COSTS for cluster in _CLUSTERS if cluster <= slabs)
+    rings = ((Cut(*kind, stages, cluster) for stages in (6, 5, 4, 3)) for kind, cluster in kinds)
+    return tuple(next(cut for cut in cuts if cut.shared <= MAX_SHARED) for cuts in rings)
+
+
+def every() -> tuple[Cut, ...]:
+    """All that can be chosen."""
+    measured = {cut for cuts in _MEASURED.values() for _, cut in cuts if cut}
+    return tuple(sorted(measured | set(estimated(max(_CLUSTERS)))))
+
+
+def _estimate(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> float:
+    """Microseconds."""
+    clusters = -(-groups // (cut.warps * cut.outs)) * -(-rows // cut.rows)
+    waves = -(-clusters // max(1, int(_CLUSTERS[cut.cluster] * processors / cut.cluster)))
+    slab, block = _COSTS[cut.rows, cut.outs, cut.warps]
+    if cut.cluster > 1:
+        block += _SUMS * cut.rows * cut.outs * cut.warps
+    return _START + waves * (slab * -(-slabs // cut.cluster) + block)
+
+
+def _decoded(groups: int, slabs: int, rows: int, processors: int) -> float:
+    """Microseconds."""
+    both, weight, product = _DECODED
+    return both + 16 * groups * 128 * slabs * (weight + product * rows * _FITTED / processors)
