@@ -6,7 +6,7 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 8, 16, 32, 64, 96, 112, 128, 152, 176 or 192.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// ROWS: 8, 16, 32, 64, 96, 112, 128, 152, 176, 192 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
@@ -14,6 +14,7 @@
 WGMMA(bf16, 152, N76, S76, 76, 77, 78, 79, 80)
 WGMMA(bf16, 176, N88, S88, 88, 89, 90, 91, 92)
 WGMMA(bf16, 192, N96, S96, 96, 97, 98, 99, 100)
+WGMMA(bf16, 256, N128, S128, 128, 129, 130, 131, 132)
 
 constexpr int HALF_BYTES = ROWS * 128;  // 64 inputs of a block's activation rows
 
