@@ -13,7 +13,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cuda, ops
-from deepseek_fp4_plugin.kernels.cuda import experts_wgmma, fp8
+from deepseek_fp4_plugin.kernels.cuda import cuts, experts_wgmma, fp8, wgmma
 from deepseek_fp4_plugin.kernels.cuda.attention import Cut, launch, on_matrix_unit
 from deepseek_fp4_plugin.kernels.cuda.decode import decode
 from deepseek_fp4_plugin.kernels.weights import PreparedWeight, WeightTensors
@@ -60,6 +60,10 @@ def products() -> None:
         # Not the product between them, which is the library's.
         fp8.round_rows(values(rows, width))
         decode(prepared(out, width, parts=2).data, 0, 2 * out, width, torch.empty(1, 2 * out, device=DEVICE))
+    if experts_wgmma.available(0):
+        large, x, y = prepared(264, 528), values(153, 528), torch.empty(153, 264, device=DEVICE, dtype=BF16)
+        for cut in (cuts.Cut(152, 2, 8, 3, 1), cuts.Cut(192, 1, 8, 3, 2), cuts.Cut(256, 1, 8, 3, 1)):
+            wgmma.launch(x, large.data, 0, y, 264, False, cut)
 
 
 def dense() -> None:

@@ -77,7 +77,6 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (16, Cut(16, 1, 4, 12, 8)),
         (32, Cut(32, 1, 4, 5, 8)),
         (64, Cut(64, 1, 4, 8, 8)),
-        (128, Cut(64, 1, 4, 8, 4)),
         (192, Cut(64, 1, 4, 8, 4)),
         (256, Cut(64, 1, 4, 4, 6)),
         (_ALL, None),
