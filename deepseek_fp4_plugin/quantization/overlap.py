@@ -10,6 +10,8 @@ Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
 
+_ROOM = 64 << 20  # bytes: what two threads take to begin, and some to spare
+
 
 def overlapped(
     jobs: Iterable[Job],
@@ -24,7 +26,7 @@ def overlapped(
     `load` runs in a thread of its own, `store` in another, `work` in the caller's; each does the jobs in their order.
     cost: bytes that a job holds from its load to the end of its store. Loads begin ahead while the sum stays within
     `budget`; one job is always under way. An error of a job is raised in its turn: all in front of it are stored, and
-    nothing behind it.
+    nothing behind it. Raises MemoryError where there is no room for the threads.
     """
     waiting: deque[tuple[Job, Future[Loaded]]] = deque()
     storing: deque[tuple[Job, Future[None]]] = deque()
@@ -43,7 +45,10 @@ def overlapped(
             failed.set()
             raise
 
+    bytearray(_ROOM)  # a thread that finds no memory ends before it has begun, and whoever began it waits forever
     with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+        for threads in (reading, writing):
+            threads.submit(int).result()
         try:
             while following is not None or waiting or storing:
                 while following is not None and (not held or held + cost(following) <= budget):
