@@ -17,7 +17,7 @@ from deepseek_fp4_plugin.engine import kv_cache
 from deepseek_fp4_plugin.engine.model_runner import ModelRunner
 from deepseek_fp4_plugin.engine.recorded_steps import Sizes
 from deepseek_fp4_plugin.engine.warm_up import kinds_of, prompts_of, sizes_of, warm_up
-from deepseek_fp4_plugin.kernels import select
+from deepseek_fp4_plugin.kernels import ops, select
 from deepseek_fp4_plugin.kernels.weights import Case, PreparedRouter, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.models.config import DeepseekV3Config
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
@@ -159,6 +159,8 @@ class Worker:
         if largest_only:
             sizes, prompts = sizes[:1], prompts[:1]
         began = time.perf_counter()
+        if not largest_only:
+            ops.build_ahead([part for part in _held(self.model) if isinstance(part, PreparedWeight)], most)
         warm_up(runner, sizes, kinds_of(self._config.speculative_config), prompts, progress)
         self._seconds += time.perf_counter() - began
 

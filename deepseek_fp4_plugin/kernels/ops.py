@@ -13,7 +13,14 @@ from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import reference, select
 from deepseek_fp4_plugin.kernels.reference.moe import Observe
 from deepseek_fp4_plugin.kernels.spans import Spans
-from deepseek_fp4_plugin.kernels.weights import Activations, Case, PreparedRouter, PreparedWeight, WeightTensors
+from deepseek_fp4_plugin.kernels.weights import (
+    Activations,
+    Backend,
+    Case,
+    PreparedRouter,
+    PreparedWeight,
+    WeightTensors,
+)
 from deepseek_fp4_plugin.numerics.nvfp4 import NVFP4Tensor
 
 __all__ = [
@@ -25,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attended_values",
+    "build_ahead",
     "concat",
     "convert_weight",
     "cos_sin",
@@ -93,6 +101,15 @@ def prepare(
         data=entry.backend.prepare(moved, dtype, activations, input_scale),
         scale_columns=columns,
     )
+
+
+def build_ahead(weights: Sequence[PreparedWeight], most_rows: int) -> None:
+    """Make now what `linear` and `gated_mlp` of up to so many rows would make at a first call: compiled kernels."""
+    by_backend: dict[Backend, list[PreparedWeight]] = {}
+    for weight in weights:
+        by_backend.setdefault(weight.backend, []).append(weight)
+    for backend, theirs in by_backend.items():
+        backend.build_ahead(theirs, most_rows)
 
 
 def linear(x: Tensor, weight: PreparedWeight) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
 from deepseek_fp4_plugin.kernels import cpu, cuda, ops, reference
-from deepseek_fp4_plugin.kernels.cuda import cuts, dense, experts_wgmma, matvec, wgmma
+from deepseek_fp4_plugin.kernels.cuda import cuts, dense, experts_wgmma, launcher, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda import experts as cuda_experts
 from deepseek_fp4_plugin.kernels.recording import beside
 from deepseek_fp4_plugin.kernels.weights import WeightTensors
@@ -53,6 +53,21 @@ def test_every_cut_of_wgmma(cut):
                     wgmma.launch(x, ours.data, 0, h, out * count, True, fits)
                     gate, up = expected.chunk(2, -1)
                     assert error(h, torch.nn.functional.silu(gate) * up) <= 2 * TWO_STEPS, (out, width, rows)
+
+
+def test_nothing_is_compiled_behind_what_is_built_ahead():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma is Hopper's alone")
+    gate_up, down = (
+        both([random_part(WeightFormat.NVFP4, *shape)] * n)[0] for n, shape in ((2, (256, 7168)), (1, (7168, 256)))
+    )
+    for rows in (1, 8, 9, 700):  # other kernels
+        ops.gated_mlp(torch.zeros(rows, 7168, device=DEVICE, dtype=BF16), gate_up, down)
+    ops.build_ahead([gate_up, down], 640)
+    before = launcher.kernel.cache_info().misses
+    for rows in range(16, 641, 16):
+        ops.gated_mlp(torch.zeros(rows, 7168, device=DEVICE, dtype=BF16), gate_up, down)
+    assert launcher.kernel.cache_info().misses == before
 
 
 @pytest.mark.parametrize(("groups", "slabs"), [(32, 56), (256, 56), (288, 56), (2304, 56), (448, 144)])

@@ -247,6 +247,15 @@ def test_cuts_of_other_shapes():
                 assert few.warps * few.cluster <= slabs and 1 <= few.blocks <= -(-groups // few.groups)
 
 
+def test_what_is_built_ahead_is_what_is_chosen(monkeypatch):
+    monkeypatch.setattr(cuts, "choose", lambda device, *product: cuts.on_hopper(*product))
+    for groups, slabs in ((32, 56), (448, 2), (288, 56), (448, 128), (100, 30)):
+        built = cuts.up_to(0, groups, slabs, 2000)
+        chosen = [cuts.on_hopper(groups, slabs, rows) for rows in range(9, 2001)]
+        assert built <= set(chosen) and 1 < len(built) < 40
+        assert sum(cut is not None and cut not in built for cut in chosen) < 20
+
+
 def test_fp8_blocks_of_fused_parts():
     """Parts whose outputs or blocks do not line up get blocks that fit both."""
     width = 65536

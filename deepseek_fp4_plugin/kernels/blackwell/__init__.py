@@ -34,7 +34,7 @@ from deepseek_fp4_plugin.kernels.cuda import (
     values_from_latent,
     weight_amax,
 )
-from deepseek_fp4_plugin.kernels.reference import gated_mlp, linear_pair
+from deepseek_fp4_plugin.kernels.reference import build_ahead, gated_mlp, linear_pair
 
 __all__ = [
     "NOT_INSTALLED",
@@ -47,6 +47,7 @@ __all__ = [
     "argmax",
     "attended_values",
     "available",
+    "build_ahead",
     "concat",
     "convert_weight",
     "cos_sin",

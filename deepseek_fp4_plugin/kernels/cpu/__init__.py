@@ -30,6 +30,7 @@ from deepseek_fp4_plugin.kernels.cpu.rotary import cos_sin, rotary
 from deepseek_fp4_plugin.kernels.cpu.routing import route, router
 from deepseek_fp4_plugin.kernels.cpu.step import step_inputs
 from deepseek_fp4_plugin.kernels.decoded.attention import expanded_attention
+from deepseek_fp4_plugin.kernels.reference import build_ahead
 from deepseek_fp4_plugin.kernels.reference.attention import attended_values
 from deepseek_fp4_plugin.kernels.reference.linear import linear_pair
 from deepseek_fp4_plugin.kernels.reference.routing import local_ids, placed_router, prepare_router
@@ -46,6 +47,7 @@ __all__ = [
     "argmax",
     "attended_values",
     "available",
+    "build_ahead",
     "concat",
     "convert_weight",
     "cos_sin",

@@ -16,7 +16,7 @@ from deepseek_fp4_plugin.kernels.cuda.attention import (
 )
 from deepseek_fp4_plugin.kernels.cuda.launcher import available
 from deepseek_fp4_plugin.kernels.cuda.limits import NOT_INSTALLED, refuses
-from deepseek_fp4_plugin.kernels.cuda.linear import linear, linear_pair, norm_linear, prepare
+from deepseek_fp4_plugin.kernels.cuda.linear import build_ahead, linear, linear_pair, norm_linear, prepare
 from deepseek_fp4_plugin.kernels.cuda.moe import experts_mlp, gated_mlp
 from deepseek_fp4_plugin.kernels.cuda.norm import add, add_rms_norm, latent_entries, rms_norm, store_latents
 from deepseek_fp4_plugin.kernels.cuda.rotary import cos_sin, rotary
@@ -42,6 +42,7 @@ __all__ = [
     "argmax",
     "attended_values",
     "available",
+    "build_ahead",
     "concat",
     "convert_weight",
     "cos_sin",

@@ -165,6 +165,12 @@ def choose(device: int, groups: int, slabs: int, rows: int) -> Cut | None:
     return on_hopper(groups, slabs, rows, multiprocessors(device))
 
 
+def up_to(device: int, groups: int, slabs: int, most_rows: int) -> set[Cut]:
+    """What `choose` says of so many rows at most, every eighth asked for."""
+    rows = range(_FEW_ROWS + 1, most_rows + 8, 8)
+    return {cut for count in rows if (cut := choose(device, groups, slabs, min(count, most_rows)))}
+
+
 def on_hopper(groups: int, slabs: int, rows: int, processors: int = _FITTED) -> Cut | None:
     """`choose`, on a Hopper GPU of so many multiprocessors: as the measured shape nearest to it, or by the estimate."""
     shape = min(_MEASURED, key=lambda shape: abs(math.log(shape[0] / groups)) + abs(math.log(shape[1] / slabs)))

@@ -20,7 +20,7 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES, VALUE_SCALE, Tile
 from deepseek_fp4_plugin.kernels.weights import Activations, OptionalTensor, PreparedWeight, WeightTensors
 from deepseek_fp4_plugin.numerics import nvfp4
 
-MANY_ROWS = 128  # above, decoding once and the library's product are ahead
+MANY_ROWS = 128  # above, where nothing is cut for the matrix unit, weights are decoded for the library's product
 _BLOCKS = 100  # fewer do not fill the multiprocessors
 _RESIDENT = 264  # blocks that run at once: where there would be more, each takes several turns
 
@@ -39,6 +39,17 @@ def prepare(
     # Products ask for their weights before the kernels ahead of them have ended.
     torch.cuda.current_stream(tiles.data.device).synchronize()
     return tiles
+
+
+def build_ahead(weights: Sequence[PreparedWeight], most_rows: int) -> None:
+    """See kernels/ops.py: the products on Hopper's matrix unit, which are many kernels."""
+    dense_tiles = [w.data for w in weights if isinstance(w.data, Tiles) and len(w.data.data) == 1]
+    kinds = {(tiles.data.device.index, tiles.groups, tiles.slabs, bool(tiles.half)) for tiles in dense_tiles}
+    wgmma.build(
+        (cut, gated, device)
+        for device, groups, slabs, gated in kinds
+        for cut in cuts.up_to(device, groups, slabs, most_rows)
+    )
 
 
 def linear(x: Tensor, weight: PreparedWeight, expert: int | None = None) -> Tensor:

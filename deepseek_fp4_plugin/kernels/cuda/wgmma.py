@@ -1,20 +1,32 @@
 """Many rows times NVFP4 tiles on Hopper's matrix unit: the launch."""
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
+from deepseek_fp4_plugin.kernels.cuda import compiler
 from deepseek_fp4_plugin.kernels.cuda.cuts import Cut
-from deepseek_fp4_plugin.kernels.cuda.launcher import kernel, together
+from deepseek_fp4_plugin.kernels.cuda.launcher import architecture, kernel, together
 from deepseek_fp4_plugin.kernels.cuda.tiles import Tiles
 
 _SECOND_CACHE = 50 << 20  # bytes
+_SOURCE = "nvfp4_wgmma.cu"
+_ARRANGE, _MULTIPLY = (_SOURCE, "arrange", "2P4i"), (_SOURCE, "nvfp4_wgmma", "4P7i")
 
 
-def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: bool, cut: Cut) -> None:
-    """y = x W^T of one expert's tiles; gated: silu(gate x) * up x."""
-    together(x, tiles.data)
-    rows, width = x.shape
-    defines = (
+def build(products: Iterable[tuple[Cut, bool, int]]) -> None:
+    """Compile, several at a time, and load what such products need: a cut, whether it is gated, the GPU."""
+    each = sorted({(_defines(cut, gated), device) for cut, gated, device in products})
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda one: compiler.cubin(_SOURCE, one[0], architecture(one[1])), each))
+    for defines, device in each:
+        kernel(*_ARRANGE, defines, device), kernel(*_MULTIPLY, defines, device)
+
+
+def _defines(cut: Cut, gated: bool) -> tuple[tuple[str, int], ...]:
+    return (
         ("ROWS", cut.rows),
         ("OUTS", cut.outs),
         ("WARPS", cut.warps),
@@ -22,9 +34,16 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         ("MIN_BLOCKS", cut.resident),
         ("GATED", int(gated)),
     )
+
+
+def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: bool, cut: Cut) -> None:
+    """y = x W^T of one expert's tiles; gated: silu(gate x) * up x."""
+    together(x, tiles.data)
+    rows, width = x.shape
+    defines = _defines(cut, gated)
     row_blocks = -(-rows // cut.rows)
     arranged = torch.empty(row_blocks * cut.rows * tiles.slabs * 256, dtype=torch.uint8, device=x.device)
-    kernel("nvfp4_wgmma.cu", "arrange", "2P4i", defines, x.device.index)(
+    kernel(*_ARRANGE, defines, x.device.index)(
         (tiles.slabs, row_blocks, 1),
         32 * cut.arrangers,
         0,
@@ -36,7 +55,7 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         tiles.slabs,
     )
     blocks = -(-tiles.groups // (cut.warps * cut.outs))
-    kernel("nvfp4_wgmma.cu", "nvfp4_wgmma", "4P7i", defines, x.device.index)(
+    kernel(*_MULTIPLY, defines, x.device.index)(
         (blocks * cut.cluster, row_blocks, 1),
         32 * cut.warps + 128,
         cut.shared,

@@ -17,6 +17,7 @@ from deepseek_fp4_plugin.kernels.reference.convert import convert_weight, weight
 from deepseek_fp4_plugin.kernels.reference.elementwise import add, concat
 from deepseek_fp4_plugin.kernels.reference.embedding import embedding
 from deepseek_fp4_plugin.kernels.reference.linear import (
+    build_ahead,
     decoded,
     linear,
     linear_pair,
@@ -40,6 +41,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attended_values",
+    "build_ahead",
     "by_expert",
     "concat",
     "convert_weight",
