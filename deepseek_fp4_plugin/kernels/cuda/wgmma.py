@@ -12,6 +12,7 @@ from deepseek_fp4_plugin.kernels.cuda.launcher import architecture, kernel, toge
 from deepseek_fp4_plugin.kernels.cuda.tiles import Tiles
 
 _SECOND_CACHE = 50 << 20  # bytes
+_COMPILERS = 8  # at once, of each rank
 _SOURCE = "nvfp4_wgmma.cu"
 _ARRANGE, _MULTIPLY = (_SOURCE, "arrange", "2P4i"), (_SOURCE, "nvfp4_wgmma", "4P7i")
 
@@ -19,7 +20,7 @@ _ARRANGE, _MULTIPLY = (_SOURCE, "arrange", "2P4i"), (_SOURCE, "nvfp4_wgmma", "4P
 def build(products: Iterable[tuple[Cut, bool, int]]) -> None:
     """Compile, several at a time, and load what such products need: a cut, whether it is gated, the GPU."""
     each = sorted({(_defines(cut, gated), device) for cut, gated, device in products})
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(_COMPILERS) as threads:
         list(threads.map(lambda one: compiler.cubin(_SOURCE, one[0], architecture(one[1])), each))
     for defines, device in each:
         kernel(*_ARRANGE, defines, device), kernel(*_MULTIPLY, defines, device)
