@@ -159,8 +159,8 @@ class Worker:
         if largest_only:
             sizes, prompts = sizes[:1], prompts[:1]
         began = time.perf_counter()
-        if not largest_only:
-            ops.build_ahead([part for part in _held(self.model) if isinstance(part, PreparedWeight)], most)
+        # Before steps are measured: kernels that are loaded take memory, too. The second time they are there.
+        ops.build_ahead([part for part in _held(self.model) if isinstance(part, PreparedWeight)], most)
         warm_up(runner, sizes, kinds_of(self._config.speculative_config), prompts, progress)
         self._seconds += time.perf_counter() - began
 
