@@ -68,6 +68,20 @@ def test_nothing_is_compiled_behind_what_is_built_ahead():
     for rows in range(16, 641, 16):
         ops.gated_mlp(torch.zeros(rows, 7168, device=DEVICE, dtype=BF16), gate_up, down)
     assert launcher.kernel.cache_info().misses == before
+@pytest.mark.parametrize("kind", [(144, 1, 8, 4), (128, 1, 12, 4), (160, 2, 8, 3)], ids=str)
+def test_slabs_shared_evenly(kind):
+    """Parts of sums meet in memory: the same bits each time, whoever comes first."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma is Hopper's alone")
+    for out, width in ((4608, 7168), (7168, 2048), (1000, 16384)):
+        ours, law = both([random_part(WeightFormat.NVFP4, out, width)])
+        for rows in (129, 700):
+            x = poisoned(rows, width)
+            results = [torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE) for _ in range(20)]
+            for y in results:
+                wgmma.launch(x, ours.data, 0, y, out, False, cuts.Cut(*kind, cuts.EVEN))
+            assert error(results[0], ops.linear(x, law)) <= TWO_STEPS, (out, width, rows)
+            assert all(torch.equal(y, results[0]) for y in results)
 
 
 @pytest.mark.parametrize(("groups", "slabs"), [(32, 56), (256, 56), (288, 56), (2304, 56), (448, 144)])

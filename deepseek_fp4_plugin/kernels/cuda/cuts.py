@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,12 @@ import torch
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, multiprocessors
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES
 
+EVEN = 0
+
 
 class Cut(NamedTuple):
     """rows: of a block.  outs: times 64 outputs of a warpgroup.  warps: of a block.  stages: slabs in its ring.
-    cluster: blocks that share inputs."""
+    cluster: blocks that share inputs; EVEN: a block a multiprocessor, all of which share all slabs."""
 
     rows: int
     outs: int
@@ -128,9 +131,8 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
 _FEW_ROWS = 8  # for which few-row kernels are ahead
 
 # Blocks run in waves, one on each multiprocessor. A block takes so many microseconds for a slab, and beside its slabs:
-# fitted to 2,098 products of R1's shapes by 160 to 3,072 rows on an H200, 7 % root mean square. Chosen by the estimate,
-# a product takes 1.3 % longer on average than by the best cut that was tried.
-_COSTS = {
+# benchmarks/cuda_cuts.py measures products and fits these numbers to them.
+COSTS = {
     (96, 1, 8): (0.646, 3.0),
     (96, 1, 12): (0.964, 2.9),
     (96, 2, 8): (1.19, 4.3),
@@ -140,21 +142,29 @@ _COSTS = {
     (128, 1, 8): (0.801, 2.7),
     (128, 1, 12): (1.154, 2.6),
     (128, 2, 8): (1.485, 3.5),
+    (144, 1, 8): (0.82, 3.8),
+    (144, 1, 12): (1.22, 4.0),
+    (144, 2, 8): (1.61, 4.6),
     (152, 1, 8): (0.849, 4.3),
     (152, 1, 12): (1.276, 4.7),
     (152, 2, 8): (1.685, 5.4),
+    (160, 1, 8): (0.895, 4.1),
+    (160, 1, 12): (1.35, 3.8),
+    (160, 2, 8): (1.78, 5.5),
     (176, 1, 8): (0.989, 3.7),
     (176, 1, 12): (1.501, 2.6),
     (192, 1, 8): (1.08, 3.7),
+    (208, 1, 8): (1.17, 3.8),
     (256, 1, 8): (1.459, 3.9),
 }
-_START, _SUMS = 0.9, 2.4e-3  # microseconds of a launch, and of adding up a cluster's sums, times rows, outs and warps
+# Microseconds of a launch; of a cluster's sums, and of parts of sums that meet in memory, times rows, outs and warps.
+_START, _SUMS, _PARTS = 0.9, 2.4e-3, 3e-3
 # Part of the multiprocessors that clusters of so many blocks find room on: those of a cluster are neighbours.
-_CLUSTERS = {1: 1.0, 2: 0.97, 3: 0.82}
+CLUSTERS = {1: 1.0, 2: 0.97, 3: 0.82}
 # Decoding once, then the library's product: microseconds of both launches, of a weight, and of a weight by a row.
 _DECODED = 4.0, 0.952e-6, 2.517e-9
 _AHEAD = 0.98  # of what decoding is estimated at, a product in one launch must be below
-_FITTED = 132  # multiprocessors
+FITTED = 132  # multiprocessors
 
 
 @functools.cache
@@ -171,21 +181,21 @@ def up_to(device: int, groups: int, slabs: int, most_rows: int) -> set[Cut]:
     return {cut for count in rows if (cut := choose(device, groups, slabs, min(count, most_rows)))}
 
 
-def on_hopper(groups: int, slabs: int, rows: int, processors: int = _FITTED) -> Cut | None:
+def on_hopper(groups: int, slabs: int, rows: int, processors: int = FITTED) -> Cut | None:
     """`choose`, on a Hopper GPU of so many multiprocessors: as the measured shape nearest to it, or by the estimate."""
     shape = min(_MEASURED, key=lambda shape: abs(math.log(shape[0] / groups)) + abs(math.log(shape[1] / slabs)))
     for limit, cut in _MEASURED[shape]:
         if rows <= limit:
             return cut and cut._replace(cluster=min(cut.cluster, slabs))
     decoded = _decoded(groups, slabs, rows, processors)
-    best = min(estimated(slabs), key=lambda cut: _estimate(cut, groups, slabs, rows, processors))
-    return best if _estimate(best, groups, slabs, rows, processors) < _AHEAD * decoded else None
+    best = min(estimated(slabs), key=lambda cut: estimate(cut, groups, slabs, rows, processors))
+    return best if estimate(best, groups, slabs, rows, processors) < _AHEAD * decoded else None
 
 
 @functools.cache
 def estimated(slabs: int) -> tuple[Cut, ...]:
     """All that are estimated, with the longest rings that there is room for."""
-    kinds = ((kind, cluster) for kind in _COSTS for cluster in _CLUSTERS if cluster <= slabs)
+    kinds = ((kind, cluster) for kind in COSTS for cluster in (EVEN, *CLUSTERS) if cluster <= slabs)
     rings = ((Cut(*kind, stages, cluster) for stages in (6, 5, 4, 3)) for kind, cluster in kinds)
     return tuple(next(cut for cut in cuts if cut.shared <= MAX_SHARED) for cuts in rings)
 
@@ -193,20 +203,35 @@ def estimated(slabs: int) -> tuple[Cut, ...]:
 def every() -> tuple[Cut, ...]:
     """All that can be chosen."""
     measured = {cut for cuts in _MEASURED.values() for _, cut in cuts if cut}
-    return tuple(sorted(measured | set(estimated(max(_CLUSTERS)))))
+    return tuple(sorted(measured | set(estimated(max(CLUSTERS)))))
 
 
-def _estimate(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> float:
+class Times(NamedTuple):
+    """How often a multiprocessor has each cost: slabs, blocks' other time, sums of clusters, parts of sums."""
+
+    slabs: int
+    blocks: int
+    sums: int
+    parts: int
+
+
+def times(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> Times:
+    products = -(-groups // (cut.warps * cut.outs)) * -(-rows // cut.rows)
+    size = cut.rows * cut.outs * cut.warps
+    if cut.cluster == EVEN:
+        share = -(-products * slabs // processors)
+        return Times(share, (share - 2) // slabs + 2, 0, size)
+    waves = -(-products // max(1, int(CLUSTERS[cut.cluster] * processors / cut.cluster)))
+    return Times(waves * -(-slabs // cut.cluster), waves, waves * size * (cut.cluster > 1), 0)
+
+
+def estimate(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> float:
     """Microseconds."""
-    clusters = -(-groups // (cut.warps * cut.outs)) * -(-rows // cut.rows)
-    waves = -(-clusters // max(1, int(_CLUSTERS[cut.cluster] * processors / cut.cluster)))
-    slab, block = _COSTS[cut.rows, cut.outs, cut.warps]
-    if cut.cluster > 1:
-        block += _SUMS * cut.rows * cut.outs * cut.warps
-    return _START + waves * (slab * -(-slabs // cut.cluster) + block)
+    costs = *COSTS[cut.rows, cut.outs, cut.warps], _SUMS, _PARTS
+    return _START + sum(map(operator.mul, times(cut, groups, slabs, rows, processors), costs))
 
 
 def _decoded(groups: int, slabs: int, rows: int, processors: int) -> float:
     """Microseconds."""
     both, weight, product = _DECODED
-    return both + 16 * groups * 128 * slabs * (weight + product * rows * _FITTED / processors)
+    return both + 16 * groups * 128 * slabs * (weight + product * rows * FITTED / processors)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cuda import compiler
-from deepseek_fp4_plugin.kernels.cuda.cuts import Cut
-from deepseek_fp4_plugin.kernels.cuda.launcher import architecture, kernel, together
+from deepseek_fp4_plugin.kernels.cuda.cuts import EVEN, Cut
+from deepseek_fp4_plugin.kernels.cuda.launcher import architecture, kernel, multiprocessors, together
 from deepseek_fp4_plugin.kernels.cuda.tiles import Tiles
 
 _SECOND_CACHE = 50 << 20  # bytes
 _COMPILERS = 8  # at once, of each rank
 _SOURCE = "nvfp4_wgmma.cu"
-_ARRANGE, _MULTIPLY = (_SOURCE, "arrange", "2P4i"), (_SOURCE, "nvfp4_wgmma", "4P7i")
+_ARRANGE, _MULTIPLY = (_SOURCE, "arrange", "3P5i"), (_SOURCE, "nvfp4_wgmma", "6P8i")
 
 
 def build(products: Iterable[tuple[Cut, bool, int]]) -> None:
@@ -34,6 +34,7 @@ def _defines(cut: Cut, gated: bool) -> tuple[tuple[str, int], ...]:
         ("STAGES", cut.stages),
         ("MIN_BLOCKS", cut.resident),
         ("GATED", int(gated)),
+        ("EVEN", int(cut.cluster == EVEN)),
     )
 
 
@@ -41,35 +42,46 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
     """y = x W^T of one expert's tiles; gated: silu(gate x) * up x."""
     together(x, tiles.data)
     rows, width = x.shape
+    even = cut.cluster == EVEN
     defines = _defines(cut, gated)
-    row_blocks = -(-rows // cut.rows)
+    row_blocks, out_blocks = -(-rows // cut.rows), -(-tiles.groups // (cut.warps * cut.outs))
     arranged = torch.empty(row_blocks * cut.rows * tiles.slabs * 256, dtype=torch.uint8, device=x.device)
+    grid, parts, ready = (out_blocks * cut.cluster, row_blocks, 1), None, None
+    if even:
+        blocks = multiprocessors(x.device.index)
+        grid = blocks, 1, 1
+        parts = torch.empty(blocks * cut.rows * cut.outputs, dtype=torch.float32, device=x.device)
+        ready = torch.empty(blocks, dtype=torch.int32, device=x.device)
     kernel(*_ARRANGE, defines, x.device.index)(
         (tiles.slabs, row_blocks, 1),
         32 * cut.arrangers,
         0,
         x.data_ptr(),
         arranged.data_ptr(),
+        0 if ready is None else ready.data_ptr(),
         rows,
         width,
         x.stride(0),
         tiles.slabs,
+        grid[0],
     )
-    blocks = -(-tiles.groups // (cut.warps * cut.outs))
     kernel(*_MULTIPLY, defines, x.device.index)(
-        (blocks * cut.cluster, row_blocks, 1),
+        grid,
         32 * cut.warps + 128,
         cut.shared,
         tiles.data[expert].data_ptr(),
         tiles.row_scale[expert].data_ptr(),
         arranged.data_ptr(),
         y.data_ptr(),
+        0 if parts is None else parts.data_ptr(),
+        0 if ready is None else ready.data_ptr(),
         rows,
         y.stride(0),
         tiles.groups,
         tiles.slabs,
+        row_blocks,
         out,
         tiles.half,
         8 if tiles.data[expert].numel() > _SECOND_CACHE else 1,
-        cluster=cut.cluster,
+        cluster=max(1, cut.cluster),
     )

@@ -129,6 +129,9 @@ __device__ inline bool elected() {
     return one;
 }
 
+// Between a thread's own reading and writing of shared memory and copies into it, or the matrix unit's reading.
+__device__ inline void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Bytes (a multiple of 16) of global memory into shared memory, counted on a barrier.
 __device__ inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

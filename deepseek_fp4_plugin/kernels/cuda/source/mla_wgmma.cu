@@ -33,7 +33,6 @@ struct Part {
     int begin, chunks, end;  // first chunk, how many, entry that the part ends before
 };
 
-__device__ inline void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int ID, int THREADS>
 __device__ inline void named_wait() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");

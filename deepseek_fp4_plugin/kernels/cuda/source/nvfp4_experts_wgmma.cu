@@ -30,8 +30,6 @@ WGMMA(e4m3, 256, N128, S128, 128, 129, 130, 131, 132)
 #define multiply wgmma_bf16
 WGMMA(bf16, 48, N24, S24, 24, 25, 26, 27, 28)
 WGMMA(bf16, 80, N40, S40, 40, 41, 42, 43, 44)
-WGMMA(bf16, 144, N72, S72, 72, 73, 74, 75, 76)
-WGMMA(bf16, 160, N80, S80, 80, 81, 82, 83, 84)
 #endif
 
 constexpr int INPUT_BYTES = FP8 ? 128 : 256;  // of a row's slab

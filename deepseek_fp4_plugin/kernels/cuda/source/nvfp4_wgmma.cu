@@ -6,14 +6,19 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 8, 16, 32, 64, 96, 112, 128, 152, 176, 192 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// ROWS: 8, 16, 32, 64, 96, 112, 128, 144, 152, 160, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
+// EVEN: as many blocks as there are multiprocessors share the slabs of all products (a block of outputs by a block of rows)
+// evenly, from the last one down. So a block first multiplies the lower slabs of a product whose upper ones are a later
+// block's, and leaves the sums in memory; then whole products; at last the upper slabs of one, to which it adds what earlier
+// blocks have left. It waits for earlier ones alone, which do that first.
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
 WGMMA(bf16, 152, N76, S76, 76, 77, 78, 79, 80)
 WGMMA(bf16, 176, N88, S88, 88, 89, 90, 91, 92)
 WGMMA(bf16, 192, N96, S96, 96, 97, 98, 99, 100)
+WGMMA(bf16, 208, N104, S104, 104, 105, 106, 107, 108)
 WGMMA(bf16, 256, N128, S128, 128, 129, 130, 131, 132)
 
 constexpr int HALF_BYTES = ROWS * 128;  // 64 inputs of a block's activation rows
@@ -21,7 +26,8 @@ constexpr int HALF_BYTES = ROWS * 128;  // 64 inputs of a block's activation row
 struct ArrangeParameters {
     const u16* x;  // [rows][x_stride]
     u8* arranged;  // [row blocks][slabs][2 halves][ROWS][128 bytes]
-    int rows, width, x_stride, slabs;
+    int* ready;    // EVEN: [blocks], set to 0
+    int rows, width, x_stride, slabs, blocks;
 };
 
 // Word 8 i + 2 j + h of a row's 64 inputs goes to word 8 j + 4 h + i, 16-byte pieces of row r to their place XOR r % 8. A
@@ -34,6 +40,10 @@ extern "C" __global__ void __launch_bounds__(32 * ARRANGERS) arrange(const __gri
     u8* to = p.arranged + ((u64)blockIdx.y * p.slabs + blockIdx.x) * (2 * HALF_BYTES);
     let_next_kernel_begin();
     wait_for_kernels_before();
+#if EVEN
+    if (blockIdx.x == 0 && blockIdx.y == 0)
+        for (int i = threadIdx.x; i < p.blocks; i += 32 * ARRANGERS) p.ready[i] = 0;
+#endif
 #pragma unroll
     for (int i = 0; i < 2 * ROWS / ARRANGERS; i++) {
         int unit = warp + i * ARRANGERS;
@@ -49,8 +59,10 @@ struct Parameters {
     const float* row_scale;  // [groups * 16], in the order of the tiles
     const u8* x;             // as `arrange` leaves them
     u16* y;                  // [rows][y_stride]
+    float* parts;            // EVEN: [blocks][sums of a block], as its threads have them
+    int* ready;              // EVEN: [blocks], whether a block has left its part
     int rows, y_stride;
-    int groups, slabs;
+    int groups, slabs, row_blocks;
     int out;   // outputs, both of gate and up
     int half;  // 0, or outputs of gate where gate and up take turns
     int band;  // blocks of rows that go along the outputs together
@@ -65,13 +77,51 @@ constexpr int REGISTERS = SHARE < 240 ? SHARE : 240;
 
 __device__ inline void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
 
+// What a block multiplies, product by product: `count` slabs of one from `begin` on.
+struct Walk {
+    int low, high;  // of the slabs of all products in a row, what is left
+    int row_block, first_group, begin, count;
+    // The slabs before block `block`.
+    __device__ static int before(const Parameters& p, int block) {
+        int products = (p.groups + GROUPS - 1) / GROUPS * p.row_blocks;
+        return (int)((u64)products * p.slabs * block / gridDim.x);
+    }
+    __device__ explicit Walk(const Parameters& p) {
+#if EVEN
+        low = before(p, (int)blockIdx.x), high = before(p, (int)blockIdx.x + 1);
+#else
+        int cluster = (int)cluster_size(), rank = (int)cluster_rank();
+        low = rank * p.slabs / cluster, high = (rank + 1) * p.slabs / cluster;
+#endif
+    }
+    __device__ bool next(const Parameters& p) {
+        if (high <= low) return false;
+        int out_blocks = (p.groups + GROUPS - 1) / GROUPS;
+#if EVEN
+        int product = (high - 1) / p.slabs, from = max(low, product * p.slabs);
+        begin = from - product * p.slabs, count = high - from, high = from;
+#else
+        int product = (int)blockIdx.y * out_blocks + (int)blockIdx.x / (int)cluster_size();
+        begin = low, count = high - low, high = low;
+#endif
+        // Blocks that run at once may be of a few blocks of rows: weights that one of them reads serve the others from the cache.
+        int band = product / (p.band * out_blocks) * p.band, in_band = min(p.band, p.row_blocks - band);
+        product -= band * out_blocks;
+        row_block = band + product % in_band, first_group = product / in_band * GROUPS;
+        return true;
+    }
+    __device__ bool leaves(const Parameters& p) const { return EVEN && begin + count < p.slabs; }
+};
+
 // One warp's work: the ring's slabs, in order.
-__device__ inline void copy(const Parameters& p, u64* full, u64* empty, u32 activations, u32 weights, int first_group, int begin,
-                            int count, int row_block) {
-    int lane = threadIdx.x & 31;
-    int present = min(GROUPS, p.groups - first_group);
-    const u8* tiles = p.tiles + ((u64)(first_group + lane) * p.slabs + begin) * SLAB_BYTES;
-    const u8* x = p.x + ((u64)row_block * p.slabs + begin) * (2 * HALF_BYTES);
+__device__ inline void copy(const Parameters& p, Walk walk, u64* full, u64* empty, u32 stored, u32 activations, u32 weights) {
+    int lane = threadIdx.x & 31, present = 0;
+    const u8 *tiles = nullptr, *x = nullptr;
+    auto enter = [&]() {
+        present = min(GROUPS, p.groups - walk.first_group);
+        tiles = p.tiles + ((u64)(walk.first_group + lane) * p.slabs + walk.begin) * SLAB_BYTES;
+        x = p.x + ((u64)walk.row_block * p.slabs + walk.begin) * (2 * HALF_BYTES);
+    };
     auto ask_weights = [&](int slab, u32 slot) {
         u32 barrier = shared_address(full + slot);
         if (lane == 0) barrier_expect(barrier, 2 * HALF_BYTES + present * SLAB_BYTES);
@@ -84,30 +134,76 @@ __device__ inline void copy(const Parameters& p, u64* full, u64* empty, u32 acti
             bulk_copy(activations + slot * 2 * HALF_BYTES, x + (u64)slab * (2 * HALF_BYTES), 2 * HALF_BYTES,
                       shared_address(full + slot));
     };
-    for (int slab = 0; slab < min(count, STAGES); slab++) ask_weights(slab, slab);
+    bool there = walk.next(p);
+    enter();
+    int first = there ? min(walk.count, STAGES) : 0;
+    for (int slab = 0; slab < first; slab++) ask_weights(slab, slab);
     let_next_kernel_begin();
     wait_for_kernels_before();
-    for (int slab = 0; slab < min(count, STAGES); slab++) ask_activations(slab, slab);
-    u32 slot = 0, parity = 0;
-    for (int slab = STAGES; slab < count; slab++) {
-        barrier_wait(shared_address(empty + slot), parity);
-        ask_weights(slab, slot);
-        ask_activations(slab, slot);
-        if (++slot == STAGES) slot = 0, parity ^= 1;
+    for (int slab = 0; slab < first; slab++) ask_activations(slab, slab);
+    u32 slot = first % STAGES, turn = first / STAGES, products = 0;  // turn: how often the slot has been used
+    while (there) {
+        for (int slab = first; slab < walk.count; slab++) {
+            if (turn) barrier_wait(shared_address(empty + slot), turn - 1 & 1);
+            ask_weights(slab, slot);
+            ask_activations(slab, slot);
+            if (++slot == STAGES) slot = 0, turn++;
+        }
+        first = 0;
+        bool stores = !walk.leaves(p);
+        there = walk.next(p);
+        if (there && stores) barrier_wait(stored, products++ & 1);  // the sums lie in the ring's place
+        enter();
+    }
+}
+
+// A thread's sums to memory, or those of an earlier block to its own.
+constexpr int SUMS = OUTS * ROWS / 2;
+
+__device__ inline float4* part_of(const Parameters& p, int block) {
+    return (float4*)(p.parts + (u64)block * (SUMS * 32 * WARPS)) + threadIdx.x;
+}
+
+__device__ inline void leave(const Parameters& p, const float (&sums)[OUTS][ROWS / 2]) {
+    float4* to = part_of(p, (int)blockIdx.x);
+#pragma unroll
+    for (int m = 0; m < OUTS; m++)
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; i += 4)
+            to[(m * (ROWS / 2) + i) / 4 * (32 * WARPS)] = float4{sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]};
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    multipliers_barrier();
+    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.ready + blockIdx.x) : "memory");
+}
+
+// left: slabs of the product that lie before this block's.
+__device__ inline void take(const Parameters& p, int left, float (&sums)[OUTS][ROWS / 2]) {
+    for (int block = (int)blockIdx.x - 1; left > 0; block--) {
+        int slabs = Walk::before(p, block + 1) - Walk::before(p, block);
+        if (!slabs) continue;
+        left -= slabs;
+        u32 ready = 0;
+        if ((threadIdx.x & 31) == 0)
+            do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(p.ready + block) : "memory");
+            while (!ready);
+        __syncwarp();
+        const float4* from = part_of(p, block);
+#pragma unroll
+        for (int m = 0; m < OUTS; m++)
+#pragma unroll
+            for (int i = 0; i < ROWS / 2; i += 4) {
+                float4 part = from[(m * (ROWS / 2) + i) / 4 * (32 * WARPS)];
+                sums[m][i] += part.x, sums[m][i + 1] += part.y, sums[m][i + 2] += part.z, sums[m][i + 3] += part.w;
+            }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) u8 memory[];
-    __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+    __shared__ __align__(8) u64 full[STAGES], empty[STAGES], stored;
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
     int cluster = (int)cluster_size(), rank = (int)cluster_rank();
-    // Blocks that run at once may be of a few blocks of rows: weights that one of them reads serve the others from the cache.
-    int out_blocks = (int)gridDim.x / cluster, unit = (int)blockIdx.y * out_blocks + (int)blockIdx.x / cluster;
-    int band = unit / (p.band * out_blocks) * p.band, in_band = min(p.band, (int)gridDim.y - band);
-    unit -= band * out_blocks;
-    int row_block = band + unit % in_band, first_group = unit / in_band * GROUPS, first_row = row_block * ROWS;
-    int begin = rank * p.slabs / cluster, count = (rank + 1) * p.slabs / cluster - begin;
+    Walk walk(p);
     u32 activations = (shared_address(memory) + 1023) / 1024 * 1024, weights = activations + STAGES * 2 * HALF_BYTES;
     constexpr int OUTPUTS = 16 * GROUPS, STRIDE = OUTPUTS + 4, RUN = GATED ? 16 : 8;
     float* all = (float*)(memory + (activations - shared_address(memory)));  // the sums, in the ring's place
@@ -117,94 +213,110 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
             barrier_init(shared_address(full + stage), 1);
             barrier_init(shared_address(empty + stage), 32 * WARPS);
         }
+        barrier_init(shared_address(&stored), 32 * WARPS);
         barrier_fence();
     }
     __syncthreads();
 
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
-        if (warp == WARPS) copy(p, full, empty, activations, weights, first_group, begin, count, row_block);
+        if (warp == WARPS) copy(p, walk, full, empty, shared_address(&stored), activations, weights);
         __syncwarp();
         if (cluster > 1) cluster_barrier(), cluster_barrier();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
         // A warpgroup's warps have neighbouring groups: of m64 tile m warp w has group 4 OUTS (w / 4) + 4 m + w % 4.
         int own = (warp >> 2) * (4 * OUTS) + (warp & 3);
-        float factor[OUTS][2], sums[OUTS][ROWS / 2] = {};
+        u32 slot = 0, parity = 0;
+        while (walk.next(p)) {
+            float factor[OUTS][2], sums[OUTS][ROWS / 2] = {};
 #pragma unroll
-        for (int m = 0; m < OUTS; m++) {
-            const float* row_scale = p.row_scale + min(first_group + own + 4 * m, p.groups - 1) * 16 + (lane >> 2);
-            factor[m][0] = row_scale[0], factor[m][1] = row_scale[8];
-        }
-        u32 a[2][4][4];
-        u32 slot = 0, parity = 0, before = 0;
-        for (int slab = 0; slab < count; slab++) {
-            barrier_wait(shared_address(full + slot), parity);
-#pragma unroll
-            for (int index = 0; index < 2 * OUTS; index++) {
-                int tile = index / OUTS, m = index % OUTS;
-                u32 here = weights + (slot * GROUPS + own + 4 * m) * SLAB_BYTES;
-                decode_tile(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
-                u64 b = swizzled_rows(activations + (slot * 2 + tile) * HALF_BYTES);
-                wgmma_fence();
-#pragma unroll
-                for (int step = 0; step < 4; step++) wgmma_bf16(sums[m], a[index & 1][step], b + 2 * step);
-                wgmma_commit();
-                wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
-                if (index == 0) {
-                    __syncwarp();
-                    barrier_arrive_if(shared_address(empty + before), slab > 0);  // each lane for itself, so that racecheck can follow
-                }
+            for (int m = 0; m < OUTS; m++) {
+                const float* row_scale = p.row_scale + min(walk.first_group + own + 4 * m, p.groups - 1) * 16 + (lane >> 2);
+                factor[m][0] = row_scale[0], factor[m][1] = row_scale[8];
             }
-            before = slot;
-            if (++slot == STAGES) slot = 0, parity ^= 1;
-        }
-        wgmma_wait<0>();
-        multipliers_barrier();  // nobody reads the ring any more
+            u32 a[2][4][4], before = 0;
+            for (int slab = 0; slab < walk.count; slab++) {
+                barrier_wait(shared_address(full + slot), parity);
 #pragma unroll
-        for (int m = 0; m < OUTS; m++)
+                for (int index = 0; index < 2 * OUTS; index++) {
+                    int tile = index / OUTS, m = index % OUTS;
+                    u32 here = weights + (slot * GROUPS + own + 4 * m) * SLAB_BYTES;
+                    decode_tile(a[index & 1], here + tile * TILE_BYTES + lane * 16, here + SCALES_OFFSET + lane * 4, tile);
+                    u64 b = swizzled_rows(activations + (slot * 2 + tile) * HALF_BYTES);
+                    wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < ROWS / 2; i++) {
-                int column = i / 4 * 8 + 2 * (lane & 3) + (i & 1), output = (own + 4 * m) * 16 + (i >> 1 & 1) * 8 + (lane >> 2);
-                all[column * STRIDE + output] = sums[m][i] * factor[m][i >> 1 & 1];
-            }
-
-        // Sums of the cluster's blocks; 8 outputs that lie together are stored at once.
-        if (cluster > 1) cluster_barrier();
-        else multipliers_barrier();
-        int present = min(ROWS, p.rows - first_row), runs = OUTPUTS / RUN;
-#pragma unroll 2
-        for (int i = threadIdx.x + rank * 32 * WARPS; i < present * runs; i += 32 * WARPS * cluster) {
-            int row = i / runs, output = i % runs * RUN, group = first_group + output / 16;
-            if (group >= p.groups) continue;
-            float v[RUN];
-            const float* from = all + row * STRIDE + output;
-#pragma unroll
-            for (int q = 0; q < RUN; q += 4) {
-                float4 sum = *(const float4*)(from + q);
-                if (cluster > 1) {
-                    sum = cluster_floats(shared_address(from + q), 0);
-                    for (int r = 1; r < cluster; r++) {
-                        float4 other = cluster_floats(shared_address(from + q), r);
-                        sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+                    for (int step = 0; step < 4; step++) wgmma_bf16(sums[m], a[index & 1][step], b + 2 * step);
+                    wgmma_commit();
+                    wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
+                    if (index == 0) {
+                        __syncwarp();
+                        barrier_arrive_if(shared_address(empty + before), slab > 0);  // each lane for itself, so that racecheck can follow
                     }
                 }
-                v[q] = sum.x, v[q + 1] = sum.y, v[q + 2] = sum.z, v[q + 3] = sum.w;
+                before = slot;
+                if (++slot == STAGES) slot = 0, parity ^= 1;
             }
-            int upper = output & 8, n = group * 16 + upper, limit = p.out;
-            if (p.half) n = group * 8, limit = p.half;
+            wgmma_wait<0>();
+#if EVEN
+            __syncwarp();
+            barrier_arrive_if(shared_address(empty + before), true);
+            if (walk.leaves(p)) {
+                leave(p, sums);
+                continue;
+            }
+            if (walk.begin > 0) take(p, walk.begin, sums);
+#endif
+            multipliers_barrier();  // nobody reads the ring any more
+#pragma unroll
+            for (int m = 0; m < OUTS; m++)
+#pragma unroll
+                for (int i = 0; i < ROWS / 2; i++) {
+                    int column = i / 4 * 8 + 2 * (lane & 3) + (i & 1), output = (own + 4 * m) * 16 + (i >> 1 & 1) * 8 + (lane >> 2);
+                    all[column * STRIDE + output] = sums[m][i] * factor[m][i >> 1 & 1];
+                }
+
+            // Sums of the cluster's blocks; 8 outputs that lie together are stored at once.
+            if (cluster > 1) cluster_barrier();
+            else multipliers_barrier();
+            int first_row = walk.row_block * ROWS, present = min(ROWS, p.rows - first_row), runs = OUTPUTS / RUN;
+#pragma unroll 2
+            for (int i = threadIdx.x + rank * 32 * WARPS; i < present * runs; i += 32 * WARPS * cluster) {
+                int row = i / runs, output = i % runs * RUN, group = walk.first_group + output / 16;
+                if (group >= p.groups) continue;
+                float v[RUN];
+                const float* from = all + row * STRIDE + output;
+#pragma unroll
+                for (int q = 0; q < RUN; q += 4) {
+                    float4 sum = *(const float4*)(from + q);
+                    if (cluster > 1) {
+                        sum = cluster_floats(shared_address(from + q), 0);
+                        for (int r = 1; r < cluster; r++) {
+                            float4 other = cluster_floats(shared_address(from + q), r);
+                            sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+                        }
+                    }
+                    v[q] = sum.x, v[q + 1] = sum.y, v[q + 2] = sum.z, v[q + 3] = sum.w;
+                }
+                int upper = output & 8, n = group * 16 + upper, limit = p.out;
+                if (p.half) n = group * 8, limit = p.half;
 #if GATED
 #pragma unroll
-            for (int k = 0; k < 8; k++) v[k] = round_bf16(silu(round_bf16(v[k]))) * round_bf16(v[k + 8]);
+                for (int k = 0; k < 8; k++) v[k] = round_bf16(silu(round_bf16(v[k]))) * round_bf16(v[k + 8]);
 #endif
-            u16* y = p.y + (u64)(first_row + row) * p.y_stride + n + (p.half && upper && !GATED ? p.half : 0);
-            if (n + 8 <= limit && (u64)y % 16 == 0) {
-                *(Quad*)y = Quad{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
-            } else {
+                u16* y = p.y + (u64)(first_row + row) * p.y_stride + n + (p.half && upper && !GATED ? p.half : 0);
+                if (n + 8 <= limit && (u64)y % 16 == 0) {
+                    *(Quad*)y = Quad{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+                } else {
 #pragma unroll
-                for (int k = 0; k < 8; k++)
-                    if (n + k < limit) y[k] = to_bf16(v[k]);
+                    for (int k = 0; k < 8; k++)
+                        if (n + k < limit) y[k] = to_bf16(v[k]);
+                }
             }
+#if EVEN
+            shared_fence();  // copies come where the sums were
+            barrier_arrive_if(shared_address(&stored), true);
+#endif
         }
         if (cluster > 1) cluster_barrier();
     }

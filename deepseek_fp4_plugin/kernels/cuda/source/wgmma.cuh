@@ -50,7 +50,8 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define N80 N76 ",%76,%77,%78,%79"
 #define N88 N80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define N96 N88 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define N112 N96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define N104 N96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define N112 N104 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define N128 N112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define S8At(i) S4(i), S4(i + 4)
 #define S8 S8At(0)
@@ -65,6 +66,7 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define S80 S64, S16(64)
 #define S88 S80, S8At(80)
 #define S96 S80, S16(80)
+#define S104 S96, S8At(96)
 #define S112 S96, S16(96)
 #define S128 S112, S16(112)
 
@@ -75,6 +77,8 @@ WGMMA(bf16, 64, N32, S32, 32, 33, 34, 35, 36)
 WGMMA(bf16, 96, N48, S48, 48, 49, 50, 51, 52)
 WGMMA(bf16, 112, N56, S56, 56, 57, 58, 59, 60)
 WGMMA(bf16, 128, N64, S64, 64, 65, 66, 67, 68)
+WGMMA(bf16, 144, N72, S72, 72, 73, 74, 75, 76)
+WGMMA(bf16, 160, N80, S80, 80, 81, 82, 83, 84)
 
 // Both operands in shared memory, by swizzled_rows(). The first product replaces the sums where not `more`.
 __device__ inline void wgmma_rows(float (&s)[32], u64 a, u64 b, bool more) {
