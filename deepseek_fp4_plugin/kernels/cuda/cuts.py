@@ -220,7 +220,7 @@ def times(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> Time
     size = cut.rows * cut.outs * cut.warps
     if cut.cluster == EVEN:
         share = -(-products * slabs // processors)
-        return Times(share, (share - 2) // slabs + 2, 0, size)
+        return Times(share, (share - 2) // slabs + 2, 0, size * -(-slabs // share))  # who stores adds up all parts
     waves = -(-products // max(1, int(CLUSTERS[cut.cluster] * processors / cut.cluster)))
     return Times(waves * -(-slabs // cut.cluster), waves, waves * size * (cut.cluster > 1), 0)
 
