@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepseek_fp4_plugin.kernels.cuda import compiler, cuts
 from deepseek_fp4_plugin.kernels.cuda.cuts import Cut
+from deepseek_fp4_plugin.kernels.cuda.launcher import multiprocessors
 
 SHAPES = ("4096x7168", "7168x2048", "4608x7168", "7168x2304", "36864x7168", "7168x18432", "7168x16384")
 ROWS = (96, 160, 192, 224, 256, 288, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1024)
@@ -35,11 +36,9 @@ def tiles_of(shape: str) -> tuple[int, int]:
     return -(-out // 16), -(-width // 128)
 
 
-def candidates(groups: int, slabs: int, rows: int, keep: int) -> list[Cut]:
+def candidates(groups: int, slabs: int, rows: int, keep: int, processors: int) -> list[Cut]:
     """Those that the present costs put first."""
-    by_time = sorted(
-        cuts.estimated(slabs), key=lambda cut: cuts.estimate(cut, groups, slabs, rows, processors=cuts.FITTED)
-    )
+    by_time = sorted(cuts.estimated(slabs), key=lambda cut: cuts.estimate(cut, groups, slabs, rows, processors))
     return by_time[:keep]
 
 
@@ -58,7 +57,7 @@ def measure(shape: str, rows: list[int], keep: int, humming: bool) -> Iterable[d
     from deepseek_fp4_plugin.kernels.cuda import wgmma
     from deepseek_fp4_plugin.kernels.cuda.linear import _many_rows
 
-    out, width = map(int, shape.split("x"))
+    (out, width), processors = map(int, shape.split("x")), multiprocessors(0)
     parts = [random_part(out, width) for _ in range(max(3, min(12, int(ROTATED // nvfp4_bytes(out, width)) + 1)))]
     weights, peers = [prepared([part]) for part in parts], humming_layers(parts) if humming else []
     plain = [
@@ -76,7 +75,7 @@ def measure(shape: str, rows: list[int], keep: int, humming: bool) -> Iterable[d
             sides["humming"] = [partial(peer, x) for peer in peers]
         exact = ops.linear(x, weights[0])
         tiles = weights[0].data
-        for cut in candidates(tiles.groups, tiles.slabs, count, keep):
+        for cut in candidates(tiles.groups, tiles.slabs, count, keep, processors):
             wgmma.launch(x, tiles, 0, y, out, False, cut)
             if not (y - exact).abs().max() <= _TOLERANCE * exact.abs().max():
                 raise SystemExit(f"{cut} is wrong for {count} rows of {shape}")
@@ -86,7 +85,12 @@ def measure(shape: str, rows: list[int], keep: int, humming: bool) -> Iterable[d
         for _ in range(2):
             for side, calls in sides.items():
                 taken[side].append(timed(calls, 4))
-        yield {"shape": shape, "rows": count, "microseconds": {side: min(of) for side, of in taken.items()}}
+        yield {
+            "shape": shape,
+            "rows": count,
+            "multiprocessors": processors,
+            "microseconds": {side: min(of) for side, of in taken.items()},
+        }
 
 
 def shown(line: dict) -> str:
@@ -100,14 +104,16 @@ def shown(line: dict) -> str:
 Costs = dict[tuple[int, int, int], tuple[float, float]]
 
 
-def fit(lines: list[dict], processors: int = cuts.FITTED) -> tuple[Costs, Tensor]:
+def fit(lines: list[dict]) -> tuple[Costs, Tensor]:
     """Costs of each kind of block, and those that all share: of a launch, of sums, of parts."""
     points = []
     for line in lines:
         for name, us in line["microseconds"].items():
             if name[0].isdigit():
                 cut = Cut(*map(int, name.split()))
-                points.append((cut, cuts.times(cut, *tiles_of(line["shape"]), line["rows"], processors), us))
+                points.append(
+                    (cut, cuts.times(cut, *tiles_of(line["shape"]), line["rows"], line["multiprocessors"]), us)
+                )
     kinds = sorted({cut[:3] for cut, _, _ in points})
     matrix = torch.zeros(len(points), 2 * len(kinds) + 3, dtype=torch.float64)
     for row, (cut, counts, us) in zip(matrix, points, strict=True):
@@ -139,7 +145,7 @@ def main() -> None:
         print(f"launch {shared[0]:.1f}, sums {shared[1]:.2e}, parts {shared[2]:.2e}")
         return
     products = [(tiles_of(shape), rows) for shape in options.shapes for rows in options.rows]
-    wanted = {cut for tiles, rows in products for cut in candidates(*tiles, rows, options.keep)}
+    wanted = {cut for tiles, rows in products for cut in candidates(*tiles, rows, options.keep, multiprocessors(0))}
     with multiprocessing.get_context("spawn").Pool() as pool:
         pool.map(build, sorted({cut._replace(cluster=min(cut.cluster, 1)) for cut in wanted}), chunksize=1)
     with torch.inference_mode():

@@ -62,8 +62,12 @@ def products() -> None:
         decode(prepared(out, width, parts=2).data, 0, 2 * out, width, torch.empty(1, 2 * out, device=DEVICE))
     if experts_wgmma.available(0):
         large, x, y = prepared(264, 528), values(153, 528), torch.empty(153, 264, device=DEVICE, dtype=BF16)
-        for cut in (cuts.Cut(152, 2, 8, 3, 1), cuts.Cut(192, 1, 8, 3, 2), cuts.Cut(144, 1, 8, 4, cuts.EVEN)):
+        for cut in (cuts.Cut(152, 2, 8, 3, 1), cuts.Cut(192, 1, 8, 3, 2), cuts.Cut(256, 1, 8, 3, 1)):
             wgmma.launch(x, large.data, 0, y, 264, False, cut)
+        # So many products that blocks have some of their own, and the rest in parts.
+        large, y = prepared(4096, 512, parts=2), torch.empty(1200, 8192, device=DEVICE, dtype=BF16)
+        for rows, gated in ((700, False), (1200, True)):
+            wgmma.launch(values(rows, 512), large.data, 0, y[:rows], 8192, gated, cuts.Cut(144, 1, 8, 4, cuts.EVEN))
 
 
 def dense() -> None:

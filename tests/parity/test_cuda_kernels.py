@@ -68,20 +68,35 @@ def test_nothing_is_compiled_behind_what_is_built_ahead():
     for rows in range(16, 641, 16):
         ops.gated_mlp(torch.zeros(rows, 7168, device=DEVICE, dtype=BF16), gate_up, down)
     assert launcher.kernel.cache_info().misses == before
-@pytest.mark.parametrize("kind", [(144, 1, 8, 4), (128, 1, 12, 4), (160, 2, 8, 3)], ids=str)
+
+
+@pytest.mark.parametrize("kind", [(144, 1, 8, 4), (128, 1, 12, 4), (152, 2, 8, 3)], ids=str)
 def test_slabs_shared_evenly(kind):
-    """Parts of sums meet in memory: the same bits each time, whoever comes first."""
+    """Parts of sums meet in memory: the same bits each time, in a graph too, whoever comes first."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("wgmma is Hopper's alone")
-    for out, width in ((4608, 7168), (7168, 2048), (1000, 16384)):
-        ours, law = both([random_part(WeightFormat.NVFP4, out, width)])
-        for rows in (129, 700):
+    cut = cuts.Cut(*kind, cuts.EVEN)
+    for parts, width in ((1, 16384), (2, 7168), (2, 2048)):
+        part = random_part(WeightFormat.NVFP4, 4608 // parts, width)
+        ours, law = both([part] * parts)
+        for rows in (129, 700, 2000):  # parts of one product, of some, and products of a block's own before
             x = poisoned(rows, width)
-            results = [torch.full((rows, out), float("nan"), dtype=BF16, device=DEVICE) for _ in range(20)]
-            for y in results:
-                wgmma.launch(x, ours.data, 0, y, out, False, cuts.Cut(*kind, cuts.EVEN))
-            assert error(results[0], ops.linear(x, law)) <= TWO_STEPS, (out, width, rows)
+            results = [torch.full((rows, 4608), float("nan"), dtype=BF16, device=DEVICE) for _ in range(10)]
+            for y in results[1:]:
+                wgmma.launch(x, ours.data, 0, y, 4608, False, cut)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                wgmma.launch(x, ours.data, 0, results[0], 4608, False, cut)
+            graph.replay()
+            expected = ops.linear(x, law)
+            assert error(results[0], expected) <= TWO_STEPS, (width, rows)
             assert all(torch.equal(y, results[0]) for y in results)
+            if parts == 2:
+                h = torch.full((rows, 2304), float("nan"), dtype=BF16, device=DEVICE)
+                wgmma.launch(x, ours.data, 0, h, 4608, True, cut)
+                gate, up = expected.chunk(2, -1)
+                assert error(h, torch.nn.functional.silu(gate) * up) <= 2 * TWO_STEPS, (width, rows)
 
 
 @pytest.mark.parametrize(("groups", "slabs"), [(32, 56), (256, 56), (288, 56), (2304, 56), (448, 144)])

@@ -42,6 +42,7 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
     """y = x W^T of one expert's tiles; gated: silu(gate x) * up x."""
     together(x, tiles.data)
     rows, width = x.shape
+    assert cut.cluster <= tiles.slabs, "blocks of a cluster without slabs would not meet the others"
     even = cut.cluster == EVEN
     defines = _defines(cut, gated)
     row_blocks, out_blocks = -(-rows // cut.rows), -(-tiles.groups // (cut.warps * cut.outs))

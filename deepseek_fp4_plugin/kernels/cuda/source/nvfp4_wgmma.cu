@@ -6,12 +6,13 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 8, 16, 32, 64, 96, 112, 128, 144, 152, 160, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// ROWS: 16, 32, 64, 96, 112, 128, 144, 152, 160, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
-// EVEN: as many blocks as there are multiprocessors share the slabs of all products (a block of outputs by a block of rows)
-// evenly, from the last one down. So a block first multiplies the lower slabs of a product whose upper ones are a later
-// block's, and leaves the sums in memory; then whole products; at last the upper slabs of one, to which it adds what earlier
-// blocks have left. It waits for earlier ones alone, which do that first.
+// EVEN: as many blocks as there are multiprocessors. While there are two products (a block of outputs by a block of rows) for
+// each, a block takes one in turn; the slabs of the rest they share evenly, from the last one down. So a block first
+// multiplies the lower slabs of a product whose upper ones are a later block's, and leaves the sums in memory; then a whole
+// product; at last the upper slabs of one, to which it adds what earlier blocks have left. It waits for earlier ones alone,
+// which do that first.
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
@@ -79,14 +80,20 @@ __device__ inline void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::
 
 // What a block multiplies, product by product: `count` slabs of one from `begin` on.
 struct Walk {
-    int low, high;  // of the slabs of all products in a row, what is left
+    int whole;      // EVEN: the next product that is the block's alone
+    int low, high;  // of the slabs of the others in a row, what is left
     int row_block, first_group, begin, count;
-    // The slabs before block `block`.
-    __device__ static int before(const Parameters& p, int block) {
+    // Products that are one block's.
+    __device__ static int alone(const Parameters& p) {
         int products = (p.groups + GROUPS - 1) / GROUPS * p.row_blocks;
+        return max(0, products / (int)gridDim.x - 1) * (int)gridDim.x;
+    }
+    // Of the slabs that are shared those before block `block`.
+    __device__ static int before(const Parameters& p, int block) {
+        int products = (p.groups + GROUPS - 1) / GROUPS * p.row_blocks - alone(p);
         return (int)((u64)products * p.slabs * block / gridDim.x);
     }
-    __device__ explicit Walk(const Parameters& p) {
+    __device__ explicit Walk(const Parameters& p) : whole((int)blockIdx.x) {
 #if EVEN
         low = before(p, (int)blockIdx.x), high = before(p, (int)blockIdx.x + 1);
 #else
@@ -94,13 +101,20 @@ struct Walk {
         low = rank * p.slabs / cluster, high = (rank + 1) * p.slabs / cluster;
 #endif
     }
-    __device__ bool next(const Parameters& p) {
-        if (high <= low) return false;
+    __device__ bool next(const Parameters& p) {  // whether there is one more
         int out_blocks = (p.groups + GROUPS - 1) / GROUPS;
 #if EVEN
-        int product = (high - 1) / p.slabs, from = max(low, product * p.slabs);
-        begin = from - product * p.slabs, count = high - from, high = from;
+        int product = whole, others = alone(p);
+        if (whole < others) {
+            whole += (int)gridDim.x, begin = 0, count = p.slabs;
+        } else {
+            if (high <= low) return false;
+            product = (high - 1) / p.slabs;
+            int from = max(low, product * p.slabs);
+            begin = from - product * p.slabs, count = high - from, high = from, product += others;
+        }
 #else
+        if (high <= low) return false;
         int product = (int)blockIdx.y * out_blocks + (int)blockIdx.x / (int)cluster_size();
         begin = low, count = high - low, high = low;
 #endif
@@ -135,7 +149,7 @@ __device__ inline void copy(const Parameters& p, Walk walk, u64* full, u64* empt
                       shared_address(full + slot));
     };
     bool there = walk.next(p);
-    enter();
+    if (there) enter();
     int first = there ? min(walk.count, STAGES) : 0;
     for (int slab = 0; slab < first; slab++) ask_weights(slab, slab);
     let_next_kernel_begin();
@@ -152,7 +166,8 @@ __device__ inline void copy(const Parameters& p, Walk walk, u64* full, u64* empt
         first = 0;
         bool stores = !walk.leaves(p);
         there = walk.next(p);
-        if (there && stores) barrier_wait(stored, products++ & 1);  // the sums lie in the ring's place
+        if (!there) break;
+        if (stores) barrier_wait(stored, products++ & 1);  // the sums lie in the ring's place
         enter();
     }
 }
@@ -235,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
                 const float* row_scale = p.row_scale + min(walk.first_group + own + 4 * m, p.groups - 1) * 16 + (lane >> 2);
                 factor[m][0] = row_scale[0], factor[m][1] = row_scale[8];
             }
-            u32 a[2][4][4], before = 0;
+            u32 a[2][4][4], last = 0;
             for (int slab = 0; slab < walk.count; slab++) {
                 barrier_wait(shared_address(full + slot), parity);
 #pragma unroll
@@ -251,16 +266,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_wgmma(co
                     wgmma_wait<1>();  // what was decoded before this piece is free again, and behind a slab's first the slab before
                     if (index == 0) {
                         __syncwarp();
-                        barrier_arrive_if(shared_address(empty + before), slab > 0);  // each lane for itself, so that racecheck can follow
+                        barrier_arrive_if(shared_address(empty + last), slab > 0);  // each lane for itself, so that racecheck can follow
                     }
                 }
-                before = slot;
+                last = slot;
                 if (++slot == STAGES) slot = 0, parity ^= 1;
             }
             wgmma_wait<0>();
 #if EVEN
             __syncwarp();
-            barrier_arrive_if(shared_address(empty + before), true);
+            barrier_arrive_if(shared_address(empty + last), true);
             if (walk.leaves(p)) {
                 leave(p, sums);
                 continue;
