@@ -131,8 +131,8 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
 _FEW_ROWS = 8  # for which few-row kernels are ahead
 
 # Blocks run in waves, one on each multiprocessor. A block takes so many microseconds for a slab, and beside its slabs:
-# benchmarks/cuda_cuts.py measures products and fits these numbers to them. Those of 144, 160 and 208 rows, and of parts,
-# are guesses so far.
+# benchmarks/cuda_cuts.py measures products and fits these numbers to them. Those of 144, 160 and 208 rows, and those of
+# parts, are guesses so far.
 COSTS = {
     (96, 1, 8): (0.646, 3.0),
     (96, 1, 12): (0.964, 2.9),
