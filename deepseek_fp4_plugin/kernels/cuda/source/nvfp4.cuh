@@ -38,6 +38,27 @@ __device__ inline u32 block_scale(u32 word, int index) {
     return bytes * 16 + 0x6E806E80;
 }
 
+// The two scales of a lane in one tile, of outputs g and g + 8: a pair, whose halves the multiplications take as they lie.
+__device__ inline u32 block_scales(u32 word, int tile) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(word), "r"(0x4140u + 0x0202u * (u32)tile));
+    return bytes * 16 + 0x6E806E80;
+}
+
+template <int HALF>
+__device__ inline u32 both(u32 pair) {
+    u32 equal;
+    asm("{\n.reg .b16 half<2>;\nmov.b32 {half0, half1}, %1;\nmov.b32 %0, {half%2, half%2};\n}" : "=r"(equal) : "r"(pair), "n"(HALF));
+    return equal;
+}
+
+// Outputs g and g + 8 of a tile in a lane.
+__device__ inline void decode_codes(u32 (&upper)[8], u32 (&lower)[8], const Quad& codes, u32 scales, int tile) {
+    u32 pair = block_scales(scales, tile);
+    decode_block(upper, codes.x, codes.y, both<0>(pair));
+    decode_block(lower, codes.z, codes.w, both<1>(pair));
+}
+
 // Outputs g and g + 8 of one tile times a lane's 16 activations of each column: four products.
 // Few columns have two sums, of even and odd products: with one a product would wait for the one before.
 template <int COLUMNS>
@@ -47,8 +68,7 @@ template <int COLUMNS, int SUMS>
 __device__ inline void multiply_tile(float (&sums)[SUMS][COLUMNS][4], Quad weights, u32 scales, int tile,
                                      const Quad (&x)[COLUMNS][2]) {
     u32 upper[8], lower[8];
-    decode_block(upper, weights.x, weights.y, block_scale(scales, 2 * tile));
-    decode_block(lower, weights.z, weights.w, block_scale(scales, 2 * tile + 1));
+    decode_codes(upper, lower, weights, scales, tile);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
         u32 a[4] = {upper[2 * step], lower[2 * step], upper[2 * step + 1], lower[2 * step + 1]};
@@ -64,8 +84,7 @@ __device__ inline void multiply_tile(float (&sums)[SUMS][COLUMNS][4], Quad weigh
 __device__ inline void decode_tile(u32 (&a)[4][4], u32 tile, u32 scales_at, int index) {
     Quad codes = shared_quad(tile);
     u32 scales = shared_word(scales_at), upper[8], lower[8];
-    decode_block(upper, codes.x, codes.y, block_scale(scales, 2 * index));
-    decode_block(lower, codes.z, codes.w, block_scale(scales, 2 * index + 1));
+    decode_codes(upper, lower, codes, scales, index);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
         a[step][0] = upper[2 * step], a[step][1] = lower[2 * step];
