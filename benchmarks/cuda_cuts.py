@@ -1,12 +1,12 @@
 """Cuts of NVFP4 products on Hopper's matrix unit, measured; and the costs in kernels/cuda/cuts.py, fitted to them.
 
     python benchmarks/cuda_cuts.py --json FILE [--shapes 4608x7168 ...] [--rows N ...] [--keep 14] [--humming]
-    python benchmarks/cuda_cuts.py --fit FILE ...
+    python benchmarks/cuda_cuts.py --fit FILE ... [--most-rows 1024]
 
 The cuts that the present costs put first are measured at each shape and number of rows, beside what is chosen, decoding
 once, torch's BF16 product and humming if asked for; as in cuda_kernels.py, by graphs that rotate 100 MB of weights or
 more. Each product's largest error against what is chosen is checked. --fit needs no GPU: least squares of relative
-errors, outliers counted less.
+errors, outliers counted less. Beyond 1,024 rows the card's power limits large products, which these costs cannot say.
 """
 
 import argparse
@@ -137,10 +137,11 @@ def main() -> None:
     parser.add_argument("--humming", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="a line for each shape and number of rows")
     parser.add_argument("--fit", nargs="+", metavar="FILE", help="such files")
+    parser.add_argument("--most-rows", type=int, default=1024, help="of a line that --fit uses")
     options = parser.parse_args()
     if options.fit:
         lines = [json.loads(line) for file in options.fit for line in Path(file).read_text().splitlines()]
-        kinds, shared = fit(lines)
+        kinds, shared = fit([line for line in lines if line["rows"] <= options.most_rows])
         print(*(f"{kind}: ({slab:.3f}, {block:.1f})," for kind, (slab, block) in kinds.items()), sep="\n")
         print(f"launch {shared[0]:.1f}, sums {shared[1]:.2e}, parts {shared[2]:.2e}")
         return

@@ -224,7 +224,7 @@ def test_the_benchmark_s_shapes_have_cuts():
     result = subprocess.run([sys.executable, script, "--dry"], capture_output=True, text=True, check=True)
     assert "dense down 7168 x 18432, 8 rows: Cut(groups=2, warps=8" in result.stdout
     assert "dense down 7168 x 18432, 64 rows: Cut(rows=64" in result.stdout
-    assert "o_proj 7168 x 16384, 1024 rows: Cut(rows=" in result.stdout
+    assert "o_proj 7168 x 16384, 1024 rows: Cut(rows=256, outs=1, warps=8, stages=3, cluster=0)" in result.stdout
     assert "o_proj 7168 x 16384, 8192 rows: decoded once" in result.stdout
     assert "shared down of TP8 7168 x 256, 8192 rows: decoded once" in result.stdout
     assert "experts of TP8/EP2, 64 tokens: Residence(columns=2, blocks=2), teams of [8, 1] warps" in result.stdout

@@ -10,7 +10,7 @@ import torch
 from deepseek_fp4_plugin.kernels.cuda.launcher import MAX_SHARED, multiprocessors
 from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB_BYTES
 
-EVEN = 0
+EVEN = 0  # as a cut's `cluster`
 
 
 class Cut(NamedTuple):
@@ -121,24 +121,24 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (176, Cut(176, 1, 8, 4, 3)),
         (192, Cut(192, 1, 8, 3, 3)),
         (208, Cut(208, 1, 8, 3, 3)),
-        (224, Cut(112, 1, 8, 5, 0)),
-        (256, Cut(128, 1, 8, 5, 0)),
-        (288, Cut(144, 1, 8, 4, 0)),
-        (320, Cut(160, 1, 8, 4, 0)),
+        (224, Cut(112, 1, 8, 5, EVEN)),
+        (256, Cut(128, 1, 8, 5, EVEN)),
+        (288, Cut(144, 1, 8, 4, EVEN)),
+        (320, Cut(160, 1, 8, 4, EVEN)),
         (336, Cut(112, 1, 8, 5, 1)),
-        (352, Cut(176, 1, 8, 4, 0)),
+        (352, Cut(176, 1, 8, 4, EVEN)),
         (384, Cut(128, 1, 8, 5, 1)),
     ),
     (2304, 56): (
         (16, Cut(16, 1, 4, 6, 1)),
         (32, Cut(32, 1, 4, 5, 2)),
-        (64, Cut(64, 2, 8, 6, 0)),
-        (96, Cut(96, 2, 8, 5, 0)),
-        (112, Cut(112, 2, 8, 4, 0)),
-        (128, Cut(128, 2, 8, 4, 0)),
-        (144, Cut(144, 2, 8, 4, 0)),
-        (160, Cut(160, 1, 8, 4, 0)),
-        (176, Cut(176, 1, 8, 4, 0)),
+        (64, Cut(64, 2, 8, 6, EVEN)),
+        (96, Cut(96, 2, 8, 5, EVEN)),
+        (112, Cut(112, 2, 8, 4, EVEN)),
+        (128, Cut(128, 2, 8, 4, EVEN)),
+        (144, Cut(144, 2, 8, 4, EVEN)),
+        (160, Cut(160, 1, 8, 4, EVEN)),
+        (176, Cut(176, 1, 8, 4, EVEN)),
     ),
     (448, 128): (
         (16, None),
@@ -164,7 +164,7 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (176, Cut(176, 1, 8, 4, 2)),
         (192, Cut(192, 1, 8, 3, 2)),
         (224, Cut(112, 2, 8, 4, 2)),
-        (256, Cut(256, 1, 8, 3, 0)),
+        (256, Cut(256, 1, 8, 3, EVEN)),
     ),
 }
 _FEW_ROWS = 8  # for which few-row kernels are ahead

@@ -43,12 +43,11 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
     together(x, tiles.data)
     rows, width = x.shape
     assert cut.cluster <= tiles.slabs, "blocks of a cluster without slabs would not meet the others"
-    even = cut.cluster == EVEN
     defines = _defines(cut, gated)
     row_blocks, out_blocks = -(-rows // cut.rows), -(-tiles.groups // (cut.warps * cut.outs))
     arranged = torch.empty(row_blocks * cut.rows * tiles.slabs * 256, dtype=torch.uint8, device=x.device)
     grid, parts, ready = (out_blocks * cut.cluster, row_blocks, 1), None, None
-    if even:
+    if cut.cluster == EVEN:
         blocks = multiprocessors(x.device.index)
         grid = blocks, 1, 1
         parts = torch.empty(blocks * cut.rows * cut.outputs, dtype=torch.float32, device=x.device)
