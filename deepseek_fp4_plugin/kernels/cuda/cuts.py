@@ -28,11 +28,6 @@ class Cut(NamedTuple):
         return 16 * self.warps * self.outs
 
     @property
-    def arrangers(self) -> int:
-        """Warps that put a block's inputs in order: they share two halves of each row."""
-        return 16 if 2 * self.rows % 32 else 32
-
-    @property
     def shared(self) -> int:
         """Bytes of shared memory of a block: the ring, and in its place at the end the sums."""
         ring = self.stages * (256 * self.rows + self.warps * self.outs * SLAB_BYTES)
@@ -173,6 +168,9 @@ _FEW_ROWS = 8  # for which few-row kernels are ahead
 # benchmarks/cuda_cuts.py measures products and fits these numbers to them: those of 96 to 1,024 rows on an H200,
 # 3.9 % root mean square. Chosen by the estimate, a product takes 0.5 % longer on average than by the best cut tried.
 COSTS = {
+    (80, 1, 8): (0.575, 2.6),
+    (80, 1, 12): (0.860, 2.1),
+    (80, 2, 8): (1.120, 2.4),
     (96, 1, 8): (0.641, 2.8),
     (96, 1, 12): (0.970, 2.2),
     (96, 2, 8): (1.223, 2.4),
@@ -182,6 +180,9 @@ COSTS = {
     (128, 1, 8): (0.773, 2.3),
     (128, 1, 12): (1.118, 2.1),
     (128, 2, 8): (1.438, 2.8),
+    (136, 1, 8): (0.795, 2.6),
+    (136, 1, 12): (1.160, 2.2),
+    (136, 2, 8): (1.500, 3.2),
     (144, 1, 8): (0.814, 2.7),
     (144, 1, 12): (1.206, 2.2),
     (144, 2, 8): (1.558, 3.7),
@@ -190,6 +191,8 @@ COSTS = {
     (152, 2, 8): (1.626, 6.0),
     (160, 1, 8): (0.868, 3.4),
     (160, 1, 12): (1.317, 2.9),
+    (168, 1, 8): (0.925, 3.2),
+    (168, 1, 12): (1.380, 2.9),
     (176, 1, 8): (0.965, 3.1),
     (176, 1, 12): (1.439, 2.9),
     (192, 1, 8): (1.030, 3.5),

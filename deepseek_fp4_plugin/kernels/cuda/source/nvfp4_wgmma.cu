@@ -6,7 +6,7 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 16, 32, 64, 96, 112, 128, 144, 152, 160, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// ROWS: 16, 32, 64, 80, 96, 112, 128, 136, 144, 152, 160, 168, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 // EVEN: as many blocks as there are multiprocessors. While there are two products (a block of outputs by a block of rows) for
 // each, a block takes one in turn; the slabs of the rest they share evenly, from the last one down. So a block first
@@ -16,7 +16,10 @@
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
+WGMMA(bf16, 80, N40, S40, 40, 41, 42, 43, 44)
+WGMMA(bf16, 136, N68, S68, 68, 69, 70, 71, 72)
 WGMMA(bf16, 152, N76, S76, 76, 77, 78, 79, 80)
+WGMMA(bf16, 168, N84, S84, 84, 85, 86, 87, 88)
 WGMMA(bf16, 176, N88, S88, 88, 89, 90, 91, 92)
 WGMMA(bf16, 192, N96, S96, 96, 97, 98, 99, 100)
 WGMMA(bf16, 208, N104, S104, 104, 105, 106, 107, 108)
@@ -32,26 +35,36 @@ struct ArrangeParameters {
 };
 
 // Word 8 i + 2 j + h of a row's 64 inputs goes to word 8 j + 4 h + i, 16-byte pieces of row r to their place XOR r % 8. A
-// block a slab of a block of rows, a warp half of a row at a time; zeros past the width and the rows.
-constexpr int ARRANGERS = 2 * ROWS % 32 ? 16 : 32;  // warps
+// warp has a slab of ARRANGED rows, which are asked for together: lane 16 half + 4 i + j has both h; zeros past the width and
+// the rows.
+constexpr int ARRANGERS = 8, ARRANGED = 4;  // warps, and rows of each, eight apart
 
 extern "C" __global__ void __launch_bounds__(32 * ARRANGERS) arrange(const __grid_constant__ ArrangeParameters p) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first_row = (int)blockIdx.y * ROWS;
-    int piece = (lane >> 1 & 3) * 2 + (lane & 1), at = lane >> 3;
-    u8* to = p.arranged + ((u64)blockIdx.y * p.slabs + blockIdx.x) * (2 * HALF_BYTES);
+    static_assert(ARRANGERS == 8, "a warp's rows have the same place among eight");
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, i = lane >> 2 & 3, j = lane & 3;
+    int first = (int)blockIdx.y * (ARRANGERS * ARRANGED) + warp, input = (int)blockIdx.x * SLAB_INPUTS + lane * 4;
+    int all_rows = (p.rows + ROWS - 1) / ROWS * ROWS;
+    u8* to = p.arranged + (u64)blockIdx.x * (2 * HALF_BYTES) + (lane >> 4) * HALF_BYTES;
+    to += (2 * j + (i & 1) ^ warp) * 16 + (i >> 1) * 8;
     let_next_kernel_begin();
     wait_for_kernels_before();
 #if EVEN
     if (blockIdx.x == 0 && blockIdx.y == 0)
-        for (int i = threadIdx.x; i < p.blocks; i += 32 * ARRANGERS) p.ready[i] = 0;
+        for (int block = threadIdx.x; block < p.blocks; block += 32 * ARRANGERS) p.ready[block] = 0;
 #endif
+    uint2 words[ARRANGED] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * ROWS / ARRANGERS; i++) {
-        int unit = warp + i * ARRANGERS;
-        int half = unit / ROWS, row = unit % ROWS, input = (int)blockIdx.x * SLAB_INPUTS + half * 64 + lane * 2;
-        u32 word = 0;
-        if (first_row + row < p.rows && input < p.width) word = *(const u32*)(p.x + (u64)(first_row + row) * p.x_stride + input);
-        *(u32*)(to + unit * 128 + (piece ^ (row & 7)) * 16 + at * 4) = word;
+    for (int k = 0; k < ARRANGED; k++) {
+        int row = first + k * ARRANGERS;
+        if (row < p.rows && input < p.width) words[k] = *(const uint2*)(p.x + (u64)row * p.x_stride + input);
+    }
+#pragma unroll
+    for (int k = 0; k < ARRANGED; k++) {
+        int row = first + k * ARRANGERS;
+        // Of two lanes, i even and odd, one stores both words of h = 0, the other of h = 1.
+        u32 theirs = __shfl_xor_sync(~0u, i & 1 ? words[k].x : words[k].y, 4);
+        uint2 pair = i & 1 ? uint2{theirs, words[k].y} : uint2{words[k].x, theirs};
+        if (row < all_rows) *(uint2*)(to + (u64)(row / ROWS) * p.slabs * (2 * HALF_BYTES) + row % ROWS * 128) = pair;
     }
 }
 

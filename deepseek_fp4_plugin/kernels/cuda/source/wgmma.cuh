@@ -45,10 +45,12 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define N48 N40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define N56 N48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define N64 N56 ",%56,%57,%58,%59,%60,%61,%62,%63"
-#define N72 N64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define N68 N64 ",%64,%65,%66,%67"
+#define N72 N68 ",%68,%69,%70,%71"
 #define N76 N72 ",%72,%73,%74,%75"
 #define N80 N76 ",%76,%77,%78,%79"
-#define N88 N80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define N84 N80 ",%80,%81,%82,%83"
+#define N88 N84 ",%84,%85,%86,%87"
 #define N96 N88 ",%88,%89,%90,%91,%92,%93,%94,%95"
 #define N104 N96 ",%96,%97,%98,%99,%100,%101,%102,%103"
 #define N112 N104 ",%104,%105,%106,%107,%108,%109,%110,%111"
@@ -61,9 +63,11 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define S48 S32, S16(32)
 #define S56 S48, S8At(48)
 #define S64 S48, S16(48)
+#define S68 S64, S4(64)
 #define S72 S64, S8At(64)
 #define S76 S72, S4(72)
 #define S80 S64, S16(64)
+#define S84 S80, S4(80)
 #define S88 S80, S8At(80)
 #define S96 S80, S16(80)
 #define S104 S96, S8At(96)
