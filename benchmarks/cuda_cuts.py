@@ -105,7 +105,7 @@ Costs = dict[tuple[int, int, int], tuple[float, float]]
 
 
 def fit(lines: list[dict]) -> tuple[Costs, Tensor]:
-    """Costs of each kind of block, and those that all share: of a launch, of sums, of parts."""
+    """Costs of each kind of block, and those that all share: of a launch, of sums, of parts, of EVEN."""
     points = []
     for line in lines:
         for name, us in line["microseconds"].items():
@@ -115,10 +115,10 @@ def fit(lines: list[dict]) -> tuple[Costs, Tensor]:
                     (cut, cuts.times(cut, *tiles_of(line["shape"]), line["rows"], line["multiprocessors"]), us)
                 )
     kinds = sorted({cut[:3] for cut, _, _ in points})
-    matrix = torch.zeros(len(points), 2 * len(kinds) + 3, dtype=torch.float64)
+    matrix = torch.zeros(len(points), 2 * len(kinds) + 4, dtype=torch.float64)
     for row, (cut, counts, us) in zip(matrix, points, strict=True):
         at = 2 * kinds.index(cut[:3])
-        row[at], row[at + 1], row[-3:] = counts.slabs, counts.blocks, torch.tensor([1.0, counts.sums, counts.parts])
+        row[at], row[at + 1], row[-4:] = counts.slabs, counts.blocks, torch.tensor([1.0, *counts[2:]])
         row /= us
     weight = torch.ones(len(points), 1, dtype=torch.float64)
     for _ in range(20):  # towards absolute errors beyond 4 %
@@ -126,7 +126,7 @@ def fit(lines: list[dict]) -> tuple[Costs, Tensor]:
         weight = (1 + ((matrix @ found - 1) / 0.04) ** 2) ** -0.25
     error = (matrix @ found - 1).squeeze(1)
     print(f"{len(points)} products, {float(error.square().mean().sqrt()):.1%} root mean square")
-    return {kind: (float(found[2 * i]), float(found[2 * i + 1])) for i, kind in enumerate(kinds)}, found[-3:, 0]
+    return {kind: (float(found[2 * i]), float(found[2 * i + 1])) for i, kind in enumerate(kinds)}, found[-4:, 0]
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def main() -> None:
         lines = [json.loads(line) for file in options.fit for line in Path(file).read_text().splitlines()]
         kinds, shared = fit([line for line in lines if line["rows"] <= options.most_rows])
         print(*(f"{kind}: ({slab:.3f}, {block:.1f})," for kind, (slab, block) in kinds.items()), sep="\n")
-        print(f"launch {shared[0]:.1f}, sums {shared[1]:.2e}, parts {shared[2]:.2e}")
+        print(f"launch {shared[0]:.1f}, sums {shared[1]:.2e}, parts {shared[2]:.2e}, evenly {shared[3]:.1f}")
         return
     products = [(tiles_of(shape), rows) for shape in options.shapes for rows in options.rows]
     wanted = {cut for tiles, rows in products for cut in candidates(*tiles, rows, options.keep, multiprocessors(0))}

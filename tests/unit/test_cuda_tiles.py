@@ -253,7 +253,7 @@ def test_what_is_built_ahead_is_what_is_chosen(monkeypatch):
     for groups, slabs in ((32, 56), (448, 2), (288, 56), (448, 128), (100, 30)):
         built = cuts.up_to(0, groups, slabs, 2000)
         chosen = [cuts.on_hopper(groups, slabs, rows) for rows in range(9, 2001)]
-        assert built <= set(chosen) and 1 < len(built) < 40
+        assert built <= set(chosen) and 1 < len(built) < 50
         assert sum(cut is not None and cut not in built for cut in chosen) < 20
 
 
@@ -281,7 +281,7 @@ def test_costs_of_cuts_are_found_in_their_times():
     spec.loader.exec_module(benchmark)
     torch.manual_seed(0)
     kinds = {kind: (1.1 * slab, block + 1) for kind, (slab, block) in cuts.COSTS.items()}
-    launch, sums, parts = shared = 2.0, 3e-3, 1e-3
+    launch, *others = shared = 2.0, 3e-3, 1e-3, 1.0
     lines = []
     for groups, slabs in ((256, 56), (448, 144), (448, 16)):
         for rows in range(96, 2000, 96):
@@ -289,7 +289,8 @@ def test_costs_of_cuts_are_found_in_their_times():
             for cut in cuts.estimated(slabs):
                 counts = cuts.times(cut, groups, slabs, rows, cuts.FITTED)
                 slab, block = kinds[cut[:3]]
-                us = launch + counts.slabs * slab + counts.blocks * block + counts.sums * sums + counts.parts * parts
+                costs = slab, block, *others
+                us = launch + sum(count * cost for count, cost in zip(counts, costs, strict=True))
                 noise = 1.5 if torch.rand(()) < 0.02 else 1 + 0.01 * float(torch.randn(()))
                 line[" ".join(map(str, cut))] = us * noise
             lines.append(
@@ -300,11 +301,11 @@ def test_costs_of_cuts_are_found_in_their_times():
                     "microseconds": line | {"torch": 1.0},
                 }
             )
-    found, others = benchmark.fit(lines)
+    found, fitted = benchmark.fit(lines)
     assert found.keys() == kinds.keys()
     for kind, (slab, block) in kinds.items():
         assert found[kind] == (pytest.approx(slab, rel=0.02), pytest.approx(block, abs=0.5)), kind
-    assert others.tolist() == pytest.approx(shared, rel=0.3)
+    assert fitted.tolist() == pytest.approx(shared, rel=0.3)
 
 
 def test_fp8_blocks_of_fused_parts():

@@ -40,14 +40,39 @@ class Cut(NamedTuple):
 
 
 _ALL = 1 << 62
+# 7168 outputs of 16,384 inputs and more: blocks that share inputs among more outputs are ahead of what is estimated.
+_MANY_INPUTS = (
+    (256, Cut(256, 1, 8, 3, EVEN)),
+    (272, Cut(136, 1, 8, 5, EVEN)),
+    (288, Cut(144, 1, 8, 4, EVEN)),
+    (304, Cut(152, 1, 8, 4, EVEN)),
+    (320, Cut(160, 1, 8, 4, EVEN)),
+    (336, Cut(168, 1, 8, 4, EVEN)),
+    (352, Cut(176, 1, 8, 4, EVEN)),
+    (384, Cut(192, 1, 8, 3, EVEN)),
+    (416, Cut(208, 1, 8, 3, EVEN)),
+    (448, Cut(152, 1, 12, 4, EVEN)),
+    (480, Cut(160, 1, 12, 4, EVEN)),
+    (512, Cut(256, 1, 8, 3, EVEN)),
+    (544, Cut(136, 2, 8, 4, EVEN)),
+    (576, Cut(144, 2, 8, 4, EVEN)),
+    (608, Cut(152, 2, 8, 3, EVEN)),
+    (640, Cut(160, 1, 12, 4, EVEN)),
+    (672, Cut(136, 2, 8, 4, EVEN)),
+    (704, Cut(144, 2, 8, 4, EVEN)),
+    (736, Cut(152, 2, 8, 3, EVEN)),
+    (768, Cut(256, 1, 8, 3, EVEN)),
+    (800, Cut(160, 1, 8, 4, EVEN)),
+    (832, Cut(168, 1, 8, 4, EVEN)),
+)
 # The fastest of each shape (groups of 16 outputs, slabs of 128 inputs) for so many rows at most, as measured on an
 # H200; None where another way is ahead. More rows than the last entry's are estimated.
 _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
     (448, 2): (
         (16, Cut(16, 1, 4, 6, 1)),
-        (32, Cut(16, 1, 4, 12, 1)),
-        (64, Cut(16, 1, 8, 6, 1)),
-        (128, Cut(32, 1, 8, 5, 1)),
+        (32, Cut(32, 1, 4, 12, 1)),
+        (64, Cut(32, 1, 8, 12, 1)),
+        (128, Cut(64, 1, 8, 8, 1)),
         (192, Cut(64, 1, 12, 6, 1)),
         (256, Cut(64, 1, 8, 4, 1)),
         (288, Cut(96, 1, 12, 5, 1)),
@@ -59,34 +84,49 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (16, None),
         (32, Cut(32, 1, 8, 5, 2)),
         (64, Cut(64, 1, 4, 8, 1)),
+        (80, Cut(80, 1, 4, 8, 1)),
         (96, Cut(96, 1, 4, 6, 1)),
         (112, Cut(112, 1, 4, 6, 1)),
-        (128, Cut(64, 1, 8, 8, 1)),
+        (128, Cut(128, 1, 4, 6, 1)),
+        (160, Cut(80, 1, 8, 6, 1)),
         (192, Cut(96, 1, 8, 6, 1)),
         (224, Cut(112, 1, 8, 5, 1)),
         (256, Cut(128, 1, 8, 5, 1)),
+        (272, Cut(136, 1, 8, 5, 1)),
         (288, Cut(144, 1, 8, 4, 1)),
+        (304, Cut(152, 1, 8, 4, 1)),
         (320, Cut(160, 1, 8, 4, 1)),
-        (384, Cut(128, 1, 12, 4, 1)),
+        (336, Cut(168, 1, 8, 4, 1)),
+        (352, Cut(176, 1, 8, 4, 1)),
+        (384, Cut(192, 1, 8, 3, 1)),
     ),
     (448, 18): (
         (16, None),
         (32, Cut(32, 1, 4, 10, 1)),
         (64, Cut(64, 1, 4, 8, 1)),
+        (80, Cut(80, 1, 4, 8, 1)),
         (96, Cut(96, 1, 4, 6, 1)),
         (112, Cut(112, 1, 4, 6, 1)),
-        (128, Cut(64, 1, 8, 8, 1)),
+        (128, Cut(128, 1, 4, 6, 1)),
+        (160, Cut(80, 1, 8, 6, 1)),
         (192, Cut(96, 1, 8, 6, 1)),
         (224, Cut(112, 1, 8, 5, 1)),
         (256, Cut(128, 1, 8, 5, 1)),
+        (272, Cut(136, 1, 8, 5, 1)),
         (288, Cut(144, 1, 8, 4, 1)),
+        (304, Cut(152, 1, 8, 4, 1)),
         (320, Cut(160, 1, 8, 4, 1)),
-        (384, Cut(128, 1, 12, 4, 1)),
+        (336, Cut(168, 1, 8, 4, 1)),
+        (352, Cut(176, 1, 8, 4, 1)),
+        (384, Cut(192, 1, 8, 3, 1)),
     ),
     (32, 56): (
         (16, Cut(16, 1, 4, 12, 8)),
         (32, Cut(32, 1, 4, 5, 8)),
         (64, Cut(64, 1, 4, 8, 8)),
+        (96, Cut(96, 1, 4, 6, 8)),
+        (112, Cut(112, 1, 4, 6, 8)),
+        (128, Cut(64, 1, 4, 10, 6)),
         (192, Cut(64, 1, 4, 8, 4)),
         (256, Cut(64, 1, 4, 4, 6)),
         (_ALL, None),
@@ -95,32 +135,43 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (16, Cut(16, 1, 4, 6, 4)),
         (32, Cut(32, 1, 4, 10, 2)),
         (64, Cut(64, 1, 4, 8, 2)),
+        (80, Cut(80, 1, 4, 8, 2)),
         (96, Cut(96, 1, 4, 6, 2)),
         (112, Cut(112, 1, 4, 6, 2)),
-        (128, Cut(64, 1, 4, 4, 2)),
+        (128, Cut(128, 1, 4, 6, 2)),
+        (136, Cut(136, 1, 8, 5, 3)),
+        (144, Cut(144, 1, 8, 4, 3)),
+        (160, Cut(80, 1, 8, 6, 2)),
         (192, Cut(96, 1, 8, 6, 2)),
         (224, Cut(112, 1, 8, 5, 2)),
         (256, Cut(128, 1, 8, 5, 2)),
+        (272, Cut(136, 1, 8, 5, 2)),
         (288, Cut(144, 1, 8, 4, 2)),
+        (304, Cut(152, 1, 8, 4, 2)),
         (320, Cut(160, 1, 8, 4, 2)),
     ),
     (288, 56): (
         (16, Cut(16, 1, 4, 6, 4)),
         (32, Cut(32, 1, 4, 5, 4)),
-        (64, Cut(64, 1, 8, 6, 3)),
+        (64, Cut(64, 1, 8, 8, 3)),
+        (80, Cut(80, 1, 8, 6, 3)),
         (96, Cut(96, 1, 8, 6, 3)),
         (112, Cut(112, 1, 8, 5, 3)),
         (128, Cut(128, 1, 8, 4, 3)),
+        (136, Cut(136, 1, 8, 5, 3)),
         (144, Cut(144, 1, 8, 4, 3)),
         (160, Cut(160, 1, 8, 4, 3)),
+        (168, Cut(168, 1, 8, 4, 3)),
         (176, Cut(176, 1, 8, 4, 3)),
         (192, Cut(192, 1, 8, 3, 3)),
         (208, Cut(208, 1, 8, 3, 3)),
         (224, Cut(112, 1, 8, 5, EVEN)),
         (256, Cut(128, 1, 8, 5, EVEN)),
+        (272, Cut(136, 1, 8, 5, EVEN)),
         (288, Cut(144, 1, 8, 4, EVEN)),
+        (304, Cut(152, 1, 8, 4, EVEN)),
         (320, Cut(160, 1, 8, 4, EVEN)),
-        (336, Cut(112, 1, 8, 5, 1)),
+        (336, Cut(168, 1, 8, 4, EVEN)),
         (352, Cut(176, 1, 8, 4, EVEN)),
         (384, Cut(128, 1, 8, 5, 1)),
     ),
@@ -128,38 +179,51 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (16, Cut(16, 1, 4, 6, 1)),
         (32, Cut(32, 1, 4, 5, 2)),
         (64, Cut(64, 2, 8, 6, EVEN)),
+        (80, Cut(80, 2, 8, 5, EVEN)),
         (96, Cut(96, 2, 8, 5, EVEN)),
         (112, Cut(112, 2, 8, 4, EVEN)),
         (128, Cut(128, 2, 8, 4, EVEN)),
+        (136, Cut(136, 2, 8, 4, EVEN)),
         (144, Cut(144, 2, 8, 4, EVEN)),
         (160, Cut(160, 1, 8, 4, EVEN)),
+        (168, Cut(168, 1, 8, 4, EVEN)),
         (176, Cut(176, 1, 8, 4, EVEN)),
     ),
     (448, 128): (
         (16, None),
         (32, Cut(32, 1, 8, 5, 4)),
         (64, Cut(64, 1, 8, 4, 4)),
+        (80, Cut(80, 2, 8, 5, 4)),
         (96, Cut(96, 1, 8, 6, 2)),
         (112, Cut(112, 1, 8, 5, 2)),
         (128, Cut(128, 1, 8, 4, 2)),
+        (136, Cut(136, 1, 8, 5, 2)),
         (144, Cut(144, 1, 8, 4, 2)),
         (160, Cut(160, 1, 8, 4, 2)),
+        (168, Cut(168, 1, 8, 4, 2)),
         (176, Cut(176, 1, 8, 4, 2)),
         (192, Cut(192, 1, 8, 3, 2)),
+        (208, Cut(208, 1, 8, 3, 2)),
+        (224, Cut(112, 1, 8, 5, EVEN)),
+        *_MANY_INPUTS,
     ),
     (448, 144): (
         (16, Cut(16, 1, 8, 6, 4)),
         (32, Cut(32, 1, 4, 5, 3)),
         (64, Cut(64, 1, 4, 4, 2)),
+        (80, Cut(80, 1, 8, 6, 2)),
         (96, Cut(96, 1, 8, 6, 2)),
         (112, Cut(112, 1, 8, 5, 2)),
         (128, Cut(128, 1, 8, 4, 2)),
+        (136, Cut(136, 1, 8, 5, 2)),
         (144, Cut(144, 1, 8, 4, 2)),
         (160, Cut(160, 1, 8, 4, 2)),
+        (168, Cut(168, 1, 8, 4, 2)),
         (176, Cut(176, 1, 8, 4, 2)),
         (192, Cut(192, 1, 8, 3, 2)),
+        (208, Cut(208, 1, 8, 3, 2)),
         (224, Cut(112, 2, 8, 4, 2)),
-        (256, Cut(256, 1, 8, 3, EVEN)),
+        *_MANY_INPUTS,
     ),
 }
 _FEW_ROWS = 8  # for which few-row kernels are ahead
@@ -168,39 +232,40 @@ _FEW_ROWS = 8  # for which few-row kernels are ahead
 # benchmarks/cuda_cuts.py measures products and fits these numbers to them: those of 96 to 1,024 rows on an H200,
 # 3.9 % root mean square. Chosen by the estimate, a product takes 0.5 % longer on average than by the best cut tried.
 COSTS = {
-    (80, 1, 8): (0.575, 2.6),
-    (80, 1, 12): (0.860, 2.1),
-    (80, 2, 8): (1.120, 2.4),
-    (96, 1, 8): (0.641, 2.8),
-    (96, 1, 12): (0.970, 2.2),
-    (96, 2, 8): (1.223, 2.4),
-    (112, 1, 8): (0.706, 2.5),
-    (112, 1, 12): (1.060, 1.9),
-    (112, 2, 8): (1.327, 2.5),
-    (128, 1, 8): (0.773, 2.3),
-    (128, 1, 12): (1.118, 2.1),
-    (128, 2, 8): (1.438, 2.8),
-    (136, 1, 8): (0.795, 2.6),
-    (136, 1, 12): (1.160, 2.2),
-    (136, 2, 8): (1.500, 3.2),
-    (144, 1, 8): (0.814, 2.7),
-    (144, 1, 12): (1.206, 2.2),
-    (144, 2, 8): (1.558, 3.7),
-    (152, 1, 8): (0.821, 4.5),
-    (152, 1, 12): (1.230, 4.7),
-    (152, 2, 8): (1.626, 6.0),
-    (160, 1, 8): (0.868, 3.4),
-    (160, 1, 12): (1.317, 2.9),
-    (168, 1, 8): (0.925, 3.2),
-    (168, 1, 12): (1.380, 2.9),
-    (176, 1, 8): (0.965, 3.1),
-    (176, 1, 12): (1.439, 2.9),
-    (192, 1, 8): (1.030, 3.5),
-    (208, 1, 8): (1.118, 3.8),
-    (256, 1, 8): (1.359, 4.4),
+    (80, 1, 8): (0.616, 2.4),
+    (80, 1, 12): (0.910, 1.9),
+    (80, 2, 8): (1.078, 3.3),
+    (96, 1, 8): (0.640, 2.7),
+    (96, 1, 12): (0.973, 2.0),
+    (96, 2, 8): (1.184, 3.2),
+    (112, 1, 8): (0.699, 2.5),
+    (112, 1, 12): (1.055, 1.9),
+    (112, 2, 8): (1.306, 2.7),
+    (128, 1, 8): (0.760, 2.2),
+    (128, 1, 12): (1.104, 2.1),
+    (128, 2, 8): (1.412, 2.8),
+    (136, 1, 8): (0.777, 2.4),
+    (136, 1, 12): (1.144, 2.1),
+    (136, 2, 8): (1.462, 3.4),
+    (144, 1, 8): (0.812, 2.3),
+    (144, 1, 12): (1.188, 2.2),
+    (144, 2, 8): (1.524, 3.7),
+    (152, 1, 8): (0.825, 2.8),
+    (152, 1, 12): (1.218, 3.1),
+    (152, 2, 8): (1.608, 3.8),
+    (160, 1, 8): (0.869, 2.5),
+    (160, 1, 12): (1.297, 2.5),
+    (168, 1, 8): (0.905, 2.6),
+    (168, 1, 12): (1.357, 2.4),
+    (176, 1, 8): (0.949, 2.6),
+    (176, 1, 12): (1.418, 2.5),
+    (192, 1, 8): (1.021, 2.8),
+    (208, 1, 8): (1.104, 3.0),
+    (256, 1, 8): (1.350, 3.4),
 }
-# Microseconds of a launch; of a cluster's sums, and of parts of sums that meet in memory, times rows, outs and warps.
-_START, _SUMS, _PARTS = 1.4, 2.46e-3, 1.63e-3
+# Microseconds of a launch; of a cluster's sums, and of parts of sums that meet in memory, times rows, outs and warps;
+# and of EVEN beside those.
+_START, _SUMS, _PARTS, _EVENLY = 0.9, 2.45e-3, 1.26e-3, 1.3
 # Part of the multiprocessors that clusters of so many blocks find room on: those of a cluster are neighbours.
 CLUSTERS = {1: 1.0, 2: 0.97, 3: 0.82}
 # Decoding once, then the library's product: microseconds of both launches, of a weight, and of a weight by a row.
@@ -249,12 +314,13 @@ def every() -> tuple[Cut, ...]:
 
 
 class Times(NamedTuple):
-    """How often a multiprocessor has each cost: slabs, blocks' other time, sums of clusters, parts of sums."""
+    """How often a multiprocessor has each cost: slabs, blocks' other time, sums of clusters, parts of sums, EVEN."""
 
     slabs: int
     blocks: int
     sums: int
     parts: int
+    evenly: int
 
 
 def times(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> Times:
@@ -265,16 +331,16 @@ def times(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> Time
         rest = products - whole * processors
         share = -(-rest * slabs // processors)
         if rest % processors == 0:  # nobody's part
-            return Times(whole * slabs + share, whole + share // slabs, 0, 0)
+            return Times(whole * slabs + share, whole + share // slabs, 0, 0, 1)
         parts = 1 + -(-(slabs - 1) // share)  # that it leaves, and that it takes
-        return Times(whole * slabs + share, whole + (share - 2) // slabs + 2, 0, size * parts)
+        return Times(whole * slabs + share, whole + (share - 2) // slabs + 2, 0, size * parts, 1)
     waves = -(-products // max(1, int(CLUSTERS[cut.cluster] * processors / cut.cluster)))
-    return Times(waves * -(-slabs // cut.cluster), waves, waves * size * (cut.cluster > 1), 0)
+    return Times(waves * -(-slabs // cut.cluster), waves, waves * size * (cut.cluster > 1), 0, 0)
 
 
 def estimate(cut: Cut, groups: int, slabs: int, rows: int, processors: int) -> float:
     """Microseconds."""
-    costs = *COSTS[cut.rows, cut.outs, cut.warps], _SUMS, _PARTS
+    costs = *COSTS[cut.rows, cut.outs, cut.warps], _SUMS, _PARTS, _EVENLY
     return _START + sum(map(operator.mul, times(cut, groups, slabs, rows, processors), costs))
 
 
