@@ -140,7 +140,7 @@ VARIANTS = [
         "nvfp4_experts_wgmma.cu",
         {
             "ROWS": 160,
-            "FIRST": 96,
+            "FIRST": 80,
             "STEP": 16,
             "STAGES": 4,
             "MIN_BLOCKS": 1,

@@ -13,6 +13,7 @@ from deepseek_fp4_plugin.kernels.weights import PreparedWeight
 
 _WARPS, _RING = 8, 8  # of a block, slabs of a warp's ring
 _ONE_BLOCK, _CLUSTER = 4096, 8  # choices that one block sorts at most, blocks that sort more
+_MANY_TOKENS = 512  # from which a block sums up more of a token
 _SLICE = 8192  # tokens whose rows are sorted and multiplied together
 
 
@@ -214,8 +215,9 @@ def combine(outputs: Tensor, ids: Tensor, weights: Tensor, places: Tensor | None
     """
     tokens, k = ids.shape
     y = torch.empty(tokens, outputs.shape[1], dtype=torch.bfloat16, device=outputs.device)
-    kernel("combine.cu", "combine", "5P3i", (), y.device.index)(
-        (-(-y.shape[1] // 1024), tokens, 1),
+    name, chunks = ("combine_many", 4) if tokens >= _MANY_TOKENS else ("combine", 1)
+    kernel("combine.cu", name, "5P3i", (), y.device.index)(
+        (-(-y.shape[1] // (1024 * chunks)), tokens, 1),
         128,
         0,
         outputs.data_ptr(),

@@ -60,42 +60,60 @@ struct Parameters {
     int early;               // the kernels before waited for ids and weights: they are asked for before the outputs exist
 };
 
-constexpr int AT_ONCE = 8;
+constexpr int AT_ONCE = 8;  // pieces of rows that are asked for together
 
-extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ Parameters p) {
-    int column = ((int)blockIdx.x * 128 + (int)threadIdx.x) * 8, first = (int)blockIdx.y * p.k, lane = threadIdx.x & 31;
+// A block has CHUNKS * 1024 values of a token: many where tokens are many, so that its ids are not asked for again.
+template <int CHUNKS>
+__device__ inline void sum_choices(const Parameters& p) {
+    constexpr int ROWS = AT_ONCE / CHUNKS;
+    int column = ((int)blockIdx.x * CHUNKS * 128 + (int)threadIdx.x) * 8, first = (int)blockIdx.y * p.k, lane = threadIdx.x & 31;
     bool own = false;
     float weight = 0.0f;
-    auto ask = [&](int begin) {  // a lane a choice
-        own = begin + lane < p.k && load_early(p.ids + first + begin + lane) >= 0;
-        weight = own ? load_early(p.weights + first + begin + lane) : 0.0f;
+    auto ask = [&](int begin) {  // a lane a choice; the weight without waiting for its id
+        bool there = begin + lane < p.k;
+        long long id = there ? load_early(p.ids + first + begin + lane) : -1;
+        weight = there ? load_early(p.weights + first + begin + lane) : 0.0f;
+        own = id >= 0;
     };
     if (p.early) ask(0);
     let_next_kernel_begin();
     wait_for_kernels_before();
-    float sums[8] = {};
+    float sums[CHUNKS][8] = {};
     for (int begin = 0; begin < p.k; begin += 32) {
         if (begin || !p.early) ask(begin);
         int place = first + begin + lane;
         if (own && p.places) place = p.places[place];
         for (u32 left = __ballot_sync(~0u, own); left;) {
-            Quad rows[AT_ONCE] = {};
-            float factors[AT_ONCE];
+            Quad rows[ROWS][CHUNKS] = {};
+            float factors[ROWS];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {  // rows that are asked for together
+            for (int i = 0; i < ROWS; i++) {
                 int choice = left ? __ffs(left) - 1 : 0, row = __shfl_sync(~0u, place, choice);
                 factors[i] = __shfl_sync(~0u, weight, choice);
-                load_quad_if(rows[i], p.outputs + (u64)row * p.width + column, left && column < p.width);
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    int at = column + c * 1024;
+                    load_quad_if(rows[i][c], p.outputs + (u64)row * p.width + at, left && at < p.width);
+                }
                 if (!left) factors[i] = 0.0f;
                 left &= left - 1;
             }
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                u32 words[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
+            for (int i = 0; i < ROWS; i++)
 #pragma unroll
-                for (int n = 0; n < 8; n++) sums[n] += from_bf16((u16)(words[n / 2] >> (n % 2 * 16))) * factors[i];
-            }
+                for (int c = 0; c < CHUNKS; c++) {
+                    u32 words[4] = {rows[i][c].x, rows[i][c].y, rows[i][c].z, rows[i][c].w};
+#pragma unroll
+                    for (int n = 0; n < 8; n++) sums[c][n] += from_bf16((u16)(words[n / 2] >> (n % 2 * 16))) * factors[i];
+                }
         }
     }
-    if (column < p.width) *(Quad*)(p.y + (u64)blockIdx.y * p.width + column) = rounded(sums);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        int at = column + c * 1024;
+        if (at < p.width) *(Quad*)(p.y + (u64)blockIdx.y * p.width + at) = rounded(sums[c]);
+    }
 }
+
+extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ Parameters p) { sum_choices<1>(p); }
+extern "C" __global__ void __launch_bounds__(128) combine_many(const __grid_constant__ Parameters p) { sum_choices<4>(p); }

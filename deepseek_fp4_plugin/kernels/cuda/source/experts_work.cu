@@ -7,7 +7,7 @@
 // of its own in the products, whatever the others are.
 //
 // blocks, where wanted: the same cut into blocks of at most `rows` choices of one expert, those of an expert of nearly
-// one size; first those of at most `first` choices, then of `step` more, and so on. [0 .. 7] where those of each size end;
+// one size, which all but the last fill; first those of at most `first` choices, then of `step` more, and so on. [0 .. 7] where those of each size end;
 // from [8] on for each its expert, its first place, how many, and nothing.
 #include "device.cuh"
 
@@ -83,9 +83,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_work(const __grid_
         own += theirs;
         if (r < rank) before += theirs;
     }
-    // Of the parts of a size all but the last, and whether the last.
-    int parts = p.blocks ? (own + p.rows - 1) / p.rows : 0, each = parts ? (own + parts - 1) / parts : 0;
     auto size_of = [&](int count) { return count <= p.first ? 0 : (count - p.first + p.step - 1) / p.step; };
+    // Of the parts of a size all but the last, which fill it, and whether the last.
+    int parts = p.blocks ? (own + p.rows - 1) / p.rows : 0, each = parts ? (own + parts - 1) / parts : 0;
+    if (parts > 1 && p.step > 1) each = p.first + size_of(each) * p.step;
     int full_size = size_of(each), last_size = size_of(own - (parts - 1) * each), part[SIZES];
     auto full = [&](int size) { return parts && full_size == size ? parts - 1 : 0; };
     auto last = [&](int size) { return parts && last_size == size; };

@@ -71,38 +71,34 @@ struct ArrangeParameters {
 
 constexpr int TOGETHER = 5;  // rows that a warp asks for at once
 
-// A slab of a block of rows at a time, a warp some rows of it; zeros past the width and the rows.
+// A slab of a block of rows at a time, a warp some rows of it, as `arrange` in nvfp4_wgmma.cu; zeros past the width and the rows.
 extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_constant__ ArrangeParameters p) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = lane >> 4, i = lane >> 2 & 3, j = lane & 3;
+    int place = (2 * j + (i & 1) ^ warp & 7) * 16 + (i >> 1) * 8;  // of the row's 128 bytes
     wait_for_kernels_before();
     let_next_kernel_begin();
     Work work{p.blocks};
     int items = work.count() * p.slabs;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        int block = item / p.slabs, slab = item - block * p.slabs, input = slab * SLAB_INPUTS + lane * 2;
+        int block = item / p.slabs, slab = item - block * p.slabs, input = slab * SLAB_INPUTS + lane * 4;
         Rows rows = work[block];
         int columns = columns_of(rows.count);
-        u8* to = p.arranged + ((u64)block * p.slabs * ROWS + (u64)slab * columns) * 256;
+        u8* to = p.arranged + ((u64)block * p.slabs * ROWS + (u64)slab * columns) * 256 + half * columns * 128;
         for (int first = warp; first < columns; first += 16 * TOGETHER) {
             int token[TOGETHER];  // below 0: none
-            u32 words[TOGETHER][2];
+            uint2 words[TOGETHER] = {};
 #pragma unroll
-            for (int i = 0; i < TOGETHER; i++)
-                token[i] = first + 16 * i < rows.count ? p.order[rows.first + first + 16 * i] / p.k : -1;
+            for (int n = 0; n < TOGETHER; n++)
+                token[n] = first + 16 * n < rows.count ? p.order[rows.first + first + 16 * n] / p.k : -1;
 #pragma unroll
-            for (int i = 0; i < TOGETHER; i++)
+            for (int n = 0; n < TOGETHER; n++)
+                if (token[n] >= 0 && input < p.width) words[n] = *(const uint2*)(p.x + (u64)token[n] * p.x_stride + input);
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    bool present = token[i] >= 0 && input + half * 64 < p.width;
-                    words[i][half] = present ? *(const u32*)(p.x + (u64)token[i] * p.x_stride + input + half * 64) : 0;
-                }
-#pragma unroll
-            for (int i = 0; i < TOGETHER; i++) {
-                int row = first + 16 * i;
-                if (row >= columns) break;
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    *(u32*)(to + (half * columns + row) * 128 + place_of(lane, row)) = words[i][half];
+            for (int n = 0; n < TOGETHER; n++) {
+                int row = first + 16 * n;
+                u32 theirs = __shfl_xor_sync(~0u, i & 1 ? words[n].x : words[n].y, 4);
+                uint2 pair = i & 1 ? uint2{theirs, words[n].y} : uint2{words[n].x, theirs};
+                if (row < columns) *(uint2*)(to + row * 128 + place) = pair;
             }
         }
     }
