@@ -52,6 +52,19 @@ __device__ inline Quad exchange(Quad mine) {
                 __shfl_xor_sync(~0u, mine.w, 16)};
 }
 
+// Chosen before it is stored: of two values the compiler makes two stores, each of half a line's pieces.
+__device__ inline u32 either(bool first, u32 a, u32 b) {
+    u32 result;
+    asm volatile("{\n.reg .pred first;\nsetp.ne.u32 first, %3, 0;\nselp.b32 %0, %1, %2, first;\n}"
+                 : "=r"(result)
+                 : "r"(a), "r"(b), "r"((u32)first));
+    return result;
+}
+
+__device__ inline Quad either(bool first, Quad a, Quad b) {
+    return Quad{either(first, a.x, b.x), either(first, a.y, b.y), either(first, a.z, b.z), either(first, a.w, b.w)};
+}
+
 // A slab's values, where outputs and inputs are not filled up.
 __device__ inline void store(const Parameters& p, u16* values_at, long long slab, int lane, const Quad (&tiles)[2], u32 scales) {
     int g = lane >> 2, quarter = lane & 3;
@@ -67,6 +80,7 @@ __device__ inline void store(const Parameters& p, u16* values_at, long long slab
             Quad low = {pairs[0], pairs[1], pairs[2], pairs[3]}, high = {pairs[4], pairs[5], pairs[6], pairs[7]};
             // A store is whole lines of four outputs, 64 inputs each, not half of the lines of eight: so lanes swap halves.
             Quad theirs = exchange(later ? low : high);
+            Quad both[2] = {either(later, theirs, low), either(later, high, theirs)};
             int input = first + tile * 64, limit = p.half ? p.half : p.out;
 #pragma unroll
             for (int turn = 0; turn < 2; turn++) {
@@ -74,7 +88,7 @@ __device__ inline void store(const Parameters& p, u16* values_at, long long slab
                 if (n >= limit || input >= p.width) continue;
                 if (p.half && row) n += p.half;
                 u16* to = values_at + (u64)n * p.width + input + (later ? 8 : 0);
-                *(Quad*)to = later == (bool)turn ? (turn ? high : low) : theirs;
+                *(Quad*)to = both[turn];
             }
         }
     }
