@@ -61,6 +61,15 @@ __device__ inline void load_quad_if(Quad& q, const void* pointer, bool wanted) {
                  : "l"(pointer), "r"((u32)wanted));
 }
 
+// One of two words for a store: of `?` the compiler makes two stores, each by a part of the lanes.
+__device__ inline u32 either(bool first, u32 a, u32 b) {
+    u32 result;
+    asm volatile("{\n.reg .pred first;\nsetp.ne.u32 first, %3, 0;\nselp.b32 %0, %1, %2, first;\n}"
+                 : "=r"(result)
+                 : "r"(a), "r"(b), "r"((u32)first));
+    return result;
+}
+
 // For what is read once: the first to leave the second cache, which so keeps what kernels leave for each other, and code.
 __device__ inline u64 read_once() {
     u64 policy;

@@ -52,15 +52,6 @@ __device__ inline Quad exchange(Quad mine) {
                 __shfl_xor_sync(~0u, mine.w, 16)};
 }
 
-// Chosen before it is stored: of two values the compiler makes two stores, each of half a line's pieces.
-__device__ inline u32 either(bool first, u32 a, u32 b) {
-    u32 result;
-    asm volatile("{\n.reg .pred first;\nsetp.ne.u32 first, %3, 0;\nselp.b32 %0, %1, %2, first;\n}"
-                 : "=r"(result)
-                 : "r"(a), "r"(b), "r"((u32)first));
-    return result;
-}
-
 __device__ inline Quad either(bool first, Quad a, Quad b) {
     return Quad{either(first, a.x, b.x), either(first, a.y, b.y), either(first, a.z, b.z), either(first, a.w, b.w)};
 }

@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_c
             for (int n = 0; n < TOGETHER; n++) {
                 int row = first + 16 * n;
                 u32 theirs = __shfl_xor_sync(~0u, i & 1 ? words[n].x : words[n].y, 4);
-                uint2 pair = i & 1 ? uint2{theirs, words[n].y} : uint2{words[n].x, theirs};
+                uint2 pair = {either(i & 1, theirs, words[n].x), either(i & 1, words[n].y, theirs)};
                 if (row < columns) *(uint2*)(to + row * 128 + place) = pair;
             }
         }
@@ -278,18 +278,22 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
             else if (group < p.groups && row < rows.count) *(u32*)(rows_at + row * p.half) = word;
         }
 #else
-        u16* to = (u16*)p.y + group * 16 + 2 * quarter;
+        // Of two lanes one stores four of the first eight outputs, the other four of the rest: 32 bytes of a row at once.
+        int upper = quarter & 1, output = group * 16 + 8 * upper + 2 * (quarter & 2);
+        u16* to = (u16*)p.y + output;
 #pragma unroll
         for (int c = 0; c < COLUMNS / 8; c++) {
             int place = __shfl_sync(~0u, places[c / 4], 8 * (c % 4) + (lane >> 2));
-            u16* at = to + (u64)max(place, 0) * p.out;
             float scale[2] = {scale_of(8 * c + 2 * quarter), scale_of(8 * c + 2 * quarter + 1)};
+            u32 words[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float* sum = &sums[m][4 * c + 2 * half];
-                u32 word = transposed(pack_bf16(sum[0] * factor[half] * scale[0], sum[1] * factor[half] * scale[1]));
-                if (place >= 0 && group * 16 + 8 * half < p.out) *(u32*)(at + 8 * half) = word;
+                words[half] = transposed(pack_bf16(sum[0] * factor[half] * scale[0], sum[1] * factor[half] * scale[1]));
             }
+            u32 theirs = __shfl_xor_sync(~0u, upper ? words[0] : words[1], 1);
+            uint2 pair = {either(upper, theirs, words[0]), either(upper, words[1], theirs)};
+            if (place >= 0 && output < p.out) *(uint2*)(to + (u64)max(place, 0) * p.out) = pair;
         }
 #endif
     }
