@@ -139,8 +139,8 @@ VARIANTS = [
     (
         "nvfp4_experts_wgmma.cu",
         {
-            "ROWS": 160,
-            "FIRST": 80,
+            "ROWS": 208,
+            "FIRST": 96,
             "STEP": 16,
             "STAGES": 4,
             "MIN_BLOCKS": 1,
@@ -148,6 +148,20 @@ VARIANTS = [
             "GATED": 1,
             "FP8": 0,
             "ONLY": 112,
+        },
+    ),
+    (
+        "nvfp4_experts_wgmma.cu",
+        {
+            "ROWS": 208,
+            "FIRST": 96,
+            "STEP": 16,
+            "STAGES": 3,
+            "MIN_BLOCKS": 1,
+            "OUTS": 1,
+            "GATED": 1,
+            "FP8": 0,
+            "ONLY": 208,
         },
     ),
     (

@@ -13,6 +13,7 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import SLAB, SLAB_BYTES, Tiles
 from deepseek_fp4_plugin.kernels.weights import Activations, PreparedWeight
 
 _WARPS = 8 + 4  # of a block: those that multiply, and those that copy
+_SUMS = 320  # columns times outs that a block's registers hold
 _SIZES = 8  # numbers of columns of a block's rows, as in source/experts_work.cu
 _SLICE, _SLICE_FP8 = 8192, 16384  # tokens whose rows are sorted and multiplied together
 
@@ -20,7 +21,7 @@ _SLICE, _SLICE_FP8 = 8192, 16384  # tokens whose rows are sorted and multiplied 
 class Blocks(NamedTuple):
     """rows: of a block, at most.  first, first + step, ... rows: columns of the matrix unit that there is code for.
     stages: slabs in the ring.  resident: blocks that a multiprocessor holds.  launches: one for each number of columns.
-    outs: times 128 outputs of a block of threads.  fp8: both sides are rounded to E4M3.
+    outs: times 128 outputs of a block of threads, where there are registers for them.  fp8: both sides are rounded to E4M3.
     """
 
     rows: int
@@ -48,20 +49,22 @@ class Blocks(NamedTuple):
         return list(range(self.rows, self.first - 1, -self.step)) if self.launches else [0]
 
     def of(self, columns: int) -> "Blocks":
-        """Of the launch for so many columns: with as many slabs as there is room for."""
+        """Of the launch for so many columns: with as many outputs and slabs as there is room for."""
         if not columns:
             return self
-        slab = self._replace(rows=columns, stages=1).shared - 1024
-        return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab))
+        outs = self.outs if self.outs * columns <= _SUMS else 1
+        slab = self._replace(rows=columns, stages=1, outs=outs).shared - 1024
+        return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab), outs=outs)
 
 
-# The fastest for experts of so many rows at most, as measured on an H100; the last for all that have more.
+# The fastest for experts of so many rows at most, as measured on an H100, the last on an H200; it is for all that have
+# more.
 MEASURED = {
     10: Blocks(16, 16, 16, 4, 2),
     24: Blocks(32, 32, 32, 4, 2),
     40: Blocks(48, 48, 48, 3, 2),
     96: Blocks(128, 64, 32, 4, 1),
-    128: Blocks(160, 80, 16, 4, 1, True),
+    128: Blocks(208, 96, 16, 4, 1, True),
 }
 
 
@@ -210,7 +213,7 @@ def _defines(cut: Blocks, gated: bool, columns: int) -> tuple[tuple[str, int], .
         ("STEP", cut.step),
         ("STAGES", cut.of(columns).stages),
         ("MIN_BLOCKS", cut.resident),
-        ("OUTS", cut.outs),
+        ("OUTS", cut.of(columns).outs),
         ("GATED", int(gated)),
         ("FP8", int(cut.fp8)),
         ("ONLY", columns),

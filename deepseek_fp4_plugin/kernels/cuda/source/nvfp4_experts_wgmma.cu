@@ -30,6 +30,9 @@ WGMMA(e4m3, 256, N128, S128, 128, 129, 130, 131, 132)
 #define multiply wgmma_bf16
 WGMMA(bf16, 48, N24, S24, 24, 25, 26, 27, 28)
 WGMMA(bf16, 80, N40, S40, 40, 41, 42, 43, 44)
+WGMMA(bf16, 176, N88, S88, 88, 89, 90, 91, 92)
+WGMMA(bf16, 192, N96, S96, 96, 97, 98, 99, 100)
+WGMMA(bf16, 208, N104, S104, 104, 105, 106, 107, 108)
 #endif
 
 constexpr int INPUT_BYTES = FP8 ? 128 : 256;  // of a row's slab
@@ -156,7 +159,7 @@ struct Parameters {
     int half;  // hidden values of a row, gated; FP8: y is BF16 rows of them in the order of experts
 };
 
-constexpr int WARPS = 8, GROUPS = WARPS * OUTS;
+constexpr int WARPS = 8, GROUPS = WARPS * OUTS;  // 8 or 16: a slab of hidden values has 16 groups of gate and up
 constexpr int THREADS = 32 * WARPS + 128, COPIER_REGISTERS = 32;
 // Registers move from the warpgroup that copies to those that multiply, within what a block is launched with.
 constexpr int LAUNCHED = 65536 / MIN_BLOCKS / THREADS / 8 * 8;
@@ -174,14 +177,18 @@ struct Ring {
     }
 };
 
+// Of a block's outputs there are so many; gated, they end with a whole slab of hidden values, filled up with zeros.
+__device__ inline int sets_of(const Parameters& p) { return (p.groups + 15) / 16 * (16 / GROUPS); }
+
 // One warp's work: the ring's slabs, in order.
 __device__ inline void copy(const Parameters& p, Ring ring) {
-    int lane = threadIdx.x & 31, sets = (p.groups + GROUPS - 1) / GROUPS, filled = 0;
+    int lane = threadIdx.x & 31, sets = sets_of(p), filled = 0;
     Work work{p.blocks};
     ring.parity = 1;  // the first turn finds every slab free
     int end = work.end() * sets;
     for (int item = work.begin() * sets + blockIdx.x; item < end; item += gridDim.x) {
-        int block = item / sets, first_group = (item - block * sets) * GROUPS, present = min(GROUPS, p.groups - first_group);
+        int block = item / sets, first_group = (item - block * sets) * GROUPS;
+        int present = max(0, min(GROUPS, p.groups - first_group));
         Rows rows = work[block];
         u32 bytes = columns_of(rows.count) * INPUT_BYTES;
         const u8* tiles = p.tiles + ((u64)rows.expert * p.groups + first_group + lane) * p.slabs * SLAB_BYTES;
@@ -263,7 +270,7 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
 #if GATED
         // Eight hidden values of each row; 64 of them are a row's 128 bytes. Zeros in what is filled up.
         u16* rows_at = (u16*)p.y + (u64)rows.first * p.half + group * 8 + 2 * quarter;
-        u8* to = p.y + (u64)block * ((p.groups + GROUPS - 1) / GROUPS) * ROWS * 256 + (u64)(group >> 3) * COLUMNS * 128;
+        u8* to = p.y + (u64)block * ((p.groups + 15) / 16) * ROWS * 256 + (u64)(group >> 3) * COLUMNS * 128;
 #pragma unroll
         for (int c = 0; c < COLUMNS / 8; c++) {
             float h[2];
@@ -327,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) nvfp4_experts_
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-    int sets = (p.groups + GROUPS - 1) / GROUPS;
+    int sets = sets_of(p);
     Work work{p.blocks};
     int end = work.end() * sets;
     for (int item = work.begin() * sets + blockIdx.x; item < end; item += gridDim.x) {
