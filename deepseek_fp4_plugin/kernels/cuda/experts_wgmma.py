@@ -21,7 +21,8 @@ _SLICE, _SLICE_FP8 = 8192, 16384  # tokens whose rows are sorted and multiplied 
 class Blocks(NamedTuple):
     """rows: of a block, at most.  first, first + step, ... rows: columns of the matrix unit that there is code for.
     stages: slabs in the ring.  resident: blocks that a multiprocessor holds.  launches: one for each number of columns.
-    outs: times 128 outputs of a block of threads, where there are registers for them.  fp8: both sides are rounded to E4M3.
+    outs: times 128 outputs of a block of threads, where there are registers for them.
+    fp8: both sides are rounded to E4M3.
     """
 
     rows: int
@@ -57,14 +58,14 @@ class Blocks(NamedTuple):
         return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab), outs=outs)
 
 
-# The fastest for experts of so many rows at most, as measured on an H100, the last on an H200; it is for all that have
-# more.
+# The fastest for experts of so many rows at most, as measured on an H100; the last, for all that have more, on an H200.
 MEASURED = {
     10: Blocks(16, 16, 16, 4, 2),
     24: Blocks(32, 32, 32, 4, 2),
     40: Blocks(48, 48, 48, 3, 2),
     96: Blocks(128, 64, 32, 4, 1),
-    128: Blocks(208, 96, 16, 4, 1, True),
+    192: Blocks(160, 80, 16, 4, 1, True),
+    256: Blocks(208, 96, 16, 4, 1, True),
 }
 
 
@@ -77,7 +78,7 @@ def blocks_for(rows: float, activations: Activations = "bf16") -> Blocks:
     """What fits experts of so many rows on average."""
     if activations == "fp8" and rows >= FP8_ROWS:
         return FP8
-    return next((cut for most, cut in MEASURED.items() if rows <= most), MEASURED[128])
+    return next((cut for most, cut in MEASURED.items() if rows <= most), MEASURED[256])
 
 
 @functools.cache
