@@ -271,6 +271,19 @@ def test_what_is_built_ahead_is_what_is_chosen(monkeypatch):
         assert sum(cut is not None and cut not in built for cut in chosen) < 20
 
 
+@pytest.mark.parametrize("processors", [78, 114, 132])
+@pytest.mark.parametrize(
+    "shape", [(448, 64), (448, 32), (576, 56), (1152, 56), (384, 56), (512, 56), (448, 36)], ids=str
+)
+def test_other_shapes_and_gpus_fill_their_waves(shape, processors):
+    """Those of TP2 and TP4: what was measured fits R1's TP8 and 132 multiprocessors alone."""
+    for rows in range(136, 1025, 8):
+        cut = cuts.on_hopper(*shape, rows, processors)
+        if cut is not None:
+            best = min(cuts.estimate(other, *shape, rows, processors) for other in cuts.estimated(shape[1]))
+            assert cuts.estimate(cut, *shape, rows, processors) <= 1.01 * best, rows
+
+
 def test_times_of_slabs_shared_evenly():
     """As a multiprocessor has them that has the most, product by product."""
     cut, processors = cuts.Cut(128, 2, 8, 4, cuts.EVEN), 132

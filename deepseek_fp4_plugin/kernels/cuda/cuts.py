@@ -66,7 +66,8 @@ _MANY_INPUTS = (
     (832, Cut(168, 1, 8, 4, EVEN)),
 )
 # The fastest of each shape (groups of 16 outputs, slabs of 128 inputs) for so many rows at most, as measured on an
-# H200; None where another way is ahead. More rows than the last entry's are estimated.
+# H200; None where another way is ahead. More rows than the last entry's are estimated, and those of other shapes and
+# GPUs beyond _ALIKE: how blocks fill waves is a matter of both.
 _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
     (448, 2): (
         (16, Cut(16, 1, 4, 6, 1)),
@@ -233,10 +234,11 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
     ),
 }
 _FEW_ROWS = 8  # for which few-row kernels are ahead
+_ALIKE = 128  # rows up to which a shape takes the cuts of the nearest measured one
 
 # Blocks run in waves, one on each multiprocessor. A block takes so many microseconds for a slab, and beside its slabs:
-# benchmarks/cuda_cuts.py measures products and fits these numbers to them: those of 96 to 1,024 rows on an H200,
-# 3.9 % root mean square. Chosen by the estimate, a product takes 0.5 % longer on average than by the best cut tried.
+# benchmarks/cuda_cuts.py measures products and fits these numbers to them: those of 72 to 1,024 rows on an H200,
+# 2.9 % root mean square. Chosen by the estimate, a product takes 0.6 % longer on average than by the best cut tried.
 COSTS = {
     (80, 1, 8): (0.616, 2.4),
     (80, 1, 12): (0.910, 1.9),
@@ -297,9 +299,11 @@ def up_to(device: int, groups: int, slabs: int, most_rows: int) -> set[Cut]:
 def on_hopper(groups: int, slabs: int, rows: int, processors: int = FITTED) -> Cut | None:
     """`choose`, on a Hopper GPU of so many multiprocessors: as the measured shape nearest to it, or by the estimate."""
     shape = min(_MEASURED, key=lambda shape: abs(math.log(shape[0] / groups)) + abs(math.log(shape[1] / slabs)))
-    for limit, cut in _MEASURED[shape]:
-        if rows <= limit:
-            return cut and cut._replace(cluster=min(cut.cluster, slabs))
+    cuts, same = _MEASURED[shape], shape == (groups, slabs) and processors == FITTED
+    if same or rows <= _ALIKE or cuts[-1][0] == _ALL:
+        for limit, cut in cuts:
+            if rows <= limit:
+                return cut and cut._replace(cluster=min(cut.cluster, slabs))
     decoded = _decoded(groups, slabs, rows, processors)
     best = min(estimated(slabs), key=lambda cut: estimate(cut, groups, slabs, rows, processors))
     return best if estimate(best, groups, slabs, rows, processors) < _AHEAD * decoded else None

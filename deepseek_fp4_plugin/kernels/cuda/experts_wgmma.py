@@ -1,6 +1,7 @@
 """Routed experts of many rows on Hopper's matrix unit: each expert's rows, in blocks, by its weights in tiles."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,14 +59,14 @@ class Blocks(NamedTuple):
         return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab), outs=outs)
 
 
-# The fastest for experts of so many rows at most, as measured on an H100; the last, for all that have more, on an H200.
+# The fastest for experts of so many rows at most, as measured on an H100, the last two on an H200.
 MEASURED = {
     10: Blocks(16, 16, 16, 4, 2),
     24: Blocks(32, 32, 32, 4, 2),
     40: Blocks(48, 48, 48, 3, 2),
     96: Blocks(128, 64, 32, 4, 1),
     192: Blocks(160, 80, 16, 4, 1, True),
-    256: Blocks(208, 96, 16, 4, 1, True),
+    math.inf: Blocks(208, 96, 16, 4, 1, True),
 }
 
 
@@ -78,7 +79,7 @@ def blocks_for(rows: float, activations: Activations = "bf16") -> Blocks:
     """What fits experts of so many rows on average."""
     if activations == "fp8" and rows >= FP8_ROWS:
         return FP8
-    return next((cut for most, cut in MEASURED.items() if rows <= most), MEASURED[256])
+    return next(cut for most, cut in MEASURED.items() if rows <= most)
 
 
 @functools.cache

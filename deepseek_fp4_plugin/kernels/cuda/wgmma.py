@@ -14,7 +14,7 @@ from deepseek_fp4_plugin.kernels.cuda.tiles import Tiles
 _SECOND_CACHE = 50 << 20  # bytes
 _COMPILERS = 8  # at once, of each rank
 _SOURCE = "nvfp4_wgmma.cu"
-_ARRANGERS, _ARRANGED = 256, 32  # threads, and rows, of a block of `arrange`
+_ARRANGE_THREADS, _ARRANGE_ROWS = 256, 32  # of a block, as in the source
 _ARRANGE, _MULTIPLY = (_SOURCE, "arrange", "3P5i"), (_SOURCE, "nvfp4_wgmma", "6P8i")
 
 
@@ -54,8 +54,8 @@ def launch(x: Tensor, tiles: Tiles, expert: int, y: Tensor, out: int, gated: boo
         parts = torch.empty(blocks * cut.rows * cut.outputs, dtype=torch.float32, device=x.device)
         ready = torch.empty(blocks, dtype=torch.int32, device=x.device)
     kernel(*_ARRANGE, defines, x.device.index)(
-        (tiles.slabs, -(-row_blocks * cut.rows // _ARRANGED), 1),
-        _ARRANGERS,
+        (tiles.slabs, -(-row_blocks * cut.rows // _ARRANGE_ROWS), 1),
+        _ARRANGE_THREADS,
         0,
         x.data_ptr(),
         arranged.data_ptr(),
