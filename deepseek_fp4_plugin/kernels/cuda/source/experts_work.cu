@@ -6,9 +6,10 @@
 // not behind all others; beyond two columns there is no need. Choices of an expert come in any order: each is a column
 // of its own in the products, whatever the others are.
 //
-// blocks, where wanted: the same cut into blocks of at most `rows` choices of one expert, those of an expert of nearly
-// one size, which all but the last fill; first those of at most `first` choices, then of `step` more, and so on. [0 .. 7] where those of each size end;
-// from [8] on for each its expert, its first place, how many, and nothing.
+// blocks, where wanted: the same cut into blocks of at most `rows` choices of one expert, as few as there can be. They are of
+// sizes: `first` choices at most, `step` more, and so on. Those of an expert are of nearly the same; with `step` above 1 all
+// but its last fill their size. They lie by size, small ones first: [0 .. 7] where those of each size end; from [8] on for
+// each its expert, its first place, how many, and nothing.
 #include "device.cuh"
 
 struct Parameters {

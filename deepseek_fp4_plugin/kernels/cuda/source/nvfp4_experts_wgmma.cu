@@ -7,7 +7,7 @@
 //
 // ROWS: of a block of rows, at most.  FIRST, FIRST + STEP, ... ROWS: columns that there is code for.
 // STAGES: slabs in the ring.  MIN_BLOCKS: that a multiprocessor holds.
-// OUTS: times 64 outputs of a warpgroup, of which there are two.
+// OUTS: times 64 outputs of a warpgroup, of which there are two; launches of a product may differ.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 // FP8: both sides are E4M3. `round_rows` takes the place of `arrange_rows`; hidden values are BF16 rows for it to round.
 // ONLY: of these numbers of columns the one that this launch is for, or 0. Code for several takes more registers than there
@@ -177,7 +177,7 @@ struct Ring {
     }
 };
 
-// Of a block's outputs there are so many; gated, they end with a whole slab of hidden values, filled up with zeros.
+// Sets of outputs of a block of rows; gated, they end with a whole slab of hidden values, filled up with zeros.
 __device__ inline int sets_of(const Parameters& p) { return (p.groups + 15) / 16 * (16 / GROUPS); }
 
 // One warp's work: the ring's slabs, in order.

@@ -6,7 +6,8 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 16, 32, 64, 80, 96, 112, 128, 136, 144, 152, 160, 168, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.  WARPS: that multiply.  STAGES: slabs in the ring.
+// ROWS: 16, 32, 64, 80, 96, 112, 128, 136, 144, 152, 160, 168, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.
+// WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 // EVEN: as many blocks as there are multiprocessors. While there are two products (a block of outputs by a block of rows) for
 // each, a block takes one in turn; the slabs of the rest they share evenly, from the last one down. So a block first
