@@ -60,7 +60,7 @@ struct Parameters {
     int early;               // the kernels before waited for ids and weights: they are asked for before the outputs exist
 };
 
-constexpr int AT_ONCE = 8;  // pieces of rows that are asked for together
+constexpr int AT_ONCE = 8;  // pieces of rows that may be asked for together
 
 // A block has CHUNKS * 1024 values of a token: many where tokens are many, so that its ids are not asked for again.
 template <int CHUNKS>
