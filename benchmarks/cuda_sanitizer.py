@@ -62,7 +62,15 @@ def products() -> None:
         decode(prepared(out, width, parts=2).data, 0, 2 * out, width, torch.empty(1, 2 * out, device=DEVICE))
     if experts_wgmma.available(0):
         large, x, y = prepared(264, 528), values(153, 528), torch.empty(153, 264, device=DEVICE, dtype=BF16)
-        for cut in (cuts.Cut(152, 2, 8, 3, 1), cuts.Cut(192, 1, 8, 3, 2), cuts.Cut(256, 1, 8, 3, 1)):
+        for kind in (
+            (80, 2, 8, 5, 1),
+            (136, 1, 12, 4, 1),
+            (152, 2, 8, 3, 1),
+            (168, 1, 8, 4, 2),
+            (192, 1, 8, 3, 2),
+            (256, 1, 8, 3, 1),
+        ):
+            cut = cuts.Cut(*kind)
             wgmma.launch(x, large.data, 0, y, 264, False, cut)
         # So many products that blocks have some of their own, and the rest in parts.
         large, y = prepared(4096, 512, parts=2), torch.empty(1200, 8192, device=DEVICE, dtype=BF16)
@@ -102,8 +110,10 @@ def experts() -> None:
             weights = torch.rand(tokens, k)
             arguments = values(tokens, hidden), ids.to(DEVICE), weights.to(DEVICE), gate_up, down
             ops.experts_mlp(*arguments)
-            if torch.cuda.get_device_capability()[0] == 9:
-                experts_wgmma.by_blocks(*arguments, experts_wgmma.FP8)
+            if experts_wgmma.available(0):
+                for cut in (*experts_wgmma.MEASURED.values(), experts_wgmma.FP8):
+                    if cut.launches:  # what the tokens are too few for
+                        experts_wgmma.by_blocks(*arguments, cut)
 
 
 def attention() -> None:

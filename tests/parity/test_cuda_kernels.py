@@ -255,6 +255,45 @@ def test_experts_of_many_rows(experts, hidden, inner, k, cut):
         assert error(actual, ops.experts_mlp(x, ids, weights, c, d)) <= 2 * TWO_STEPS, tokens
 
 
+@pytest.mark.parametrize("cut", [cut for cut in experts_wgmma.MEASURED.values() if cut.launches], ids=str)
+def test_blocks_of_experts(cut):
+    """Every choice is in one; an expert has as few as there can be, and all but its last fill their columns."""
+    if not experts_wgmma.available(DEVICE.index or 0):
+        pytest.skip("wgmma is Hopper's alone")
+    counts = [0, 1, cut.first, cut.rows, cut.rows + 1, 2 * cut.rows + 3, 9 * cut.rows + 1, 77]
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[torch.randperm(sum(counts))]
+    turns = experts_wgmma.Turns.of(ids[:, None].to(DEVICE), len(counts), cut)
+    data, columns = turns.blocks.tolist(), range(cut.first, cut.rows + 1, cut.step)
+    ends, blocks = data[:8], [data[8 + 4 * i : 11 + 4 * i] for i in range(data[7])]
+    assert ends == sorted(ends)
+    of = {expert: [block for block in blocks if block[0] == expert] for expert in range(len(counts))}
+    for expert, count in enumerate(counts):
+        parts = sorted(of[expert], key=lambda block: block[1])
+        assert sum(part[2] for part in parts) == count and len(parts) == -(-count // cut.rows)
+        assert all(part[2] in columns for part in parts[:-1])
+        for _, first, rows in parts:
+            assert (ids[turns.order[first : first + rows].cpu()] == expert).all()
+    for i, (_, _, rows) in enumerate(blocks):
+        assert i < ends[min(n for n, most in enumerate(columns) if rows <= most)]
+
+
+@pytest.mark.parametrize("k", [8, 40])
+@pytest.mark.parametrize("placed", [False, True])
+def test_sums_of_many_tokens_are_those_of_few(k, placed, monkeypatch):
+    """R1's width, of which a block has a part; NaN where nothing was written."""
+    tokens, width = cuda_experts._MANY_TOKENS + 3, 7168
+    ids = torch.randint(-3, 9, (tokens, k), device=DEVICE)
+    weights, outputs = torch.rand(tokens, k, device=DEVICE), torch.randn(tokens * k, width, device=DEVICE).to(BF16)
+    places = torch.randperm(tokens * k, device=DEVICE).int() if placed else None
+    rows = torch.arange(tokens * k, device=DEVICE) if places is None else places.long()
+    outputs[rows[ids.flatten() < 0]] = float("nan")
+    many = cuda_experts.combine(outputs, ids, weights, places)
+    monkeypatch.setattr(cuda_experts, "_MANY_TOKENS", tokens + 1)
+    assert torch.equal(many, cuda_experts.combine(outputs, ids, weights, places))
+    used = torch.where((ids >= 0)[..., None], outputs[rows].view(tokens, k, width).float(), 0.0)
+    assert error(many, (used * weights[..., None]).sum(1).to(BF16)) <= TWO_STEPS
+
+
 @pytest.mark.parametrize("weight_format", [WeightFormat.PLAIN, WeightFormat.FP8_BLOCK], ids=["bf16", "fp8"])
 def test_decoded_experts_need_no_answer_from_the_device(weight_format):
     gate_up, down = [random_part(weight_format, 64, 128, 8) for _ in range(2)], [random_part(weight_format, 128, 64, 8)]

@@ -115,5 +115,6 @@ __device__ inline void sum_choices(const Parameters& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ Parameters p) { sum_choices<1>(p); }
-extern "C" __global__ void __launch_bounds__(128) combine_many(const __grid_constant__ Parameters p) { sum_choices<4>(p); }
+// The bounds leave registers for all that is asked for together: without them the compiler takes one piece after the other.
+extern "C" __global__ void __launch_bounds__(128, 8) combine(const __grid_constant__ Parameters p) { sum_choices<1>(p); }
+extern "C" __global__ void __launch_bounds__(128, 5) combine_many(const __grid_constant__ Parameters p) { sum_choices<4>(p); }

@@ -61,13 +61,19 @@ __device__ inline void load_quad_if(Quad& q, const void* pointer, bool wanted) {
                  : "l"(pointer), "r"((u32)wanted));
 }
 
-// One of two words for a store: of `?` the compiler makes two stores, each by a part of the lanes.
+// One of two words for a store: of `?` the compiler makes two stores, each by a part of the lanes and so of parts of lines.
 __device__ inline u32 either(bool first, u32 a, u32 b) {
     u32 result;
     asm volatile("{\n.reg .pred first;\nsetp.ne.u32 first, %3, 0;\nselp.b32 %0, %1, %2, first;\n}"
                  : "=r"(result)
                  : "r"(a), "r"(b), "r"((u32)first));
     return result;
+}
+
+// Two words of two lanes that are `lanes` apart: the first lane gets both its and the other's first, the second both second ones.
+__device__ inline uint2 swapped(u32 first, u32 second, bool second_lane, int lanes) {
+    u32 theirs = __shfl_xor_sync(~0u, second_lane ? first : second, lanes);
+    return uint2{either(second_lane, theirs, first), either(second_lane, second, theirs)};
 }
 
 // For what is read once: the first to leave the second cache, which so keeps what kernels leave for each other, and code.

@@ -88,19 +88,19 @@ extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_c
         int columns = columns_of(rows.count);
         u8* to = p.arranged + ((u64)block * p.slabs * ROWS + (u64)slab * columns) * 256 + half * columns * 128;
         for (int first = warp; first < columns; first += 16 * TOGETHER) {
-            int token[TOGETHER];  // below 0: none
+            int choice[TOGETHER];
             uint2 words[TOGETHER] = {};
 #pragma unroll
-            for (int n = 0; n < TOGETHER; n++)
-                token[n] = first + 16 * n < rows.count ? p.order[rows.first + first + 16 * n] / p.k : -1;
+            for (int n = 0; n < TOGETHER; n++) choice[n] = load_early(p.order + rows.first + min(first + 16 * n, rows.count - 1));
 #pragma unroll
-            for (int n = 0; n < TOGETHER; n++)
-                if (token[n] >= 0 && input < p.width) words[n] = *(const uint2*)(p.x + (u64)token[n] * p.x_stride + input);
+            for (int n = 0; n < TOGETHER; n++) {
+                const u16* from = p.x + (u64)(choice[n] / p.k) * p.x_stride + input;
+                if (first + 16 * n < rows.count && input < p.width) words[n] = *(const uint2*)from;
+            }
 #pragma unroll
             for (int n = 0; n < TOGETHER; n++) {
                 int row = first + 16 * n;
-                u32 theirs = __shfl_xor_sync(~0u, i & 1 ? words[n].x : words[n].y, 4);
-                uint2 pair = {either(i & 1, theirs, words[n].x), either(i & 1, words[n].y, theirs)};
+                uint2 pair = swapped(words[n].x, words[n].y, i & 1, 4);
                 if (row < columns) *(uint2*)(to + row * 128 + place) = pair;
             }
         }
@@ -178,7 +178,10 @@ struct Ring {
 };
 
 // Sets of outputs of a block of rows; gated, they end with a whole slab of hidden values, filled up with zeros.
-__device__ inline int sets_of(const Parameters& p) { return (p.groups + 15) / 16 * (16 / GROUPS); }
+__device__ inline int sets_of(const Parameters& p) {
+    static_assert(GROUPS == 8 || GROUPS == 16, "a slab of hidden values is one set or two");
+    return GATED && !FP8 ? (p.groups + 15) / 16 * (16 / GROUPS) : (p.groups + GROUPS - 1) / GROUPS;
+}
 
 // One warp's work: the ring's slabs, in order.
 __device__ inline void copy(const Parameters& p, Ring ring) {
@@ -298,9 +301,8 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
                 const float* sum = &sums[m][4 * c + 2 * half];
                 words[half] = transposed(pack_bf16(sum[0] * factor[half] * scale[0], sum[1] * factor[half] * scale[1]));
             }
-            u32 theirs = __shfl_xor_sync(~0u, upper ? words[0] : words[1], 1);
-            uint2 pair = {either(upper, theirs, words[0]), either(upper, words[1], theirs)};
-            if (place >= 0 && output < p.out) *(uint2*)(to + (u64)max(place, 0) * p.out) = pair;
+            uint2 pair = swapped(words[0], words[1], upper, 1);
+            if (place >= 0 && output < p.out) *(uint2*)(to + (u64)place * p.out) = pair;
         }
 #endif
     }

@@ -63,8 +63,7 @@ extern "C" __global__ void __launch_bounds__(32 * ARRANGERS) arrange(const __gri
     for (int k = 0; k < ARRANGED; k++) {
         int row = first + k * ARRANGERS;
         // Of two lanes, i even and odd, one stores both words of h = 0, the other of h = 1.
-        u32 theirs = __shfl_xor_sync(~0u, i & 1 ? words[k].x : words[k].y, 4);
-        uint2 pair = {either(i & 1, theirs, words[k].x), either(i & 1, words[k].y, theirs)};
+        uint2 pair = swapped(words[k].x, words[k].y, i & 1, 4);
         if (row < all_rows) *(uint2*)(to + (u64)(row / ROWS) * p.slabs * (2 * HALF_BYTES) + row % ROWS * 128) = pair;
     }
 }
