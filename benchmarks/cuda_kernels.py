@@ -100,7 +100,7 @@ class Bench:
         roof = max(size / self.bandwidth, flops / self.rate) * 1e6
         self.rows.append(Row(operation, shape, rows, microseconds, size, flops, roof / microseconds))
         print(
-            f"{operation:<24}{shape:<34}{rows:>6}{microseconds:>10.2f} us{size / microseconds / 1e3:>8.0f} GB/s"
+            f"{operation:<24}{shape:<44}{rows:>6}{microseconds:>10.2f} us{size / microseconds / 1e3:>8.0f} GB/s"
             f"{flops / microseconds / 1e6:>8.1f} TFLOP/s{roof / microseconds:>7.2f} of roof",
             flush=True,
         )
@@ -275,9 +275,11 @@ def experts_of_rank(bench: Bench, rows: list[int], name: str, count: int, inner:
         prepared([random_part(inner, hidden, count) for _ in range(2)]),
         prepared([random_part(hidden, inner, count)]),
     )
-    bias, here = torch.randn(total, device=DEVICE) * 0.01, torch.arange(total, device=DEVICE)
-    routers = [ops.prepare_router(random_router(total, hidden), bias, BF16) for _ in range(16)]
+    here = torch.arange(total, device=DEVICE)
     slots, shape = torch.where(here < count, here, -1), f"{name}: {count} of {total}, {inner} x {hidden}"
+    # Those of different layers: each with a bias of its own.
+    biases = [torch.randn(total, device=DEVICE) * 0.01 for _ in range(16)]
+    routers = [ops.prepare_router(random_router(total, hidden), bias, BF16) for bias in biases]
 
     def routed(x: Tensor, router: PreparedRouter) -> Tensor:
         if count < total:
@@ -292,22 +294,22 @@ def experts_of_rank(bench: Bench, rows: list[int], name: str, count: int, inner:
         states = [torch.randn(tokens, hidden, device=DEVICE, dtype=BF16) for _ in range(32 if tokens <= 64 else 6)]
         choices = [slots[torch.rand(tokens, total, device=DEVICE).topk(k).indices] for _ in states]
         weights = torch.rand(tokens, k, device=DEVICE)
-        size, flops = experts_work(choices, inner, hidden)
+        size, flops, chosen = experts_work(choices, inner, hidden)
         alone = [
             partial(ops.experts_mlp, x, ids, weights, gate_up, down) for ids, x in zip(choices, states, strict=True)
         ]
-        bench.add("experts", shape, tokens, size, flops, alone)
+        bench.add("experts", f"{shape}, {chosen:.0f} rows", tokens, size, flops, alone)
         pairs = list(zip(states, itertools.cycle(routers), strict=False))
-        size, flops = experts_work([slots[ops.router(x, r, *routing)[0]] for x, r in pairs], inner, hidden)
+        size, flops, chosen = experts_work([slots[ops.router(x, r, *routing)[0]] for x, r in pairs], inner, hidden)
         whole = [lambda x=x, r=r: routed(x, r) for x, r in pairs]
-        bench.add("experts with router", shape, tokens, size + 2 * total * hidden, flops, whole)
+        bench.add("experts with router", f"{shape}, {chosen:.0f} rows", tokens, size + 2 * total * hidden, flops, whole)
 
 
-def experts_work(choices: list[Tensor], inner: int, hidden: int) -> tuple[float, float]:
-    """Bytes of the experts that these ids chose here, and operations of their rows: means."""
+def experts_work(choices: list[Tensor], inner: int, hidden: int) -> tuple[float, float, float]:
+    """Bytes of the experts that these ids chose here, operations of their rows, and how many rows: means."""
     active = statistics.mean(len(ids[ids >= 0].unique()) for ids in choices)
     chosen = statistics.mean(int((ids >= 0).sum()) for ids in choices)
-    return active * nvfp4_bytes(3 * inner, hidden), 6.0 * chosen * hidden * inner
+    return active * nvfp4_bytes(3 * inner, hidden), 6.0 * chosen * hidden * inner, chosen
 
 
 def attention(bench: Bench, rows: list[int]) -> None:

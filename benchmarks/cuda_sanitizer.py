@@ -112,7 +112,7 @@ def experts() -> None:
             ops.experts_mlp(*arguments)
             if experts_wgmma.available(0):
                 for cut in (*experts_wgmma.MEASURED.values(), experts_wgmma.FP8):
-                    if cut.launches:  # what the tokens are too few for
+                    if cut.launches or tokens <= 100:  # whatever so many tokens would take
                         experts_wgmma.by_blocks(*arguments, cut)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import compiler, cuts, dense, launcher, matvec
+from deepseek_fp4_plugin.kernels.cuda import compiler, cuts, dense, experts_wgmma, launcher, matvec
 from deepseek_fp4_plugin.kernels.cuda.routing import prepare_router
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
@@ -122,76 +123,13 @@ VARIANTS = [
         "nvfp4_experts.cu",
         {"ROWS8": 4, "GROUPS": 2, "GATED": 0, "HELD": 8, "RING": 8, "WARPS": 8, "BLOCKS": 1, "EARLY": 1},
     ),
-    (
-        "nvfp4_experts_wgmma.cu",
-        {
-            "ROWS": 128,
-            "FIRST": 64,
-            "STEP": 32,
-            "STAGES": 4,
-            "MIN_BLOCKS": 1,
-            "OUTS": 2,
-            "GATED": 0,
-            "FP8": 0,
-            "ONLY": 0,
-        },
+    *(
+        ("nvfp4_experts_wgmma.cu", dict(experts_wgmma._defines(cut, gated, columns)))
+        for cut in (*experts_wgmma.MEASURED.values(), experts_wgmma.FP8)
+        for columns in cut.columns[:1]
+        for gated in (False, True)
     ),
-    (
-        "nvfp4_experts_wgmma.cu",
-        {
-            "ROWS": 208,
-            "FIRST": 96,
-            "STEP": 16,
-            "STAGES": 4,
-            "MIN_BLOCKS": 1,
-            "OUTS": 2,
-            "GATED": 1,
-            "FP8": 0,
-            "ONLY": 112,
-        },
-    ),
-    (
-        "nvfp4_experts_wgmma.cu",
-        {
-            "ROWS": 208,
-            "FIRST": 96,
-            "STEP": 16,
-            "STAGES": 3,
-            "MIN_BLOCKS": 1,
-            "OUTS": 1,
-            "GATED": 1,
-            "FP8": 0,
-            "ONLY": 208,
-        },
-    ),
-    (
-        "nvfp4_experts_wgmma.cu",
-        {
-            "ROWS": 256,
-            "FIRST": 128,
-            "STEP": 32,
-            "STAGES": 5,
-            "MIN_BLOCKS": 1,
-            "OUTS": 1,
-            "GATED": 1,
-            "FP8": 1,
-            "ONLY": 256,
-        },
-    ),
-    (
-        "nvfp4_experts_wgmma.cu",
-        {
-            "ROWS": 256,
-            "FIRST": 128,
-            "STEP": 32,
-            "STAGES": 5,
-            "MIN_BLOCKS": 1,
-            "OUTS": 1,
-            "GATED": 0,
-            "FP8": 1,
-            "ONLY": 160,
-        },
-    ),
+    ("nvfp4_experts_wgmma.cu", dict(experts_wgmma._defines(experts_wgmma.MEASURED[math.inf], True, 112))),
     ("mla_decode.cu", {"LATENT": 512, "ROPE": 64, "TILES": 2, "FP8": 0, "CLUSTER": 2}),
     ("mla_decode.cu", {"LATENT": 128, "ROPE": 32, "TILES": 1, "FP8": 1, "CLUSTER": 1}),
     ("mla_merge.cu", {"LATENT": 512, "ROPE": 64, "CLUSTER": 2}),
@@ -215,10 +153,19 @@ VARIANTS = [
 @pytest.mark.skipif(not launcher.available(), reason="cuda-bindings and nvidia-cuda-nvrtc are not installed")
 @pytest.mark.parametrize(("file", "defines"), VARIANTS, ids=lambda value: str(value))
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a"])
-def test_sources_compile(tmp_path, file, defines, architecture):
+def test_sources_compile(tmp_path, monkeypatch, file, defines, architecture):
     if "wgmma" in file and architecture != "sm_90a":
         pytest.skip("wgmma is Hopper's alone")
+    logs, compile_ = [], compiler._compile
+
+    def kept_log(*arguments):
+        code, log = compile_(*arguments)
+        logs.append(log)
+        return code, log
+
+    monkeypatch.setattr(compiler, "_compile", kept_log)
     code = compiler.cubin(file, tuple(defines.items()), architecture, tmp_path)
+    assert "serialized" not in logs[0]  # each product waiting for the one before
     assert code[:4] == b"\x7fELF"
     (kept,) = tmp_path.iterdir()
     assert kept.read_bytes() == code == compiler.cubin(file, tuple(defines.items()), architecture, tmp_path)

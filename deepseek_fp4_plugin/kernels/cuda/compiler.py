@@ -56,12 +56,13 @@ def cubin(file: str, defines: tuple[tuple[str, int], ...], architecture: str, ca
     path = (cache or cache_folder()) / f"{Path(file).stem}-{architecture}-{key}.cubin"
     if path.is_file():
         return path.read_bytes()
-    code = _compile(text, file, headers, options)
+    code, _ = _compile(text, file, headers, options)
     _keep(path, code)
     return code
 
 
-def _compile(text: str, name: str, headers: dict[str, str], options: list[str]) -> bytes:
+def _compile(text: str, name: str, headers: dict[str, str], options: list[str]) -> tuple[bytes, str]:
+    """Machine code, and what the compiler says about it."""
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             text.encode(),
@@ -73,13 +74,13 @@ def _compile(text: str, name: str, headers: dict[str, str], options: list[str]) 
     )
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
             raise RuntimeError(f"{name} does not compile with {' '.join(options)}:\n{log.decode()}")
         code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return code
+        return code, log.decode()
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

@@ -23,6 +23,7 @@ class Blocks(NamedTuple):
     """rows: of a block, at most.  first, first + step, ... rows: columns of the matrix unit that there is code for.
     stages: slabs in the ring.  resident: blocks that a multiprocessor holds.  launches: one for each number of columns.
     outs: times 128 outputs of a block of threads, where there are registers for them.
+    gathers: the first product gathers rows from tokens in order, which for few rows is faster than from rows in order.
     fp8: both sides are rounded to E4M3.
     """
 
@@ -33,6 +34,7 @@ class Blocks(NamedTuple):
     resident: int
     launches: bool = False
     outs: int = 2
+    gathers: bool = False
     fp8: bool = False
 
     @property
@@ -59,11 +61,12 @@ class Blocks(NamedTuple):
         return self._replace(rows=columns, stages=min(self.stages, (MAX_SHARED - 1024) // slab), outs=outs)
 
 
-# The fastest for experts of so many rows at most, as measured on an H100, the last two on an H200.
+# The fastest for experts of so many rows at most, as measured on an H200.
 MEASURED = {
-    10: Blocks(16, 16, 16, 4, 2),
-    24: Blocks(32, 32, 32, 4, 2),
-    40: Blocks(48, 48, 48, 3, 2),
+    9: Blocks(16, 16, 16, 4, 2, gathers=True),
+    23: Blocks(32, 16, 8, 4, 2, gathers=True),
+    34: Blocks(48, 16, 8, 4, 2, outs=1, gathers=True),
+    56: Blocks(64, 16, 8, 4, 2, outs=1, gathers=True),
     96: Blocks(128, 64, 32, 4, 1),
     192: Blocks(160, 80, 16, 4, 1, True),
     math.inf: Blocks(208, 96, 16, 4, 1, True),
@@ -110,7 +113,8 @@ def _by_blocks(
         hidden = _rounded(h, down.data.slabs, turns, 0)
     else:
         h = torch.empty(turns.most * down.data.slabs * cut.rows * 2 * SLAB, dtype=torch.uint8, device=x.device)
-        _product(_arranged(x, tiles.slabs, turns, ids.shape[1]), tiles, h, turns, 0)
+        rows = _tokens(x, ids, tiles.slabs, cut) if cut.gathers else _arranged(x, tiles.slabs, turns, ids.shape[1])
+        _product(rows, tiles, h, turns, 0, ids.shape[1])
         hidden = Rows(h)
     outputs = torch.empty(ids.numel(), down.out_features, dtype=torch.bfloat16, device=x.device)
     _product(hidden, down.data, outputs, turns, down.out_features)
@@ -138,7 +142,7 @@ class Turns(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The blocks' rows as the product's kernel reads them; of FP8 the scale of each, FP32 [choices]."""
+    """The blocks' rows, or tokens, as the product's kernel reads them; of FP8 the scale of each row, FP32 [choices]."""
 
     data: Tensor
     scale: Tensor | None = None
@@ -160,6 +164,24 @@ def _arranged(x: Tensor, slabs: int, turns: Turns, k: int) -> Rows:
         x.stride(0),
         slabs,
         k,
+    )
+    return Rows(data)
+
+
+def _tokens(x: Tensor, ids: Tensor, slabs: int, cut: Blocks) -> Rows:
+    """The tokens that an expert here was chosen for; others' bytes are anything."""
+    data = torch.empty(len(x) * slabs * 2 * SLAB, dtype=torch.uint8, device=x.device)
+    kernel("nvfp4_experts_wgmma.cu", "arrange_tokens", "3P4i", _defines(cut, True, cut.columns[0]), x.device.index)(
+        (len(x), 1, 1),
+        256,
+        0,
+        x.data_ptr(),
+        ids.data_ptr(),
+        data.data_ptr(),
+        x.shape[1],
+        x.stride(0),
+        slabs,
+        ids.shape[1],
     )
     return Rows(data)
 
@@ -186,11 +208,14 @@ def _rounded(x: Tensor, slabs: int, turns: Turns, k: int) -> Rows:
     return Rows(data, scale)
 
 
-def _product(x: Rows, tiles: Tiles, y: Tensor, turns: Turns, out: int) -> None:
-    """Each block's rows by its expert's tiles; out: outputs of a row, 0 where hidden values are what is stored."""
+def _product(x: Rows, tiles: Tiles, y: Tensor, turns: Turns, out: int, k: int = 0) -> None:
+    """Each block's rows by its expert's tiles; out: outputs of a row, 0 where hidden values are what is stored.
+
+    k: choices of a token, where x may be tokens.
+    """
     cut, device = turns.cut, y.device.index
     for columns in cut.columns:
-        kernel("nvfp4_experts_wgmma.cu", "nvfp4_experts_wgmma", "7P4i", _defines(cut, not out, columns), device)(
+        kernel("nvfp4_experts_wgmma.cu", "nvfp4_experts_wgmma", "7P5i", _defines(cut, not out, columns), device)(
             (multiprocessors(device) * cut.resident, 1, 1),
             32 * _WARPS,
             cut.of(columns).shared,
@@ -205,6 +230,7 @@ def _product(x: Rows, tiles: Tiles, y: Tensor, turns: Turns, out: int) -> None:
             tiles.slabs,
             out,
             tiles.half,
+            k,
         )
 
 
@@ -217,6 +243,7 @@ def _defines(cut: Blocks, gated: bool, columns: int) -> tuple[tuple[str, int], .
         ("MIN_BLOCKS", cut.resident),
         ("OUTS", cut.of(columns).outs),
         ("GATED", int(gated)),
+        ("GATHERS", int(cut.gathers)),
         ("FP8", int(cut.fp8)),
         ("ONLY", columns),
     )

@@ -15,7 +15,7 @@ _FEW_TOKENS, _FEW_CHOICES = 4, 16  # of a token; more tokens share experts' weig
 _LONG_SLABS = 8  # inputs of a second product that several warps share; of fewer product and sum are one launch
 _DOWN_WARPS = 24  # of these launches, that a multiprocessor holds
 # Rows of an expert on average above which Hopper's matrix unit is ahead; elsewhere, decoding every expert.
-LISTED_ROWS_HOPPER, LISTED_ROWS = 10, 128
+LISTED_ROWS_HOPPER, LISTED_ROWS = 7, 128
 _MAX_EXPERTS = 512  # of a list
 
 

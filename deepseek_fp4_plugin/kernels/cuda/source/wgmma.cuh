@@ -38,8 +38,11 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define S16(i) S4(i), S4(i + 4), S4(i + 8), S4(i + 12)
 #define N4 "%0,%1,%2,%3"
 #define N8 N4 ",%4,%5,%6,%7"
+#define N12 N8 ",%8,%9,%10,%11"
 #define N16 N8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define N20 N16 ",%16,%17,%18,%19"
 #define N24 N16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define N28 N24 ",%24,%25,%26,%27"
 #define N32 N24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define N40 N32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define N48 N40 ",%40,%41,%42,%43,%44,%45,%46,%47"
@@ -57,7 +60,10 @@ __device__ inline u64 swizzled_columns(u32 address, u32 step) {
 #define N128 N112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define S8At(i) S4(i), S4(i + 4)
 #define S8 S8At(0)
+#define S12 S8, S4(8)
+#define S20 S16(0), S4(16)
 #define S24 S16(0), S8At(16)
+#define S28 S24, S4(24)
 #define S32 S16(0), S16(16)
 #define S40 S32, S8At(32)
 #define S48 S32, S16(32)
