@@ -81,6 +81,7 @@ class Row:
     bytes: float
     flops: float
     fraction_of_roof: float
+    routed: float | None = None  # rows that experts here were chosen for, of calls with choices of their own the mean
 
 
 class Bench:
@@ -95,13 +96,23 @@ class Bench:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
         print(f"read {self.bandwidth / 1e9:.0f} GB/s, torch BF16 {self.rate / 1e12:.0f} TFLOP/s")
 
-    def add(self, operation: str, shape: str, rows: int, size: float, flops: float, calls: list[Callable]) -> None:
+    def add(
+        self,
+        operation: str,
+        shape: str,
+        rows: int,
+        size: float,
+        flops: float,
+        calls: list[Callable],
+        routed: float | None = None,
+    ) -> None:
         microseconds = timed(calls)
         roof = max(size / self.bandwidth, flops / self.rate) * 1e6
-        self.rows.append(Row(operation, shape, rows, microseconds, size, flops, roof / microseconds))
+        self.rows.append(Row(operation, shape, rows, microseconds, size, flops, roof / microseconds, routed))
         print(
-            f"{operation:<24}{shape:<44}{rows:>6}{microseconds:>10.2f} us{size / microseconds / 1e3:>8.0f} GB/s"
-            f"{flops / microseconds / 1e6:>8.1f} TFLOP/s{roof / microseconds:>7.2f} of roof",
+            f"{operation:<24}{shape:<34}{rows:>6}{microseconds:>10.2f} us{size / microseconds / 1e3:>8.0f} GB/s"
+            f"{flops / microseconds / 1e6:>8.1f} TFLOP/s{roof / microseconds:>7.2f} of roof"
+            + ("" if routed is None else f", {routed:.0f} rows here"),
             flush=True,
         )
 
@@ -298,11 +309,11 @@ def experts_of_rank(bench: Bench, rows: list[int], name: str, count: int, inner:
         alone = [
             partial(ops.experts_mlp, x, ids, weights, gate_up, down) for ids, x in zip(choices, states, strict=True)
         ]
-        bench.add("experts", f"{shape}, {chosen:.0f} rows", tokens, size, flops, alone)
+        bench.add("experts", shape, tokens, size, flops, alone, chosen)
         pairs = list(zip(states, itertools.cycle(routers), strict=False))
         size, flops, chosen = experts_work([slots[ops.router(x, r, *routing)[0]] for x, r in pairs], inner, hidden)
         whole = [lambda x=x, r=r: routed(x, r) for x, r in pairs]
-        bench.add("experts with router", f"{shape}, {chosen:.0f} rows", tokens, size + 2 * total * hidden, flops, whole)
+        bench.add("experts with router", shape, tokens, size + 2 * total * hidden, flops, whole, chosen)
 
 
 def experts_work(choices: list[Tensor], inner: int, hidden: int) -> tuple[float, float, float]:

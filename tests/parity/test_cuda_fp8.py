@@ -103,7 +103,8 @@ def test_experts(experts, hidden, inner, k):
         ids = torch.stack([torch.randperm(experts - 1)[:k] for _ in range(tokens)])
         ids[:, 0] = torch.where(torch.rand(tokens) < 0.4, 2, ids[:, 0])  # one expert with many rows
         ids[torch.rand(tokens, k) < 0.3] = -1
-        ids, weights, x = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE), poisoned(tokens, hidden) * 0.1
+        ids, weights, x = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE), poisoned(tokens, hidden)
+        x *= 0.1  # in place: its rows keep their distance
         torch.full((1 << 26,), float("nan"), dtype=BF16, device=DEVICE)  # what the allocator hands out next
         actual = experts_wgmma.by_blocks(x, ids, weights, a, b, experts_wgmma.FP8)
         assert relative(actual, ops.experts_mlp(x, ids, weights, c, d)) < 0.02, tokens

@@ -4,6 +4,8 @@ Tolerances as in kernel_cases.py: products are exact and sums FP32 on both sides
 of the largest where a rounding tips; two are allowed, and twice as many where hidden values are rounded in between.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -234,7 +236,8 @@ def test_experts(experts, hidden, inner, k, activations):
 
 @pytest.mark.parametrize("cut", [*experts_wgmma.MEASURED.values(), None], ids=lambda cut: cut and str(cut.rows))
 @pytest.mark.parametrize(
-    ("experts", "hidden", "inner", "k"), [(6, 272, 144, 3), (5, 16, 16, 2), (9, 1024, 256, 8), (300, 256, 128, 2)]
+    ("experts", "hidden", "inner", "k"),
+    [(6, 272, 144, 3), (5, 16, 16, 2), (9, 1024, 256, 8), (300, 256, 128, 2), (3, 7440, 16, 2)],
 )
 def test_experts_of_many_rows(experts, hidden, inner, k, cut):
     """Blocks of every number of columns, whatever `ops` would choose; NaN beside the rows and in scratch memory."""
@@ -246,7 +249,9 @@ def test_experts_of_many_rows(experts, hidden, inner, k, cut):
         ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
         ids[:, 0] = torch.where(torch.rand(tokens) < 0.4, 2, ids[:, 0])  # one expert with many rows
         ids[torch.rand(tokens, k) < 0.3] = -1
-        ids, weights, x = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE), poisoned(tokens, hidden) * 0.1
+        ids, weights, x = ids.to(DEVICE), torch.rand(tokens, k, device=DEVICE), poisoned(tokens, hidden)
+        x *= 0.1  # in place: its rows keep their distance
+        assert x.stride(0) != hidden
         torch.full((1 << 26,), float("nan"), dtype=BF16, device=DEVICE)  # what the allocator hands out next
         if cut:
             actual = experts_wgmma.by_blocks(x, ids, weights, a, b, cut)
@@ -260,7 +265,7 @@ def test_blocks_of_experts(cut):
     """Every choice is in one; an expert has as few as there can be, and all but its last fill their columns."""
     if not experts_wgmma.available(DEVICE.index or 0):
         pytest.skip("wgmma is Hopper's alone")
-    counts = [0, 1, cut.first, cut.rows, cut.rows + 1, 2 * cut.rows + 3, 9 * cut.rows + 1, 77]
+    counts = [0, 1, cut.first, cut.rows, cut.rows + 1, 2 * cut.rows + 3, 9 * cut.rows + 1, 77, 6000]
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[torch.randperm(sum(counts))]
     turns = experts_wgmma.Turns.of(ids[:, None].to(DEVICE), len(counts), cut)
     data, columns = turns.blocks.tolist(), range(cut.first, cut.rows + 1, cut.step)
@@ -270,11 +275,14 @@ def test_blocks_of_experts(cut):
     for expert, count in enumerate(counts):
         parts = sorted(of[expert], key=lambda block: block[1])
         assert sum(part[2] for part in parts) == count and len(parts) == -(-count // cut.rows)
+        assert all(first + rows == after for (_, first, rows), (_, after, _) in itertools.pairwise(parts))
         assert all(part[2] in columns for part in parts[:-1])
         for _, first, rows in parts:
             assert (ids[turns.order[first : first + rows].cpu()] == expert).all()
+    assert turns.order.sort().values.tolist() == list(range(sum(counts)))
     for i, (_, _, rows) in enumerate(blocks):
-        assert i < ends[min(n for n, most in enumerate(columns) if rows <= most)]
+        size = min(n for n, most in enumerate(columns) if rows <= most)
+        assert (ends[size - 1] if size else 0) <= i < ends[size]
 
 
 @pytest.mark.parametrize("k", [8, 40])

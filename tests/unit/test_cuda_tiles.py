@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -309,3 +310,14 @@ def test_the_whole_model_s_steps_fit():
     cells = result.stdout.splitlines()
     assert len(cells) == 18 and all("shapes fit" in cell for cell in cells)
     assert any(cell.startswith("ep8dp   prefill batch 1    context 8192   drafts 3") for cell in cells)
+
+
+@pytest.mark.skipif(not launcher.available(), reason="cuda-bindings and nvidia-cuda-nvrtc are not installed")
+def test_a_log_of_nothing_leaves_the_interpreter_s_bytes_alone(tmp_path):
+    """CPython has one copy of each single byte, into which the bindings would write (if no .pyc holds the constant)."""
+    script = (
+        "import sys, pathlib; from deepseek_fp4_plugin.kernels.cuda import compiler\n"
+        "compiler.cubin('fp8_rows.cu', (), 'sm_90a', pathlib.Path(sys.argv[1])); assert bytes([32])[0] == 32"
+    )
+    environment = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path / "none")}
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, env=environment)

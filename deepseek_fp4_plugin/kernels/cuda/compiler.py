@@ -74,13 +74,15 @@ def _compile(text: str, name: str, headers: dict[str, str], options: list[str]) 
     )
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        # The bindings write into bytes, of which CPython keeps a single copy each where they are one byte long.
+        buffer = b" " * (1 + _checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, buffer))
+        log = buffer.rstrip(b" \0").decode()
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"{name} does not compile with {' '.join(options)}:\n{log.decode()}")
+            raise RuntimeError(f"{name} does not compile with {' '.join(options)}:\n{log}")
         code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return code, log.decode()
+        return code, log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

@@ -12,9 +12,10 @@
 // FP8: both sides are E4M3. `round_rows` takes the place of `arrange_rows`; hidden values are BF16 rows for it to round.
 // GATHERS: the first product's rows are gathered by the warps that copy, of tokens that `arrange_tokens` put in order: less to
 // do for few rows; for many the copies of single pieces cost more than rows that lie together save.
-// ONLY: of these numbers of columns the one that this launch is for, or 0. Code for several takes more registers than there
-// are: products would be serialized. So each has a launch of its own, the largest first, which begins as multiprocessors
-// become free. Few rows, which are gathered, have one launch in which each tile asks how many columns there are.
+// ONLY: of these numbers of columns the one that this launch is for, or 0. Code for more than three, or of more than 128
+// columns, takes more registers than there are: products would be serialized. So each has a launch of its own, the largest
+// first, which begins as multiprocessors become free. Few rows, which are gathered, have one launch in which each tile asks
+// how many columns there are.
 #include "fp8.cuh"
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
@@ -80,7 +81,7 @@ struct RowsParameters {
 constexpr int TOGETHER = 5;  // rows that a warp asks for at once
 
 // Slabs of blocks of rows, a warp every sixteenth row, as `arrange` in nvfp4_wgmma.cu; zeros past the width and the rows. The
-// last blocks, which are multiplied first, are written last. A block of threads has two neighbouring slabs where there are many,
+// last blocks, which launches by columns multiply first, are written last. A block of threads has two neighbouring slabs where there are many,
 // so that it asks less often which rows they are.
 extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_constant__ RowsParameters p) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = lane >> 4, i = lane >> 2 & 3, j = lane & 3;
@@ -197,7 +198,7 @@ struct Parameters {
     const u8* tiles;         // [experts][groups][slabs][1152]
     const float* row_scale;  // [experts][groups * 16], in the order of the tiles
     const u8* x;             // as `arrange_rows`, `arrange_tokens`, `round_rows` or a gated product leaves them
-    u8* y;                   // gated: hidden values as `arrange_rows` would leave them, else BF16 [choices][out]
+    u8* y;                   // gated: hidden values where `arrange_rows` would leave them, else BF16 [choices][out]
     const int* order;
     const int* blocks;
     const float* x_scale;  // as `round_rows` leaves them
@@ -253,7 +254,7 @@ __device__ inline void copy(const Parameters& p, Ring ring, int copier) {
         const u8* x = p.x + (GATHERED ? (lane & 15) * 16 : (u64)block * p.slabs * ROWS * INPUT_BYTES);
         // Where the token of the warp's lane-th row lies; what is filled up is the block's last row.
         int own = min((lane >> 1) * 8 + 2 * copier + (lane & 1), rows.count - 1);
-        u32 token = GATHERED ? load_early(p.order + rows.first + own) / p.k * p.slabs * 256 : 0;
+        u32 token = GATHERED ? (u32)(load_early(p.order + rows.first + own) / p.k) * p.slabs * 256 : 0;
         for (int slab = 0; slab < p.slabs; slab++, filled++) {
             if (filled >= STAGES) barrier_wait(ring.empty(), ring.parity);
             if (copier == 0) {
@@ -356,7 +357,8 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
     for (int m = 0; m < OUTS; m++) {
         int group = first_group + own + 4 * m;
 #if GATED
-        // Eight hidden values of each row; 64 of them are a row's 128 bytes. Zeros in what is filled up.
+        // Eight hidden values of each row; 64 of them are a row's 128 bytes. Zeros for outputs that are filled up; rows that
+        // are may be anything, and their outputs are not stored.
         u16* rows_at = (u16*)p.y + (u64)rows.first * p.half + group * 8 + 2 * quarter;
         u8* to = p.y + (u64)block * ((p.groups + 15) / 16) * ROWS * 256 + (u64)(group >> 3) * columns * 128;
 #pragma unroll
@@ -395,9 +397,11 @@ __device__ inline void products(const Parameters& p, Ring& ring, const Rows& row
     }
 }
 
+static_assert((ROWS - FIRST) % STEP == 0 && !(GATHERS && ONLY), "columns end with a block's rows");
+
 template <int COLUMNS>
 __device__ inline void by_columns(const Parameters& p, Ring& ring, const Rows& rows, int columns, int block, int first_group) {
-    if (GATHERS) products<COLUMNS, MOST>(p, ring, rows, block, first_group);
+    if constexpr (GATHERS) products<COLUMNS, MOST>(p, ring, rows, block, first_group);
     else if (COLUMNS == MOST || columns == COLUMNS) products<COLUMNS, COLUMNS>(p, ring, rows, block, first_group);
     else by_columns<COLUMNS == MOST ? COLUMNS : COLUMNS + STEP>(p, ring, rows, columns, block, first_group);
 }
