@@ -18,7 +18,8 @@ from deepseek_fp4_plugin.engine.step_plan import PlanRow, Sampling, Setup, StepP
 
 WarmUpProgress = Callable[[int, int], None]
 
-_PROMPTS = tuple(2**n for n in range(3, 13))  # tokens: kernels that `ops.build_ahead` has not made differ so at most
+# Tokens: kernels that `ops.build_ahead` has not made differ so at most; the experts' do between 1,024 and 2,048, too.
+_PROMPTS = (*(2**n for n in range(3, 11)), 1536, 2048, 4096)
 _SHORT = (1, 8)  # tokens of chunks that attend in absorbed form, whose kernels differ by the context
 _CONTEXTS = (64, 128, 256)
 _UNRECORDED = tuple(2**n for n in range(8))  # requests that decode, where nothing is recorded

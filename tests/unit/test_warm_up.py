@@ -1,5 +1,6 @@
 """A warm-up runs the steps that will come, and leaves nothing behind but what makes them quick."""
 
+import itertools
 import random
 
 import pytest
@@ -12,9 +13,12 @@ from deepseek_fp4_plugin.config import EngineConfig, SpeculativeConfig
 from deepseek_fp4_plugin.engine.engine import LLMEngine
 from deepseek_fp4_plugin.engine.recorded_steps import Kind, Sizes
 from deepseek_fp4_plugin.engine.step_plan import Sampling
-from deepseek_fp4_plugin.engine.warm_up import kinds_of, prompts_of, sizes_of, warm_up
+from deepseek_fp4_plugin.engine.warm_up import _PROMPTS, kinds_of, prompts_of, sizes_of, warm_up
 from deepseek_fp4_plugin.engine.worker import WarmUp
 from deepseek_fp4_plugin.kernels import cpu
+from deepseek_fp4_plugin.kernels.cuda import experts_wgmma
+from deepseek_fp4_plugin.kernels.cuda.experts import expected_rows
+from deepseek_fp4_plugin.kernels.cuda.moe import LISTED_ROWS_HOPPER
 from deepseek_fp4_plugin.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.engine_core import make_engine, make_request, run_all
 
@@ -192,3 +196,11 @@ def test_the_flag(tiny_with_tokenizer, capsys):
         assert run([*arguments, "--device", "cpu"]) == 0
         told.append("warming up" in capsys.readouterr().err)
     assert told == [True, False]
+
+
+def test_prompts_come_to_every_kernel_of_experts():
+    """Of a model with 32 times as many experts as a token takes; more than 4,096 tokens are the largest step's."""
+    ends = [LISTED_ROWS_HOPPER, *(most for most in experts_wgmma.MEASURED if most <= 128)]
+    rows = [expected_rows(count, 8, 256) for count in _PROMPTS]
+    for low, high in itertools.pairwise([*ends, expected_rows(4096, 8, 256)]):
+        assert any(low < each <= high for each in rows), (low, high)
