@@ -2,7 +2,7 @@
 //
 // Rows lie in the order of experts, cut into blocks of one expert each (experts_work.cu). `arrange_rows` gathers them once
 // in the order of inputs and pieces that the matrix unit wants. A block of threads has OUTS * 128 outputs of one block of rows
-// after the other, and as many columns as those rows need; a warp of its own copies on into the next while sums are
+// after the other, and as many columns as those rows need; warps of their own copy on into the next while sums are
 // stored. Gated, hidden values are stored as the second product wants to read them.
 //
 // ROWS: of a block of rows, at most.  FIRST, FIRST + STEP, ... ROWS: columns that there is code for.
@@ -81,8 +81,8 @@ struct RowsParameters {
 constexpr int TOGETHER = 5;  // rows that a warp asks for at once
 
 // Slabs of blocks of rows, a warp every sixteenth row, as `arrange` in nvfp4_wgmma.cu; zeros past the width and the rows. The
-// last blocks, which launches by columns multiply first, are written last. A block of threads has two neighbouring slabs where there are many,
-// so that it asks less often which rows they are.
+// last blocks, which launches by columns multiply first, are written last, so that the second cache has them. A block of
+// threads has two neighbouring slabs where there are many, so that it asks less often which rows they are.
 extern "C" __global__ void __launch_bounds__(512, 3) arrange_rows(const __grid_constant__ RowsParameters p) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = lane >> 4, i = lane >> 2 & 3, j = lane & 3;
     int place = (2 * j + (i & 1) ^ warp & 7) * 16 + (i >> 1) * 8;  // of the row's 128 bytes
