@@ -17,8 +17,9 @@ from click.testing import CliRunner
 
 from deepseek_fp4_plugin.checkpoint.hub import embedded_folder
 from deepseek_fp4_plugin.cli.app import app, run
+from deepseek_fp4_plugin.cli.demo import _solve
 from deepseek_fp4_plugin.cli.flags import Command, engine_config, engine_flags, field_flags
-from deepseek_fp4_plugin.cli.screen import Transfer
+from deepseek_fp4_plugin.cli.screen import Output, Transfer
 from deepseek_fp4_plugin.llm import LLM, SamplingParams
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -319,6 +320,9 @@ def test_demo(capsys, tmp_path, monkeypatch) -> None:
     assert len(content["problems"]) == 8 and len(content["prompts"]) == 4
     assert f"{content['right']} of 8 right" in shown and "What to try next" in shown
     assert all(f"Prompt: {entry['prompt']!r}, Generated text:" in shown for entry in content["prompts"])
+    with LLM(folder) as llm:
+        answers, speed = _solve(llm, Output(None), again=True)  # as on a GPU
+    assert sum(answer["right"] for answer in answers) >= 7 and "s the first time" in speed
 
 
 # ---------------------------------------------------------------- how a process ends
