@@ -49,6 +49,7 @@ def demo(destination: Path, device: str, nvfp4_activations: str, json_path: str 
       deepseek-fp4 demo /tmp/nvfp4 --json demo.json
     """
     from deepseek_fp4_plugin.config import EngineConfig
+    from deepseek_fp4_plugin.models.loading import checked_device, resolve_activations
 
     began = time.perf_counter()
     config = EngineConfig(
@@ -57,15 +58,16 @@ def demo(destination: Path, device: str, nvfp4_activations: str, json_path: str 
         nvfp4_activations=nvfp4_activations,
         speculative_config={"num_nextn_predict_layers": _DRAFTS},
     )
+    where = checked_device(config.resolved_device())
+    resolve_activations(config.nvfp4_activations, where)  # what will not run is said before anything is removed
     _make_room(destination)
     out = screen.Output(json_path)
-    where = config.resolved_device()
-    conversion = _quantize(destination, where, out)
+    conversion = _quantize(destination, str(where), out)
     out("3. The NVFP4 checkpoint continues the model card's prompts")
     with load(config) as llm:
         continuations = _continue(llm, out)
         out(f"\n4. Eight problems held out of its training, {_DRAFTS} tokens drafted a step")
-        answers, speed = _solve(llm, out, again=where != "cpu")
+        answers, speed = _solve(llm, out, again=where.type != "cpu")
     right = sum(answer["right"] for answer in answers)
     seconds = time.perf_counter() - began
     out(f"\n{right} of {len(answers)} right; {speed}; {seconds:.0f} s in all\n")

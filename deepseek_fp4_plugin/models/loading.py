@@ -127,6 +127,8 @@ def checked_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device={device!r} is not a device name; use cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device {device} was asked for, but the last one here is cuda:{count - 1}")
     return device
 
 

@@ -370,6 +370,14 @@ def test_cuda_without_a_gpu(source, tmp_path):
         quantize(source, tmp_path / "out", device="cuda")
 
 
+def test_a_gpu_that_is_not_there(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device cuda:2 was asked for, but the last one here is cuda:1"):
+        quantize(source, tmp_path / "out", device="cuda:2")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_writes_the_same_weights(source, quantized, tmp_path):
