@@ -37,7 +37,8 @@ from deepseek_fp4_plugin.numerics import nvfp4
 BF16, DEVICE = torch.bfloat16, torch.device("cuda")
 FP8 = Case(DEVICE, BF16, WeightFormat.NVFP4, "fp8")
 ROTATED = 250_000_000  # bytes
-ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64)
+ROWS += (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 # out, in of R1's NVFP4 linears: whole, and as one of eight tensor-parallel ranks has them.
 SHAPES = {
     "shared gate, up": (4096, 7168),

@@ -63,6 +63,8 @@ def products() -> None:
     if experts_wgmma.available(0):
         large, x, y = prepared(264, 528), values(153, 528), torch.empty(153, 264, device=DEVICE, dtype=BF16)
         for kind in (
+            (24, 1, 4, 8, 3),
+            (56, 2, 8, 6, 1),
             (80, 2, 8, 5, 1),
             (136, 1, 12, 4, 1),
             (152, 2, 8, 3, 1),

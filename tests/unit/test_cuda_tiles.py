@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepseek_fp4_plugin.checkpoint.quant_config import WeightFormat
-from deepseek_fp4_plugin.kernels.cuda import compiler, cuts, dense, experts_wgmma, launcher, matvec
+from deepseek_fp4_plugin.kernels.cuda import compiler, cuts, dense, experts_wgmma, launcher, matvec, wgmma
 from deepseek_fp4_plugin.kernels.cuda.routing import prepare_router
 from deepseek_fp4_plugin.kernels.cuda.tiles import VALUE_SCALE, Tiles, pack
 from deepseek_fp4_plugin.kernels.reference.linear import dequantized
@@ -144,7 +144,11 @@ VARIANTS = [
     ("nvfp4_wgmma.cu", {"ROWS": 152, "OUTS": 2, "WARPS": 8, "STAGES": 3, "MIN_BLOCKS": 1, "GATED": 1, "EVEN": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 208, "OUTS": 1, "WARPS": 8, "STAGES": 3, "MIN_BLOCKS": 1, "GATED": 0, "EVEN": 1}),
     ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0, "EVEN": 0}),
-    ("nvfp4_wgmma.cu", {"ROWS": 16, "OUTS": 1, "WARPS": 4, "STAGES": 6, "MIN_BLOCKS": 3, "GATED": 1, "EVEN": 0}),
+    ("nvfp4_wgmma.cu", {"ROWS": 56, "OUTS": 2, "WARPS": 8, "STAGES": 6, "MIN_BLOCKS": 1, "GATED": 0, "EVEN": 1}),
+    *(
+        ("nvfp4_wgmma.cu", dict(wgmma._defines(cuts.on_hopper(256, 56, rows), gated=True)))
+        for rows in (16, 24, 32, 40, 48, 56)
+    ),
     ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 6, "FP8": 0, "AHEAD": 4, "NORM": 0, "PACE": 1}),
     ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 4, "FP8": 0, "AHEAD": 4, "NORM": 1, "PACE": 0}),
     ("dense_linear.cu", {"ROWS8": 2, "GROUPS": 1, "STAGES": 4, "FP8": 1, "AHEAD": 1, "NORM": 0, "PACE": 0}),

@@ -6,7 +6,7 @@
 // `arrange` puts activations in that order once, and where a block's copies and the matrix unit want them. While the
 // matrix unit works on one piece, the next is decoded.
 //
-// ROWS: 16, 32, 64, 80, 96, 112, 128, 136, 144, 152, 160, 168, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.
+// ROWS: 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 136, 144, 152, 160, 168, 176, 192, 208 or 256.  OUTS: 1 or 2 times 64 outputs.
 // WARPS: that multiply.  STAGES: slabs in the ring.
 // GATED: outputs are gate and up in turns of 8, and silu(gate) * up is what is stored.
 // EVEN: as many blocks as there are multiprocessors. While there are two products (a block of outputs by a block of rows) for
@@ -17,6 +17,10 @@
 #include "nvfp4.cuh"
 #include "wgmma.cuh"
 
+WGMMA(bf16, 24, N12, S12, 12, 13, 14, 15, 16)
+WGMMA(bf16, 40, N20, S20, 20, 21, 22, 23, 24)
+WGMMA(bf16, 48, N24, S24, 24, 25, 26, 27, 28)
+WGMMA(bf16, 56, N28, S28, 28, 29, 30, 31, 32)
 WGMMA(bf16, 80, N40, S40, 40, 41, 42, 43, 44)
 WGMMA(bf16, 136, N68, S68, 68, 69, 70, 71, 72)
 WGMMA(bf16, 152, N76, S76, 76, 77, 78, 79, 80)
