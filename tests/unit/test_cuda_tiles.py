@@ -146,7 +146,7 @@ VARIANTS = [
     ("nvfp4_wgmma.cu", {"ROWS": 128, "OUTS": 2, "WARPS": 8, "STAGES": 4, "MIN_BLOCKS": 1, "GATED": 0, "EVEN": 0}),
     ("nvfp4_wgmma.cu", {"ROWS": 56, "OUTS": 2, "WARPS": 8, "STAGES": 6, "MIN_BLOCKS": 1, "GATED": 0, "EVEN": 1}),
     *(
-        ("nvfp4_wgmma.cu", dict(wgmma._defines(cuts.on_hopper(256, 56, rows), gated=True)))
+        ("nvfp4_wgmma.cu", dict(wgmma._defines(cuts.on_hopper(448, 144, rows), gated=True)))
         for rows in (16, 24, 32, 40, 48, 56)
     ),
     ("dense_linear.cu", {"ROWS8": 1, "GROUPS": 1, "STAGES": 6, "FP8": 0, "AHEAD": 4, "NORM": 0, "PACE": 1}),
