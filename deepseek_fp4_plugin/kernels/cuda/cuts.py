@@ -149,7 +149,7 @@ _MEASURED: dict[tuple[int, int], tuple[tuple[int, Cut | None], ...]] = {
         (304, Cut(152, 1, 8, 4, 2)),
         (320, Cut(160, 1, 8, 4, 2)),
     ),
-    # 72 clusters of three blocks, two on a multiprocessor, do not always find room at once.
+    # None of 72 clusters of three blocks, two on a multiprocessor: they do not always find room at once.
     (288, 56): (
         (16, Cut(16, 1, 8, 8, 3)),
         (32, Cut(32, 1, 4, 5, 4)),
